@@ -1,0 +1,335 @@
+"lico.data against PIL, torchvision and scikit-learn themselves; other processes, damaged trees, and every refusal."
+import dataclasses, hashlib, inspect, io, os, pickle, re, shutil, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image, ImageFile
+from lico import data as data_module
+from lico.data import Images, augment, load, training_batch
+
+seeded = lambda seed=0: torch.Generator().manual_seed(seed)
+
+def write_tree(folder, classes=('cat', 'dog', 'old_owl'), n=6, parts=('train/', 'test/'), size=8):
+    "Images whose red channel is the position of their class in `classes`, whose green channel is their number."
+    for part in parts:
+        for c, name in enumerate(classes):
+            (folder/part/name).mkdir(parents=True)
+            for i in range(n): Image.new('RGB', (size, size), (10*c, i, 200*part.startswith('te'))).save(folder/part/name/f'{i}.png')
+    return folder
+
+@pytest.fixture
+def tree(tmp_path): return write_tree(tmp_path/'tree')
+
+@pytest.fixture
+def bare(tmp_path): return write_tree(tmp_path/'bare', parts=('',), n=10)
+
+def refusal(*args, **kwargs):
+    "What `load` says when it refuses: one sentence on one line."
+    with pytest.raises((ValueError, FileNotFoundError)) as e: load(*args, **kwargs)
+    assert '\n' not in str(e.value) and len(str(e.value)) < 400
+    return str(e.value)
+
+# digits
+
+def test_digits_are_scikit_learns_with_its_labels():
+    from sklearn.datasets import load_digits
+    known = load_digits()
+    label_of = {(image*255/16).round().astype(np.uint8).tobytes(): y for image, y in zip(known.images, known.target)}
+    d = load('digits', image_size=8)
+    assert (len(d.train), len(d.test), d.image_size, d.flip) == (1297, 500, 8, False)
+    x, y = torch.cat([d.train.x, d.test.x]), torch.cat([d.train.y, d.test.y])
+    assert (x[:, :1] == x).all() and sorted(label_of) == sorted({o.numpy().tobytes() for o in x[:, 0]})
+    assert [label_of[o.numpy().tobytes()] for o in x[:, 0]] == y.tolist()
+    assert d.class_names == tuple(str(n) for n in known.target_names)
+
+def test_digits_split_is_stratified_and_fixed():
+    d = load('digits')
+    assert d.image_size == 16 and d.train.x.shape == (1297, 3, 16, 16) and d.train.x.dtype == torch.uint8 and d.train.y.dtype == torch.int64
+    total = d.train.y.bincount() + d.test.y.bincount()
+    assert ((d.test.y.bincount() - total*500/1797).abs() <= 1).all()
+    assert torch.equal(d.test.x, load('digits', labels=40, seed=5).test.x)
+
+# labelled subsets
+
+@settings(deadline=None, max_examples=25)
+@given(k=st.integers(1, 120), seed=st.integers(-3, 2**40), more=st.integers(0, 6))
+def test_subsets_are_balanced_nested_and_whole_in_test(k, seed, more):
+    small, large, whole = load('digits', labels=10*k, seed=seed), load('digits', shots=k + more, seed=seed), load('digits')
+    keys = lambda part: {x.numpy().tobytes() for x in part.x}
+    assert small.train.y.bincount().tolist() == [k]*10 and large.train.y.bincount().tolist() == [k + more]*10
+    assert keys(small.train) <= keys(large.train) <= keys(whole.train) and len(keys(small.train)) == 10*k
+    assert small.test is whole.test and (small.digest, small.mean, small.std) == (whole.digest, whole.mean, whole.std)
+
+def test_subset_depends_on_the_seed_and_all_means_all():
+    assert not torch.equal(load('digits', labels=40, seed=0).train.x, load('digits', labels=40, seed=1).train.x)
+    assert len(load('digits', labels='all').train) == len(load('digits', labels='all', shots=None).train) == 1297
+    assert torch.equal(load('digits', labels=40).train.x, load('digits', shots=4).train.x)
+
+def test_every_image_is_drawn_about_equally_often():
+    train, drawn = load('digits').train, torch.zeros(1297)
+    position = {x.numpy().tobytes(): i for i, x in enumerate(train.x)}
+    for seed in range(200):
+        for x in load('digits', shots=60, seed=seed).train.x: drawn[position[x.numpy().tobytes()]] += 1
+    share = 60/train.y.bincount()[train.y]
+    z = (drawn - 200*share)/(200*share*(1 - share)).sqrt()
+    assert z.abs().max() < 5 and 0.8 < z.std() < 1.2
+
+# independence of process and listing order
+
+def fingerprints(names):
+    "Per dataset: digest, hash of the labelled subset, names."
+    found = (load(name, shots=3, seed=11) for name in names)
+    return '\n'.join(f'{d.digest} {hashlib.sha256(d.train.x.numpy()).hexdigest()} {d.class_names}' for d in found)
+
+def test_another_process_imports_little_and_finds_the_same(tree, bare):
+    heavy, names = 'PIL matplotlib sklearn torchvision transformers open_clip'.split(), ['digits', f'folder:{tree}', f'folder:{bare}']
+    code = f"""import hashlib, sys; from lico.data import load
+print([m for m in {heavy} if m in sys.modules])
+{inspect.getsource(fingerprints)}
+print(fingerprints({names}))"""
+    env = {**os.environ, 'PYTHONHASHSEED': '1', 'OMP_NUM_THREADS': '1'}
+    there = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True).stdout
+    assert there == f'[]\n{fingerprints(names)}\n'
+
+@pytest.mark.parametrize('order', [lambda o: o[::-1], lambda o: o[1:] + o[:1]])
+def test_listing_order_does_not_matter(tree, bare, monkeypatch, order):
+    walk, iterdir = os.walk, Path.iterdir
+    before = [load(f'folder:{f}', shots=3) for f in (tree, bare)]
+    monkeypatch.setattr(os, 'walk', lambda *a, **k: ((d, dirs, order(files)) for d, dirs, files in order(list(walk(*a, **k)))))
+    monkeypatch.setattr(Path, 'iterdir', lambda self: iter(order(sorted(iterdir(self)))))
+    data_module._whole.cache_clear()
+    for old, new in zip(before, [load(f'folder:{f}', shots=3) for f in (tree, bare)]):
+        assert old.train.x is not new.train.x and torch.equal(old.train.x, new.train.x) and torch.equal(old.train.y, new.train.y)
+        assert old.digest == new.digest and old.class_names == new.class_names == ('cat', 'dog', 'old owl')
+
+# folders
+
+def test_labels_follow_folders(tree):
+    d = load(f'folder:{tree}')
+    assert d.class_names == ('cat', 'dog', 'old owl') and d.flip and d.image_size == 8 and d.name == f'folder:{tree}'
+    for part, blue in ((d.train, 0), (d.test, 200)):
+        assert torch.equal(part.x[:, 0, 0, 0].long(), 10*part.y) and (part.x[:, 2] == blue).all() and part.y.bincount().tolist() == [6]*3
+
+def test_bare_tree_is_split_four_to_one_in_each_class(bare):
+    d = load(f'folder:{bare}')
+    assert d.train.y.bincount().tolist() == [8]*3 and d.test.y.bincount().tolist() == [2]*3
+    assert torch.equal(d.train.x[:, 0, 0, 0].long(), 10*d.train.y) and torch.equal(d.test.x[:, 0, 0, 0].long(), 10*d.test.y)
+    numbers = [[int(x[1, 0, 0]) for x, y in zip(torch.cat([d.train.x, d.test.x]), torch.cat([d.train.y, d.test.y])) if y == c] for c in range(3)]
+    assert [sorted(o) for o in numbers] == [list(range(10))]*3 and len({tuple(o) for o in numbers}) > 1  # chosen by hash, not by position
+
+def test_digest_is_of_content_only(tree, tmp_path):
+    digest = lambda folder=tree: load(f'folder:{folder}').digest
+    first = digest()
+    assert re.fullmatch('[0-9a-f]{64}', first) and load(f'folder:{tree}', shots=2, seed=3).digest == first
+    assert digest(shutil.copytree(tree, tmp_path/'elsewhere')) == first
+
+    for part in ('train', 'test'):
+        changed = shutil.copytree(tree, tmp_path/f'pixel_{part}')
+        image = Image.open(path := changed/part/'dog'/'3.png')
+        image.putpixel((7, 0), (10, 3, 201 if part == 'test' else 1)); image.save(path)
+        assert digest(changed) != first
+    renamed = shutil.copytree(tree, tmp_path/'name')
+    for part in ('train', 'test'): (renamed/part/'dog').rename(renamed/part/'doh')
+    assert digest(renamed) != first
+
+def test_digest_sees_one_label():
+    d = load('digits')
+    other = Images(d.train.x, d.train.y.clone()); other.y[5] = (other.y[5] + 1) % 10
+    whole = lambda train, test: data_module._data('digits', train, test, d.class_names, False).digest
+    assert whole(d.train, d.test) == d.digest != whole(other, d.test) and whole(d.test, d.train) != d.digest
+
+def test_replaced_file_is_seen_and_an_unchanged_tree_is_read_once(tree):
+    first = load(f'folder:{tree}')
+    assert load(f'folder:{tree}', labels=3).test.x is first.test.x
+    Image.new('RGB', (8, 8), (10, 250, 0)).save(tree/'train'/'dog'/'0.png')
+    assert load(f'folder:{tree}').digest != first.digest
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGBA', 'CMYK', 'RGB'])
+def test_modes_become_rgb(tree, mode):
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3), np.uint8)).convert(mode)
+    path = tree/'train'/'cat'/('0.tif' if mode == 'CMYK' else '0.png')
+    (tree/'train'/'cat'/'0.png').unlink(); noise.save(path)
+    assert np.array_equal(load(f'folder:{tree}').train.x[0].permute(1, 2, 0), np.asarray(Image.open(path).convert('RGB')))
+
+def test_sizes(tree):
+    with_one = lambda *size: Image.new('RGB', size).save(tree/'test'/'cat'/'5.png')
+    assert load(f'folder:{tree}', image_size=5).train.x.shape == (18, 3, 5, 5)
+    with_one(8, 10); assert load(f'folder:{tree}').image_size == 224
+    with_one(300, 300); assert load(f'folder:{tree}').image_size == 224
+    with_one(8, 8); assert load(f'folder:{tree}').image_size == 8
+
+def test_short_side_is_resized_and_the_centre_cut_out(tree):
+    wide = np.zeros((16, 48, 3), np.uint8); wide[:, 16:32] = np.random.RandomState(0).randint(0, 256, (16, 16, 3))
+    Image.fromarray(wide).save(tree/'train'/'cat'/'0.png')
+    assert np.array_equal(load(f'folder:{tree}', image_size=16).train.x[0].permute(1, 2, 0), wide[:, 16:32])
+    smaller = np.asarray(Image.fromarray(wide).resize((36, 12), Image.Resampling.BICUBIC))[:, 12:24]
+    assert np.array_equal(load(f'folder:{tree}', image_size=12).train.x[0].permute(1, 2, 0), smaller)
+
+def test_stray_files_hidden_files_and_deeper_images(tree):
+    first = load(f'folder:{tree}').digest
+    (tree/'train'/'cat'/'Thumbs.db').write_text('x'); (tree/'train'/'cat'/'._0.png').write_text('x')
+    (tree/'train'/'.cache').mkdir(); (tree/'train'/'.cache'/'0.png').write_text('x'); (tree/'train'/'0.png').write_text('x')
+    (tree/'train'/'dog'/'6').mkdir(); (tree/'train'/'dog'/'5.png').rename(tree/'train'/'dog'/'6'/'0.PNG')
+    assert load(f'folder:{tree}').digest == first
+
+# refusals
+
+def test_labels_and_names_are_refused_by_number():
+    assert refusal('digits', labels=39) == 'labels = 39 cannot be shared evenly by 10 classes: ask for 30 or 40'
+    assert refusal('digits', labels=4) == 'labels = 4 cannot be shared evenly by 10 classes: ask for 10'
+    assert refusal('digits', labels=40, shots=4) == 'labels = 40 and shots = 4 were both given: give one of them'
+    smallest = load('digits').train.y.bincount()
+    message = refusal('digits', shots=500)
+    assert f"class '{smallest.argmin()}' has {smallest.min()} training images and 500 " in message
+    assert f'ask for at most {10*smallest.min()} labels or {smallest.min()} shots' in message
+    assert len(load('digits', labels=10*int(smallest.min())).train) == 10*smallest.min()
+    for bad in (0, -10, 2.5, True, '40'): assert 'expected a whole number' in refusal('digits', labels=bad)
+    for bad in (0, -1, 1.5): assert f'shots = {bad}: expected a whole number' in refusal('digits', shots=bad)
+    for bad in (0, 16.0, '16'): assert f'image_size = {bad!r}: expected a whole number' in refusal('digits', image_size=bad)
+    assert refusal('cifar') == "unknown dataset 'cifar': choose one of digits, cifar10, cifar100, svhn, folder:PATH"
+
+def test_trees_are_refused_by_name(tree, bare, tmp_path):
+    assert f'no folder {tmp_path}/nowhere' in refusal(f'folder:{tmp_path}/nowhere')
+    (tmp_path/'empty').mkdir(); assert f'no images found in {tmp_path}/empty' in refusal(f'folder:{tmp_path}/empty')
+    (bare/'fox').mkdir(); Image.new('RGB', (8, 8)).save(bare/'fox'/'0.png')
+    assert 'fewer images than the 2 they need: fox (1);' in refusal(f'folder:{bare}')
+    (tree/'train'/'fox').mkdir(); assert 'only in train: fox:' in refusal(f'folder:{tree}')
+    (tree/'test'/'emu').mkdir(); assert 'only in train: fox; only in test: emu:' in refusal(f'folder:{tree}')
+    (tree/'train'/'emu').mkdir(); (tree/'test'/'fox').mkdir()
+    assert 'they need: train/emu (0), train/fox (0), test/emu (0) and 1 more;' in refusal(f'folder:{tree}')
+    shutil.rmtree(tree/'test'); assert 'has a folder train but none named test' in refusal(f'folder:{tree}')
+    (tree/'train').rename(tree/'test'); assert 'has a folder test but none named train' in refusal(f'folder:{tree}')
+    assert "has only one class, 'cat'" in refusal(f"folder:{write_tree(tmp_path/'one', ('cat',))}")
+    assert 'same name with spaces for underscores: a b, a_b;' in refusal(f"folder:{write_tree(tmp_path/'twice', ('a b', 'a_b', 'c'))}")
+
+@pytest.mark.parametrize('tolerant', [False, True])
+def test_damaged_images_are_named_and_counted(tree, monkeypatch, tolerant):
+    monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', tolerant)
+    noise = Image.fromarray(np.random.RandomState(0).randint(0, 256, (8, 8, 3), np.uint8))
+    for name, part in (('a.jpg', 0.7), ('b.png', 0.5), ('c.jpg', 0.), ('d.bmp', 0.9)):
+        noise.save(buffer := io.BytesIO(), 'jpeg' if name.endswith('jpg') else name[2:])
+        (tree/'train'/'dog'/name).write_bytes(buffer.getvalue()[:int(part*buffer.tell())])
+    message = refusal(f'folder:{tree}')
+    assert re.search(r'4 of 40 images in .*train/dog/a.jpg \(.*train/dog/b.png \(.*train/dog/c.jpg \(.* and 1 more; replace or remove them$', message)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is tolerant
+
+def test_sixteen_bits_are_refused(tree):
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tree/'train'/'cat'/'0.png')
+    assert '1 of 36 images' in (message := refusal(f'folder:{tree}')) and 'train/cat/0.png (mode I;16 has more than 8 bits' in message
+
+# torchvision's datasets, in their own file formats
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    import urllib.error, urllib.request
+    def no(*a, **k): raise urllib.error.URLError('no network')
+    monkeypatch.setattr(urllib.request, 'urlopen', no); monkeypatch.setenv('LICO_ROOT', str(tmp_path))
+    data_module._whole.cache_clear()
+    return tmp_path/'data'
+
+@pytest.mark.parametrize('name, file', [('cifar10', 'cifar-10-python.tar.gz'), ('cifar100', 'cifar-100-python.tar.gz'), ('svhn', 'extra_32x32.mat')])
+def test_no_network_no_file(offline, name, file):
+    message = refusal(name)
+    assert message.startswith(f'{name} is not in {offline} and torchvision could not download it (') and 'no network' in message and file in message
+
+def trust(monkeypatch):
+    "Let torchvision take the tiny files that a test wrote for the real ones."
+    import torchvision.datasets as datasets
+    for module in (datasets.cifar, datasets.svhn): monkeypatch.setattr(module, 'check_integrity', lambda path, md5=None: os.path.isfile(path))
+    monkeypatch.setattr(datasets.svhn, 'download_url', lambda *a, **k: None)
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_cifar_names_are_in_label_order(offline, monkeypatch, name):
+    trust(monkeypatch)
+    fine = name == 'cifar100'
+    folder, files = (offline/'cifar-100-python', ['train', 'test']) if fine else (
+        offline/'cifar-10-batches-py', [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch'])
+    folder.mkdir(parents=True)
+    names = ['zebra', 'apple', 'fire_truck']  # not alphabetical on purpose
+    x = lambda k: np.stack([np.r_[np.full(1024, label), np.full(1024, k), np.arange(1024) % 32] for label in (2, 0, 1)]).astype(np.uint8)
+    for k, f in enumerate(files): (folder/f).write_bytes(pickle.dumps({'data': x(k), 'fine_labels' if fine else 'labels': [2, 0, 1]}))
+    (folder/('meta' if fine else 'batches.meta')).write_bytes(pickle.dumps({'fine_label_names' if fine else 'label_names': names}))
+    d = load(name)
+    assert d.class_names == ('zebra', 'apple', 'fire truck') and d.flip and d.image_size == 32
+    assert torch.equal(d.train.x[:, 0, 0, 0].long(), d.train.y) and (d.test.x[:, 1] == len(files) - 1).all() and len(d.test) == 3
+    assert torch.equal(d.train.x[0, 2], torch.arange(32, dtype=torch.uint8).expand(32, 32))  # rows and columns in place
+    assert load(name, image_size=16).train.x.shape == (len(d.train), 3, 16, 16)
+
+def test_svhn_ten_is_zero_and_extra_is_training_data(offline, monkeypatch):
+    from scipy.io import savemat
+    trust(monkeypatch)
+    offline.mkdir()
+    for k, part in enumerate(('train', 'extra', 'test')):
+        y = np.array([10, 1, 9])
+        x = np.stack([np.stack([np.full((32, 32), v), np.full((32, 32), k), np.tile(np.arange(32), (32, 1))], -1) for v in y], -1).astype(np.uint8)
+        savemat(offline/f'{part}_32x32.mat', {'X': x, 'y': y[:, None]})
+    d = load('svhn')
+    assert d.class_names == tuple('0123456789') and not d.flip and (len(d.train), len(d.test)) == (6, 3)
+    assert d.train.y.tolist() == [0, 1, 9]*2 and d.train.x[:, 0, 0, 0].tolist() == [10, 1, 9]*2 and d.train.x[:, 1, 0, 0].tolist() == [0]*3 + [1]*3
+    assert (d.test.x[:, 1] == 2).all() and torch.equal(d.train.x[0, 2], torch.arange(32, dtype=torch.uint8).expand(32, 32))
+
+# augmentation
+
+batches = st.tuples(st.integers(1, 5), st.integers(2, 7), st.booleans(), st.integers(0, 2**32)).flatmap(
+    lambda o: st.tuples(*map(st.just, o), st.integers(0, o[1] - 1)))
+
+@settings(deadline=None, max_examples=40)
+@given(batches)
+def test_crops_are_windows_of_the_reflected_image(batch):
+    B, S, flip, seed, pad = batch
+    x = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8, generator=seeded(seed))
+    out = augment(x, seeded(seed), pad, flip)
+    assert out.shape == x.shape and out.dtype == torch.uint8 and out.is_contiguous() and torch.equal(out, augment(x, seeded(seed), pad, flip))
+    for image, crop in zip(x.numpy(), out.numpy()):
+        padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)), 'reflect')
+        windows = [padded[:, t:t + S, l:l + S] for t in range(2*pad + 1) for l in range(2*pad + 1)]
+        assert any(np.array_equal(crop, w) or flip and np.array_equal(crop, w[..., ::-1]) for w in windows)
+
+def test_every_window_and_both_directions_are_equally_likely():
+    S, pad, n = 9, 2, 20_000
+    x = torch.arange(S*S, dtype=torch.uint8).view(1, 1, S, S).expand(n, 3, S, S)  # every pixel tells where it stood
+    out = augment(x, seeded(), pad, flip=True)[:, 0]
+    mirrored = out[:, 4, 5] < out[:, 4, 4]
+    where = (out[:, 4, 4].long() - 4*S - 4)
+    top, left = (where + 2) // S, (where + 2) % S - 2
+    assert abs(mirrored.float().mean() - 0.5) < 5*0.5/n**0.5
+    counts = torch.bincount(((top + 2)*5 + left + 2)*2 + mirrored, minlength=50)
+    assert len(counts) == 50 and ((counts - n/50)**2/(n/50)).sum() < 49 + 6*98**0.5  # chi-squared, 49 degrees of freedom
+
+def test_augment_defaults_and_refusals():
+    x = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=seeded())
+    assert torch.equal(augment(x, seeded(1)), augment(x, seeded(1), pad=2)) and torch.equal(augment(x, seeded(1), pad=0), x)
+    assert not torch.equal(augment(x, seeded(1)), augment(x, seeded(2)))
+    for pad in (-1, 16):
+        with pytest.raises(ValueError, match=f'pad = {pad} for images of 16 pixels: expected a number from 0 to 15'): augment(x, seeded(), pad)
+
+def test_normalise_is_torchvisions():
+    from torchvision.transforms.v2 import functional as F
+    d = load('digits')
+    assert torch.allclose(d.normalise(d.test.x), F.normalize(F.to_dtype(d.test.x, torch.float32, scale=True), d.mean, d.std), atol=1e-6)
+    whole = d.train.x.double()/255
+    assert np.allclose(d.mean, whole.mean((0, 2, 3))) and np.allclose(d.std, whole.std((0, 2, 3), correction=0))
+
+def test_training_batch_composes():
+    d, index = load('digits', labels=250), torch.tensor([3, 7, 7, 249])
+    x, y = training_batch(d, index, seeded(5))
+    assert torch.equal(x, d.normalise(augment(d.train.x[index], seeded(5)))) and torch.equal(y, d.train.y[index])
+    noisy, _ = training_batch(d, torch.arange(250), seeded(5), noise=0.3)
+    noise = noisy - training_batch(d, torch.arange(250), seeded(5))[0]
+    assert abs(noise.std() - 0.3) < 0.003 and abs(noise.mean()) < 0.003
+
+def test_mirrors_only_where_allowed(tree):
+    arrow = np.zeros((8, 8, 3), np.uint8); arrow[:, :4] = 255
+    for name in ('cat', 'dog', 'old_owl'):
+        for i in range(6): Image.fromarray(arrow).save(tree/'train'/name/f'{i}.png')
+    d, index = load(f'folder:{tree}'), torch.arange(18).repeat(5)
+    light = lambda d: training_batch(d, index, seeded())[0][:, 0, 0, 0] > 0  # the upper left pixel, which no shift by one pixel makes dark
+    assert 0.2 < light(d).float().mean() < 0.8 and light(dataclasses.replace(d, flip=False)).all()
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_gpu_sees_the_same_batch():
+    d, index = load('digits'), torch.arange(100)
+    here, there = (training_batch(d, index, seeded(), noise=0.1, device=o) for o in ('cpu', 'cuda'))
+    assert there[0].is_cuda and torch.allclose(here[0], there[0].cpu(), atol=1e-5) and torch.equal(here[1], there[1].cpu())
+    x = d.train.x[:100]
+    assert torch.equal(augment(x, seeded(), flip=True), augment(x.cuda(), seeded(), flip=True).cpu())

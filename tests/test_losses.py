@@ -1,0 +1,245 @@
+"The losses against reference libraries, float64 gradients and properties that hold for every input."
+import math
+import numpy as np, ot, pytest, scipy.optimize, torch
+from hypothesis import given, settings, strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from lico.losses import (LossOptions, adjacency, cost_matrix, kl_rows, log_adjacency, manifold_matching, mean_cosine, ot_alignment, row_entropy, sinkhorn)
+
+torch.set_num_threads(1)
+
+def normal(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+def feature_rows(B=16, N=128, M=13, width=64, dtype=torch.float32):
+    "Rows as in training: feature maps after a leaky ReLU, one of them dead, and prompts whose rows share most of what they say."
+    F = torch.nn.functional.leaky_relu(normal(B, N, width, dtype=dtype) + normal(1, N, 1, seed=1, dtype=dtype), 0.1)
+    F[:, 0] = 0
+    return F, normal(1, M, width, seed=2, dtype=dtype) + 0.3*normal(B, M, width, seed=3, dtype=dtype)
+
+# manifold matching
+
+@pytest.mark.parametrize('sign', (-1, 1))
+@pytest.mark.parametrize('normalise', (True, False))
+@pytest.mark.parametrize('distance', ('euclidean', 'cosine'))
+def test_manifold_matching_is_what_a_loop_gives(distance, normalise, sign):
+    F, G, tau = normal(7, 5, 3).numpy(), normal(7, 2, 3, seed=1).numpy(), 0.4
+    def matrix(x):
+        x = [v.ravel()/(np.linalg.norm(v) if normalise else 1) for v in x]
+        D = lambda a, b: np.sqrt(((a - b)**2).sum()) if distance == 'euclidean' else 1 - a@b/np.linalg.norm(a)/np.linalg.norm(b)
+        E = np.array([[math.exp(sign*D(a, b)/tau) for b in x] for a in x])
+        return E/E.sum(1, keepdims=True)
+    AF, AG = matrix(F), matrix(G)
+    choice = dict(distance=distance, normalise=normalise, sign=sign)
+    assert np.allclose(adjacency(torch.tensor(F), tau, **choice), AF, rtol=1e-9)
+    expected = sum(AG[i, j]*math.log(AG[i, j]/AF[i, j]) for i in range(7) for j in range(7))/7
+    got = manifold_matching(torch.tensor(F), torch.tensor(G), tau, **choice)
+    assert math.isclose(got, expected, rel_tol=1e-9)
+    assert math.isclose(got, torch.nn.functional.kl_div(torch.tensor(AF).log(), torch.tensor(AG), reduction='batchmean'), rel_tol=1e-9)
+
+def test_entropy_and_cosine_against_loops():
+    x = normal(6, 4)
+    A, u = adjacency(x, 0.5).numpy(), x.numpy()/np.linalg.norm(x.numpy(), axis=1, keepdims=True)
+    assert math.isclose(row_entropy(log_adjacency(x, 0.5)), -(A*np.log(A)).sum()/6, rel_tol=1e-9)
+    assert math.isclose(mean_cosine(x), np.mean([u[i]@u[j] for i in range(6) for j in range(6) if i != j]), abs_tol=1e-6)
+
+@pytest.mark.parametrize('distance', ('euclidean', 'cosine'))
+def test_gradients_of_manifold_matching(distance):
+    F, G, tau = normal(5, 3, 2).requires_grad_(), normal(5, 4, seed=1).requires_grad_(), torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance), (F, G, tau))
+    torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance, normalise=False, sign=1), (F, G, tau))
+
+def test_the_same_prompt_twice_in_a_batch():
+    "As in every batch with two images of a class: the gradient is that of the distances which are not zero."
+    G = normal(3, 4)
+    F = normal(4, 4, seed=1)
+    twice = lambda G: manifold_matching(F, G[[0, 1, 2, 0]], 0.5)
+    torch.autograd.gradcheck(twice, (G.requires_grad_(),))
+
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize('x', (torch.ones(4, 3, 2), torch.zeros(4, 3, 2), torch.cat([torch.zeros(2, 6), torch.eye(2, 6)]), torch.ones(1, 5), 1e-30*torch.ones(3, 2)),
+                         ids=('identical', 'zero', 'some zero', 'one', 'tiny'))
+@pytest.mark.parametrize('distance', ('euclidean', 'cosine'))
+def test_degenerate_samples_have_finite_values_and_gradients(x, distance, dtype):
+    x = x.to(dtype, copy=True).requires_grad_()
+    tau = torch.tensor(0.01, requires_grad=True)
+    log_p = log_adjacency(x, tau, distance=distance)
+    assert log_p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (log_p*torch.arange(len(x))).sum().backward()
+    assert log_p.isfinite().all() and tau.grad.isfinite() and x.grad.isfinite().all() and x.grad.abs().max()*(x.detach().abs().max() or 1) < 1e4
+    if distance == 'euclidean': assert torch.equal(log_p.diagonal(), log_p.max(1)[0])
+
+def test_distance_zero_is_zero_and_small_distances_are_right_in_float32():
+    x = normal(6, 8192, dtype=torch.float32)
+    x[1], x[2] = x[0], x[0] + 1e-4*x[2]
+    log_p = log_adjacency(x, 1., normalise=False).double()
+    D = log_p.diagonal()[:, None] - log_p
+    true = torch.tensor([[(a - b).norm() for b in x.double()] for a in x.double()])
+    assert D[0, 1] == 0 and (D.diagonal() == 0).all()
+    log_p = log_adjacency(x, 1e-3, normalise=False).double()
+    assert torch.allclose((log_p.diagonal()[:, None] - log_p)*1e-3, true, rtol=1e-4)
+
+vectors = st.integers(2, 6).flatmap(lambda B: st.tuples(st.just(B), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6)))
+choices = st.fixed_dictionaries(dict(distance=st.sampled_from(('euclidean', 'cosine')), normalise=st.booleans(), sign=st.sampled_from((-1, 1))))
+
+@settings(deadline=None, max_examples=60)
+@given(vectors, st.floats(0.01, 100), choices)
+def test_properties_of_manifold_matching(shape, tau, choice):
+    B, n, m, seed = shape
+    F, G = normal(B, n, 3, seed=seed), normal(B, m, 2, seed=seed + 1)
+    A, loss = adjacency(F, tau, **choice), manifold_matching(F, G, tau, **choice)
+    assert torch.allclose(A.sum(1), torch.ones(B, dtype=A.dtype)) and (A >= 0).all() and loss >= -1e-12
+    assert manifold_matching(F, F.clone(), tau, **choice) == 0
+    assert row_entropy(A.log().clamp_min(-1e4)) <= math.log(B) + 1e-9
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(seed))
+    assert torch.allclose(adjacency(F[order], tau, **choice), A[order][:, order])
+    assert torch.isclose(manifold_matching(F[order], G[order], tau, **choice), loss)
+    if choice['normalise']: assert torch.allclose(adjacency(F*torch.arange(1, B + 1)[:, None, None], tau, **choice), A, atol=1e-6)
+
+def test_a_large_tau_empties_the_loss():
+    F, G = normal(8, 3), normal(8, 3, seed=1)
+    assert manifold_matching(F, G, 1e3) < 1e-6 < 1e-3 < manifold_matching(F, G, 1.)
+
+# optimal transport
+
+def references(C, eps): return torch.stack([torch.tensor(ot.bregman.sinkhorn(np.full(len(c), 1/len(c)), np.full(len(c.T), 1/len(c.T)), c, eps, method='sinkhorn_log',
+                                                                             numItermax=20000, stopThr=1e-13)) for c in C.numpy()])
+
+def test_cost_matrix_against_pot_and_zero_rows():
+    F, G = normal(3, 5, 4), normal(3, 2, 4, seed=1)
+    unit = lambda x: (x/x.norm(dim=2, keepdim=True)).numpy()
+    assert np.allclose(cost_matrix(F, G), [ot.dist(f, g, metric='sqeuclidean') for f, g in zip(unit(F), unit(G))], atol=1e-12)
+    F[0, 0] = 0
+    F.requires_grad_()
+    cost_matrix(F, G).sum().backward()
+    assert cost_matrix(F, G)[0, 0].tolist() == pytest.approx([1, 1], abs=1e-12) and (F.grad[0, 0] == 0).all() and F.grad.isfinite().all()
+
+@pytest.mark.parametrize('eps', (0.05, 0.1, 0.5))
+@pytest.mark.parametrize('shape', ((3, 16, 13), (2, 5, 9), (2, 1, 6), (2, 6, 1), (1, 1, 1)))
+def test_sinkhorn_plan_by_plan_against_pot(shape, eps):
+    B, N, M = shape
+    C = cost_matrix(normal(B, N, 8), normal(B, M, 8, seed=1))
+    assert torch.allclose(sinkhorn(C, eps, n_iter=20000, tol=1e-13), references(C, eps), rtol=1e-6, atol=1e-10)
+
+def test_iterations_are_those_of_the_paper():
+    "k iterations with no early stop are k pairs of updates of Eq. 7, and a last one of the rows."
+    C = cost_matrix(normal(1, 6, 4), normal(1, 5, 4, seed=1))
+    K, N, M = (-C[0]/0.1).exp().numpy(), 6, 5
+    v = np.ones(M)
+    for k in range(4):
+        u = 1/N/(K@v)
+        assert np.allclose(sinkhorn(C, 0.1, n_iter=k, tol=0)[0], u[:, None]*K*v, rtol=1e-9)
+        v = 1/M/(K.T@u)
+
+def test_transport_value_against_linear_programming():
+    F, G = normal(3, 6, 4), normal(3, 4, 4, seed=1)
+    C = cost_matrix(F, G).numpy()
+    rows, columns = np.kron(np.eye(6), np.ones(4)), np.kron(np.ones(6), np.eye(4))
+    exact = [scipy.optimize.linprog(c.ravel(), A_eq=np.vstack([rows, columns]), b_eq=[1/6]*6 + [1/4]*4).fun for c in C]
+    assert math.isclose(ot_alignment(F, G, eps=1e-3, n_iter=20000, tol=1e-12), np.mean(exact), rel_tol=1e-3)
+
+def test_regularised_value_against_pot():
+    F, G = normal(2, 6, 4), normal(2, 4, 4, seed=1)
+    C = cost_matrix(F, G)
+    P = references(C, 0.2)
+    expected = (P*C).sum((1, 2)) + 0.2*(P*P.log()).sum((1, 2))
+    assert math.isclose(ot_alignment(F, G, 0.2, 5000, 1e-13, value='regularised'), expected.mean(), rel_tol=1e-9)
+
+@pytest.mark.parametrize('value', ('transport', 'regularised'))
+def test_unrolled_gradient(value):
+    F, G = normal(2, 4, 3).requires_grad_(), normal(2, 3, 3, seed=1).requires_grad_()
+    torch.autograd.gradcheck(lambda *a: ot_alignment(*a, eps=0.2, n_iter=7, tol=0, grad='unrolled', value=value), (F, G))
+    torch.autograd.gradcheck(lambda F, G: sinkhorn(cost_matrix(F, G), 0.2, 7, 0), (F, G))
+
+@pytest.mark.parametrize('value', ('transport', 'regularised'))
+def test_envelope_gradient_is_that_of_the_converged_regularised_value(value):
+    F, G, h = normal(2, 4, 3), normal(2, 3, 3, seed=1), 1e-5
+    solve = dict(eps=0.1, n_iter=20000, tol=1e-13)
+    x, y = F.clone().requires_grad_(), G.clone().requires_grad_()
+    ot_alignment(x, y, **solve, value=value).backward()
+    def difference(side, k):
+        step = torch.zeros_like(side).flatten(); step[k] = h; step = step.view_as(side)
+        f = lambda s: ot_alignment(F + s*step if side is F else F, G + s*step if side is G else G, **solve, value='regularised')
+        return ((f(1) - f(-1))/2/h).item()
+    for side, got in ((F, x.grad), (G, y.grad)):
+        assert np.allclose(got.flatten(), [difference(side, k) for k in range(side.numel())], atol=1e-7)
+
+def test_gradient_none_is_a_constant():
+    F, G = normal(2, 4, 3).requires_grad_(), normal(2, 3, 3, seed=1)
+    for value in ('transport', 'regularised'):
+        free = ot_alignment(F, G, grad='none', value=value)
+        assert not free.requires_grad and torch.equal(free, ot_alignment(F, G, value=value))
+
+def test_marginals_at_the_defaults():
+    "Rows to rounding, columns of the worst sample within 1e-3 (L1), for costs as in training; and it stops as soon as that holds."
+    C = cost_matrix(*feature_rows())
+    violation = lambda P: (P.sum(1) - 1/13).abs().sum(1).max()
+    P = sinkhorn(C)
+    assert (P.sum(2) - 1/128).abs().max() < 1e-7 and violation(P) < 1e-3
+    stopped = next(k for k in range(101) if torch.equal(sinkhorn(C, n_iter=k, tol=0), P))
+    assert 1 < stopped < 100 and violation(sinkhorn(C, n_iter=stopped - 1, tol=0)) > 1e-3
+
+def test_the_worst_sample_decides_when_to_stop():
+    C = cost_matrix(normal(2, 6, 4), normal(2, 5, 4, seed=1))
+    C[0] = 1
+    assert torch.equal(sinkhorn(C, 0.1)[1], sinkhorn(C[1:], 0.1)[0])
+
+@pytest.mark.parametrize('eps', np.geomspace(1e-3, 1, 7))
+@pytest.mark.parametrize('grad', ('envelope', 'unrolled'))
+@pytest.mark.parametrize('value', ('transport', 'regularised'))
+def test_float32_is_stable(eps, grad, value):
+    F, G = feature_rows(B=4)
+    F.requires_grad_(); G.requires_grad_()
+    loss = ot_alignment(F, G, eps=eps, grad=grad, value=value, n_iter=30)
+    loss.backward()
+    assert F.grad.isfinite().all() and G.grad.isfinite().all()
+    assert math.isclose(loss.detach(), ot_alignment(F.detach().double(), G.detach().double(), eps=eps, value=value, n_iter=30), rel_tol=1e-3, abs_tol=1e-4)
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.floats(0.5, 2), st.integers(0, 10**6))
+def test_properties_of_plans(B, N, M, eps, seed):
+    F, G = normal(B, N, 3, seed=seed), normal(B, M, 3, seed=seed + 1)
+    C = cost_matrix(F, G)
+    P = sinkhorn(C, eps, n_iter=20000, tol=1e-9)
+    assert (C >= 0).all() and (C <= 4 + 1e-12).all() and (P >= 0).all()
+    assert torch.allclose(P.sum(2), torch.tensor(1/N).double(), atol=1e-12) and ((P.sum(1) - 1/M).abs().sum(1) < 1e-9).all()
+    assert torch.allclose(cost_matrix(F*3, G*torch.arange(1, M + 1)[:, None]), C, atol=1e-9)
+    g = torch.Generator().manual_seed(seed)
+    n, m = torch.randperm(N, generator=g), torch.randperm(M, generator=g)
+    assert torch.allclose(sinkhorn(C[:, n][:, :, m], eps, n_iter=20000, tol=1e-9), P[:, n][:, :, m], atol=1e-8)
+    assert ot_alignment(F, G, eps) >= ot_alignment(F, G, eps, value='regularised')
+
+class Largest(TorchDispatchMode):
+    "The number of elements of the largest tensor that any operation makes."
+    size = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.size = max([self.size, *(o.numel() for o in torch.utils._pytree.tree_leaves(out) if isinstance(o, torch.Tensor))])
+        return out
+
+def test_memory():
+    "No [B, N, M, d'] and no [B, B, n] in forward or backward."
+    F, G = normal(8, 32, 24).requires_grad_(), normal(8, 16, 24, seed=1).requires_grad_()
+    with Largest() as seen: ot_alignment(F, G).backward()
+    assert seen.size == 8*32*24
+    with Largest() as seen: manifold_matching(F, G, 1.).backward()
+    assert seen.size == 8*32*24
+
+# options and errors
+
+@pytest.mark.parametrize('call, message', [
+    (lambda x: cost_matrix(x, x[:, :, 1:]), r"features \[2, 3, 4\] and prompts \[2, 3, 3\]: expected \[B, N, d'\] and \[B, M, d'\] of one batch and one width"),
+    (lambda x: cost_matrix(x, x[:1]), r"features \[2, 3, 4\] and prompts \[1, 3, 4\]"),
+    (lambda x: cost_matrix(x, x[0]), r"prompts \[3, 4\]"),
+    (lambda x: sinkhorn(x[0]), r"cost of shape \[3, 4\]: expected \[B, N, M\]"),
+    (lambda x: sinkhorn(x, eps=-1), "eps is -1: expected a positive number"),
+    (lambda x: ot_alignment(x, x, grad='implicit'), "unknown grad 'implicit': choose one of envelope, unrolled, none"),
+    (lambda x: ot_alignment(x, x, value='dual'), "unknown value 'dual': choose one of transport, regularised"),
+    (lambda x: adjacency(x, 0.), "tau is 0: expected a positive number"),
+    (lambda x: adjacency(x, torch.tensor(float('nan'))), "tau is nan: expected a positive number"),
+    (lambda x: adjacency(x, 1, distance='manhattan'), "unknown distance 'manhattan': choose one of euclidean, cosine"),
+    (lambda x: adjacency(x, 1, sign=2), "unknown sign 2: choose one of -1, 1"),
+    (lambda x: manifold_matching(x, x[:1], 1), "1 samples on one side and 2 on the other"),
+    (lambda x: LossOptions(tau_init=0), "option tau_init = 0: expected a number"),
+    (lambda x: LossOptions(ot_grad='implicit'), "unknown value of option ot_grad: 'implicit'")])
+def test_errors_are_one_sentence(call, message):
+    with pytest.raises(ValueError, match=message) as e: call(torch.ones(2, 3, 4))
+    assert '\n' not in str(e.value)

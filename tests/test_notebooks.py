@@ -1,0 +1,91 @@
+"Notebooks as a user runs them: papermill from any folder, parameters refused or obeyed, tags that survive cleaning."
+import json, os, shutil, subprocess, sys
+from pathlib import Path
+
+import nbformat, pandas as pd, pytest
+
+from lico.config import root
+
+TOP = root()
+BIN = Path(sys.executable).parent
+
+
+def papermill(notebook, *args, cwd, lico_root, output=None):
+    env = {**os.environ, 'LICO_ROOT': str(lico_root), 'PATH': f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run([BIN/'papermill', TOP/'nbs'/notebook, *([output] if output else []), *args], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_table3_smoke_from_any_folder(tmp_path):
+    p = papermill('table3.ipynb', '-p', 'profile', 'smoke', cwd=tmp_path, lico_root=tmp_path)
+    assert p.returncode == 0, p.stderr[-3000:]
+    assert nbformat.reads(p.stdout, 4).cells, 'with no output path papermill writes the notebook to standard output'
+    out = tmp_path/'data'/'smoke'/'table3'
+    assert sorted(f.name for f in out.iterdir()) == ['figure.png', 'figure.svg', 'results.csv', 'table.md'] and not (tmp_path/'figures').exists()
+    df = pd.read_csv(out/'results.csv')
+    assert df.method.tolist() == ['CE', 'LICO'] and (df.profile == 'smoke').all() and 'digits (for CIFAR-10)' in (out/'table.md').read_text()
+    assert 'profile smoke' in p.stdout and 'minilm' in p.stdout
+
+
+def test_table3_on_a_folder(tmp_path):
+    "-p datasets folder:PATH, labels, seeds, backbones and out do what they say, and what was run before is not run again."
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    images, target = load_digits(return_X_y=True)
+    for i in range(300):
+        path = tmp_path/'images'/('train' if i < 200 else 'test')/f'digit {target[i]}'/f'{i}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((images[i].reshape(8, 8)*15.9).astype(np.uint8)).resize((16, 16)).save(path)
+    args = ['-p', 'datasets', f'folder:{tmp_path}/images', '-p', 'labels', '20', '-p', 'seeds', '0,1', '-p', 'backbones', 'wrn_10_1', '-p', 'steps', '1',
+            '-p', 'out', f'{tmp_path}/out', '-p', 'profile', 'smoke']
+    p = papermill('table3.ipynb', *args, cwd=tmp_path, lico_root=tmp_path, output='x.ipynb')
+    assert p.returncode == 0, p.stderr[-3000:]
+    df = pd.read_csv(tmp_path/'out'/'results.csv')
+    assert sorted(df.seed) == [0, 0, 1, 1] and (df.labels == 20).all() and df.paper_dataset.isna().all()
+    before = {f: f.stat().st_mtime for f in tmp_path.glob('data/runs/*/record.json')}
+    assert papermill('table3.ipynb', *args, cwd=tmp_path, lico_root=tmp_path, output='x.ipynb').returncode == 0
+    assert before == {f: f.stat().st_mtime for f in tmp_path.glob('data/runs/*/record.json')} and len(before) == 4
+
+
+@pytest.mark.parametrize('args, sentence', [
+    (['-p', 'sedes', '0'], "ValueError: unknown parameter of table3: 'sedes': choose one of profile, out, datasets"),
+    (['-p', 'profile', 'lapotp'], "ValueError: unknown profile 'lapotp': choose one of smoke, laptop, paper"),
+    (['-p', 'datasets', 'digit'], "ValueError: unknown dataset 'digit'"),
+    (['-p', 'text_encoder', 'clip'], 'clip')])
+def test_last_line_is_one_sentence(tmp_path, args, sentence):
+    p = papermill('table3.ipynb', '-p', 'profile', 'smoke', *args, cwd=tmp_path, lico_root=tmp_path, output='x.ipynb')
+    assert p.returncode != 0
+    last = [o for o in p.stderr.splitlines() if o.strip()][-1]
+    assert sentence in last and len(last) > 40, last
+
+
+def test_parameters_tag_survives_cleaning(tmp_path):
+    "Without `allowed_cell_metadata_keys`, nbdev-clean deletes the tag and papermill ignores every -p without a word."
+    project = tmp_path/'project'
+    (project/'nbs').mkdir(parents=True)
+    (project/'lico').mkdir()
+    for f in ('pyproject.toml', 'nbs/table3.ipynb', 'lico/__init__.py'): shutil.copy(TOP/f, project/f)
+    def tags(): return [c.metadata.get('tags') for c in nbformat.read(project/'nbs'/'table3.ipynb', 4).cells if c.metadata.get('tags')]
+    assert tags() == [['parameters']]
+    clean = lambda: subprocess.run([BIN/'nbdev-clean'], cwd=project, check=True, capture_output=True)
+    clean()
+    assert tags() == [['parameters']]
+    text = (project/'pyproject.toml').read_text()
+    (project/'pyproject.toml').write_text('\n'.join(o for o in text.splitlines() if not o.startswith('allowed_cell_metadata_keys')))
+    clean()
+    assert tags() == [], 'the setting is what keeps it'
+
+
+@pytest.mark.parametrize('path', sorted((TOP/'nbs').glob('*.ipynb')), ids=lambda p: p.name)
+def test_notebook_is_fit_to_read(path):
+    nb = nbformat.read(path, 4)
+    assert path.stat().st_size < 200_000
+    assert not any(o.output_type == 'error' for c in nb.cells if c.cell_type == 'code' for o in c.outputs)
+    assert any(c.cell_type == 'markdown' and c.source.startswith('# ') for c in nb.cells)
+
+
+def test_wheel_carries_settings_and_numbers(tmp_path):
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, TOP], check=True, env={k: v for k, v in os.environ.items() if k != 'PIP_CONSTRAINT'})
+    import zipfile
+    names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
+    assert {'lico/settings.ini', 'lico/paper_results.csv', 'lico/model.py'} <= set(names) and not any('nbs' in n or 'tests' in n for n in names)

