@@ -148,6 +148,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lico.paper._stored': ('paper.html#_stored', 'lico/paper.py'),
                             'lico.paper.compare': ('paper.html#compare', 'lico/paper.py'),
                             'lico.paper.coverage': ('paper.html#coverage', 'lico/paper.py'),
+                            'lico.paper.dataset_title': ('paper.html#dataset_title', 'lico/paper.py'),
                             'lico.paper.grid': ('paper.html#grid', 'lico/paper.py'),
                             'lico.paper.interval': ('paper.html#interval', 'lico/paper.py'),
                             'lico.paper.markdown_table': ('paper.html#markdown_table', 'lico/paper.py'),

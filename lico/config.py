@@ -112,10 +112,12 @@ def preset(
     return check_options(**{k: v if _is_choice(k) else parse_value(v) for k, v in raw.items()})
 
 # %% ../nbs/00_config.ipynb #63432991
-def dataset_settings(name: str) -> dict:
+def dataset_settings(
+    name: str,  # a dataset's name; `folder:PATH` goes by the last part of its path
+) -> dict:
     "What `settings.ini` says of a dataset, as text; empty where it says nothing."
-    ini = settings()
-    return dict(ini[f'dataset.{name}']) if ini.has_section(f'dataset.{name}') else {}
+    ini, section = settings(), f"dataset.{Path(name).name if name.startswith('folder:') else name}"
+    return dict(ini[section]) if ini.has_section(section) else {}
 
 def profile_settings(
     name: str,  # a `[profile.…]` section
@@ -156,6 +158,8 @@ def parameters(
     values = profile_settings(profile, notebook)
     for name in declared:
         if name not in ('profile', 'out') and namespace[name] != '': values[choose('parameter', name, values)] = namespace[name]
+    for given, other in (('epochs', 'steps'), ('steps', 'epochs')):  # one duration on the command line replaces the profile's other one
+        if namespace.get(given, '') != '' and namespace.get(other, '') == '': values[other] = ''
     typed = {k: _as_list(v) if k in _lists else parse_value(v) for k, v in values.items()}
     default = root()/('data/smoke' if profile == 'smoke' else 'figures')/notebook
     return SimpleNamespace(profile=profile, out=Path(namespace['out'] or default).expanduser().resolve(), **typed)

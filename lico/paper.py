@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['results', 'printed_table', 'interval', 'verdict', 'paper_dataset', 'save_results', 'read_results', 'compare',
-           'markdown_table', 'sentences', 'plot_pairs', 'save_table', 'grid', 'coverage', 'stamp_table']
+           'dataset_title', 'markdown_table', 'sentences', 'plot_pairs', 'save_table', 'grid', 'coverage',
+           'stamp_table']
 
 # %% ../nbs/11_paper.ipynb #3e201306
 import math
@@ -78,6 +79,7 @@ def save_results(
     "Write `results.csv`, one row a run, and read it back."
     df = frame(records).assign(**more)
     named = [paper_dataset(name, stand_in) for name in df.dataset]
+    df['dataset'] = df.dataset.map(lambda name: f"folder:{Path(name).name}" if name.startswith('folder:') else name)  # the path is in `command`
     df = df.assign(paper_dataset=[n for n, _ in named], is_stand_in=[s for _, s in named])
     write_atomic(Path(folder)/'results.csv', df.to_csv(index=False))
     return read_results(folder)
@@ -124,7 +126,11 @@ def compare(
 # %% ../nbs/11_paper.ipynb #43e622e7
 def _pm(mean, std): return f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}")
 
-def _data(r): return f"{r.dataset} (for {r.printed_for})" if r.is_stand_in and isinstance(r.printed_for, str) else r.dataset
+def dataset_title(name: str) -> str:
+    "How a dataset is called in tables: as `settings.ini` says, else by its name, a folder by the last part of its path."
+    return dataset_settings(name).get('title') or (Path(name).name if name.startswith('folder:') else name)
+
+def _data(r): return dataset_title(r.dataset) + (f" (for {r.printed_for})" if r.is_stand_in and isinstance(r.printed_for, str) else '')
 
 def _label(r): return f"{r.method} ({r.preset})"
 

@@ -64,6 +64,9 @@ def test_subset_depends_on_the_seed_and_all_means_all():
     assert not torch.equal(load('digits', labels=40, seed=0).train.x, load('digits', labels=40, seed=1).train.x)
     assert len(load('digits', labels='all').train) == len(load('digits', labels='all', shots=None).train) == 1297
     assert torch.equal(load('digits', labels=40).train.x, load('digits', shots=4).train.x)
+    position = {x.numpy().tobytes(): i for i, x in enumerate(load('digits').train.x)}
+    order = [position[x.numpy().tobytes()] for x in load('digits', labels=250).train.x]
+    assert order == sorted(order)
 
 def test_every_image_is_drawn_about_equally_often():
     train, drawn = load('digits').train, torch.zeros(1297)
