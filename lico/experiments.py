@@ -214,10 +214,11 @@ def load_backbone(record: dict):
 
 # %% ../nbs/10_experiments.ipynb #f58a36e9
 def _missing(r):
-    "Whether a run is still to be done; loads what it needs, so that what cannot be had is said now."
-    done = find_record(run_id(r))
-    if not done and METHODS[r.method] is not None: _encoder(r.text_encoder)
-    return not done
+    "Whether a run is still to be done; if so builds its model, so that what cannot be had is said now."
+    data = load_data(r)
+    if find_record(run_id(r, data)): return False
+    with torch.random.fork_rng(): build(r, data, METHODS[r.method] is not None and _encoder(r.text_encoder))
+    return True
 
 def sweep(
     runs,  # an iterable of `Run`; one that occurs twice is done once

@@ -1,4 +1,4 @@
-import json, warnings
+import json
 from dataclasses import replace
 
 import numpy as np, pytest
@@ -34,7 +34,7 @@ def test_sweep_says_what_is_missing_before_training(lico_root, monkeypatch):
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
     with pytest.raises(ValueError, match='unknown dataset'): sweep([TINY, replace(TINY, dataset='digit')], progress=False)
     with pytest.raises(ValueError, match='unknown text encoder'): sweep([TINY, replace(TINY, method='LICO', text_encoder='minlm')], progress=False)
-    with pytest.raises(ValueError, match='unknown backbone'): sweep([TINY, replace(TINY, backbone='wrn_11_1')], progress=False)
+    with pytest.raises(ValueError, match='unknown backbone'): sweep([TINY, replace(TINY, backbone='wrn_28')], progress=False)
 
 
 def test_finished_runs_are_not_done_again(lico_root, monkeypatch):

@@ -1,5 +1,5 @@
 "Notebooks as a user runs them: papermill from any folder, parameters refused or obeyed, tags that survive cleaning."
-import json, os, shutil, subprocess, sys
+import os, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat, pandas as pd, pytest
