@@ -229,6 +229,9 @@ def test_init_and_trainable(minilm):
     prompts = PromptLearner(minilm, NAMES, n_context=4, init=PHRASE, context="class", trainable=False)
     assert torch.equal(prompts.context[3], minilm.word_embeddings(minilm.name_ids(PHRASE)))
     assert not list(prompts.parameters()) and not prompts(torch.tensor([0])).requires_grad and "context" in prompts.state_dict()
+    each = PromptLearner(minilm, NAMES, n_context=4, init=PHRASE, context="class")
+    with torch.no_grad(): each.context[1].add_(1)
+    assert torch.equal(each.context[0], prompts.context[0]) and torch.equal(each.context[1], prompts.context[1] + 1)
     torch.manual_seed(0)
     assert 0.018 < PromptLearner(minilm, NAMES).context.std() < 0.022
     frozen = minilm.table.weight.clone()
@@ -313,6 +316,7 @@ def test_contexts_that_do_not_divide(minilm):
     (lambda: small_custom(no_causal_mask=True, pool_type="last"), "CustomTextCLIP's text tower TextTransformer is not causal"),
     (lambda: small_custom(pool_type="last"), "unknown pooling of CustomTextCLIP's text tower TextTransformer: 'last': choose one of argmax, eos"),
     (lambda: small_custom(embed_cls=True), "CustomTextCLIP's text tower TextTransformer pools at an appended class embedding"),
+    (lambda: small_clip(pool_type="last"), "unknown pooling of CLIP's text tower CLIP: 'last': choose one of argmax, eos"),
     (lambda: small_clip(no_causal_mask=True), "CLIP's text tower CLIP is not causal"),
     (lambda: small_clip(qk_norm=True), "unknown block of CLIP's text tower CLIP: 'CustomResidualAttentionBlock'"),
     (lambda: nn.ModuleDict(dict(visual=nn.Linear(1, 1))), "ModuleDict's text tower NoneType is not open_clip's own TextTransformer"),
@@ -328,6 +332,7 @@ def test_tower_of_another_library_and_tokenizer_refused(tokenizer):
     with pytest.raises(ValueError, match="text tower Linear is not open_clip's own TextTransformer"): CLIPText(model, tokenizer)
     with pytest.raises(ValueError, match="the tokenizer ends texts with token 49407, the tower pools at token 49507"):
         CLIPText(small_clip(vocab_size=49508), tokenizer)
+    with pytest.raises(ValueError, match="the tower pools at token 7: pass its own"): CLIPText(small_clip(pool_type="eos", eos_id=7), tokenizer)
 
 
 @pytest.mark.parametrize("name, message", [
@@ -376,11 +381,11 @@ def test_minilm_missing(monkeypatch):
 
 @pytest.fixture
 def folder(minilm, tmp_path):
-    "The folder of a small random BERT."
+    "The folder of a small random BERT, in half precision and without the pooler that nobody here reads."
     from transformers import BertConfig, BertModel
     torch.manual_seed(0)
     sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
-    BertModel(BertConfig(vocab_size=30522, **sizes)).save_pretrained(tmp_path)
+    BertModel(BertConfig(vocab_size=30522, **sizes), add_pooling_layer=False).half().save_pretrained(tmp_path)
     minilm.tokenizer.save_pretrained(tmp_path)
     return tmp_path
 
@@ -388,9 +393,9 @@ def folder(minilm, tmp_path):
 def test_folder(folder):
     from transformers import BertModel
     enc = load_text_encoder(folder)
-    assert (enc.dim, enc.embed_dim, enc.window) == (16, 16, 38)
+    assert (enc.dim, enc.embed_dim, enc.window, enc.table.weight.dtype) == (16, 16, 38, torch.float32)
     ids = torch.tensor([[101, *enc.name_ids("dump truck"), 102]])
-    with torch.no_grad(): expected = BertModel.from_pretrained(folder).eval()(ids).last_hidden_state[0, 1:-1].mean(0)
+    with torch.no_grad(): expected = BertModel.from_pretrained(folder, add_pooling_layer=False).float().eval()(ids).last_hidden_state[0, 1:-1].mean(0)
     torch.testing.assert_close(enc.encode(torch.zeros(0, 16), [enc.name_ids("dump truck")])[0, 0], expected, atol=1e-6, rtol=1e-5)
 
 
