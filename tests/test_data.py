@@ -1,11 +1,13 @@
 "lico.data against PIL, torchvision and scikit-learn themselves; other processes, damaged trees, and every refusal."
-import dataclasses, hashlib, inspect, io, os, pickle, re, shutil, subprocess, sys
+import dataclasses, hashlib, inspect, io, itertools, os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageFile
 from lico import data as data_module
-from lico.data import Images, augment, load, training_batch
+from lico.config import derive_seed
+from lico.data import Files, Images, augment, load, test_batches as plain_batches, training_batch, training_batches
+from lico.readers import readers
 
 seeded = lambda seed=0: torch.Generator().manual_seed(seed)
 
@@ -189,7 +191,7 @@ def test_labels_and_names_are_refused_by_number():
     for bad in (0, -10, 2.5, True, '40'): assert 'expected a whole number' in refusal('digits', labels=bad)
     for bad in (0, -1, 1.5): assert f'shots = {bad}: expected a whole number' in refusal('digits', shots=bad)
     for bad in (0, 16.0, '16'): assert f'image_size = {bad!r}: expected a whole number' in refusal('digits', image_size=bad)
-    assert refusal('cifar') == "unknown dataset 'cifar': choose one of digits, cifar10, cifar100, svhn, folder:PATH"
+    assert refusal('cifar') == f"unknown dataset 'cifar': choose one of {', '.join(readers)}, folder:PATH"
 
 def test_trees_are_refused_by_name(tree, bare, tmp_path):
     assert f'no folder {tmp_path}/nowhere' in refusal(f'folder:{tmp_path}/nowhere')
@@ -219,57 +221,6 @@ def test_damaged_images_are_named_and_counted(tree, monkeypatch, tolerant):
 def test_sixteen_bits_are_refused(tree):
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tree/'train'/'cat'/'0.png')
     assert '1 of 36 images' in (message := refusal(f'folder:{tree}')) and 'train/cat/0.png (mode I;16 has more than 8 bits' in message
-
-# torchvision's datasets, in their own file formats
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    import urllib.error, urllib.request
-    def no(*a, **k): raise urllib.error.URLError('no network')
-    monkeypatch.setattr(urllib.request, 'urlopen', no); monkeypatch.setenv('LICO_ROOT', str(tmp_path))
-    data_module._whole.cache_clear()
-    return tmp_path/'data'
-
-@pytest.mark.parametrize('name, file', [('cifar10', 'cifar-10-python.tar.gz'), ('cifar100', 'cifar-100-python.tar.gz'), ('svhn', 'extra_32x32.mat')])
-def test_no_network_no_file(offline, name, file):
-    message = refusal(name)
-    assert message.startswith(f'{name} is not in {offline} and torchvision could not download it (') and 'no network' in message and file in message
-
-def trust(monkeypatch):
-    "Let torchvision take the tiny files that a test wrote for the real ones."
-    import torchvision.datasets as datasets
-    for module in (datasets.cifar, datasets.svhn): monkeypatch.setattr(module, 'check_integrity', lambda path, md5=None: os.path.isfile(path))
-    monkeypatch.setattr(datasets.svhn, 'download_url', lambda *a, **k: None)
-
-@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
-def test_cifar_names_are_in_label_order(offline, monkeypatch, name):
-    trust(monkeypatch)
-    fine = name == 'cifar100'
-    folder, files = (offline/'cifar-100-python', ['train', 'test']) if fine else (
-        offline/'cifar-10-batches-py', [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch'])
-    folder.mkdir(parents=True)
-    names = ['zebra', 'apple', 'fire_truck']  # not alphabetical on purpose
-    x = lambda k: np.stack([np.r_[np.full(1024, label), np.full(1024, k), np.arange(1024) % 32] for label in (2, 0, 1)]).astype(np.uint8)
-    for k, f in enumerate(files): (folder/f).write_bytes(pickle.dumps({'data': x(k), 'fine_labels' if fine else 'labels': [2, 0, 1]}))
-    (folder/('meta' if fine else 'batches.meta')).write_bytes(pickle.dumps({'fine_label_names' if fine else 'label_names': names}))
-    d = load(name)
-    assert d.class_names == ('zebra', 'apple', 'fire truck') and d.flip and d.image_size == 32
-    assert torch.equal(d.train.x[:, 0, 0, 0].long(), d.train.y) and (d.test.x[:, 1] == len(files) - 1).all() and len(d.test) == 3
-    assert torch.equal(d.train.x[0, 2], torch.arange(32, dtype=torch.uint8).expand(32, 32))  # rows and columns in place
-    assert load(name, image_size=16).train.x.shape == (len(d.train), 3, 16, 16)
-
-def test_svhn_ten_is_zero_and_extra_is_training_data(offline, monkeypatch):
-    from scipy.io import savemat
-    trust(monkeypatch)
-    offline.mkdir()
-    for k, part in enumerate(('train', 'extra', 'test')):
-        y = np.array([10, 1, 9])
-        x = np.stack([np.stack([np.full((32, 32), v), np.full((32, 32), k), np.tile(np.arange(32), (32, 1))], -1) for v in y], -1).astype(np.uint8)
-        savemat(offline/f'{part}_32x32.mat', {'X': x, 'y': y[:, None]})
-    d = load('svhn')
-    assert d.class_names == tuple('0123456789') and not d.flip and (len(d.train), len(d.test)) == (6, 3)
-    assert d.train.y.tolist() == [0, 1, 9]*2 and d.train.x[:, 0, 0, 0].tolist() == [10, 1, 9]*2 and d.train.x[:, 1, 0, 0].tolist() == [0]*3 + [1]*3
-    assert (d.test.x[:, 1] == 2).all() and torch.equal(d.train.x[0, 2], torch.arange(32, dtype=torch.uint8).expand(32, 32))
 
 # augmentation
 
@@ -336,3 +287,167 @@ def test_gpu_sees_the_same_batch():
     assert there[0].is_cuda and torch.allclose(here[0], there[0].cpu(), atol=1e-5) and torch.equal(here[1], there[1].cpu())
     x = d.train.x[:100]
     assert torch.equal(augment(x, seeded(), flip=True), augment(x.cuda(), seeded(), flip=True).cpu())
+
+# validation
+
+@settings(deadline=None, max_examples=15)
+@given(k=st.integers(1, 60), labels=st.integers(1, 60), seed=st.integers(0, 2**40))
+def test_validation_images_are_held_out_whatever_the_seed(k, labels, seed):
+    d, whole = load('digits', labels=10*labels, seed=seed, validation=10*k), load('digits')
+    keys = lambda part: {x.numpy().tobytes() for x in part.x}
+    assert d.test.y.bincount().tolist() == [k]*10 and d.train.y.bincount().tolist() == [labels]*10
+    assert keys(d.test) <= keys(whole.train) and not keys(d.test) & keys(d.train) and not keys(d.test) & keys(whole.test)
+    assert torch.equal(d.test.x, load('digits', seed=seed + 1, validation=10*k).test.x)
+    assert (d.digest, d.mean, d.std) == (whole.digest, whole.mean, whole.std) and len(load('digits', validation=10*k).train) == 1297 - 10*k
+
+def test_validation_is_refused():
+    assert refusal('digits', validation=39) == 'validation = 39 cannot be shared evenly by 10 classes: ask for 30 or 40'
+    smallest = int(load('digits').train.y.bincount().min())
+    assert f'ask for at most {10*(smallest - 1)}' in refusal('digits', validation=10*smallest)
+    assert load('digits', validation=10*(smallest - 1)).train.y.bincount().min() == 1
+    for bad in (0, -10, 10.0, 'all'): assert f'validation = {bad!r}: expected a whole number' in refusal('digits', validation=bad)
+    assert 'has 26 training images and 30 of each class' in refusal('digits', validation=1000, shots=30)
+
+# images on disk
+
+@pytest.fixture
+def photos(tmp_path):
+    "Noise of several sizes, as JPEG, in three classes of train and test."
+    rng = np.random.RandomState(0)
+    for part, n in (('train', 5), ('test', 3)):
+        for name in ('cat', 'dog', 'old_owl'):
+            (tmp_path/'photos'/part/name).mkdir(parents=True)
+            for i in range(n):
+                image = Image.fromarray(rng.randint(0, 256, (9, 12, 3), np.uint8)).resize((100 + 30*i, 120), Image.Resampling.BICUBIC)
+                image.save(tmp_path/'photos'/part/name/f'{i}.jpg')
+    return tmp_path/'photos'
+
+def with_workers(monkeypatch, n): monkeypatch.setattr(data_module, '_workers', lambda _: n)
+
+def test_large_images_stay_on_disk(photos):
+    d = load(f'folder:{photos}')
+    assert isinstance(d.train, Files) and isinstance(d.test, Files) and d.image_size == 224 and d.class_names == ('cat', 'dog', 'old owl')
+    assert (len(d.train), len(d.test)) == (15, 9) and d.train.y.tolist() == sum(([c]*5 for c in range(3)), [])
+    assert [os.fsdecode(p) for p in d.train.paths[:6]] == [*(f'train/cat/{i}.jpg' for i in range(5)), 'train/dog/0.jpg']
+    assert str(d.train) == '15 image files' and d.mean == (0.485, 0.456, 0.406) and d.std == (0.229, 0.224, 0.225)
+    for index in (torch.tensor([3, 7]), slice(3, 8, 4), torch.arange(15) % 4 == 3):
+        part = d.train[index]
+        assert len(part) == len(part.paths) == len(part.y) and part.paths[0] == b'train/cat/3.jpg' and part.y[0] == 0
+    few, held = load(f'folder:{photos}', shots=2, seed=1), load(f'folder:{photos}', validation=3)
+    assert few.train.y.tolist() == [0, 0, 1, 1, 2, 2] and few.digest == d.digest and few.test is d.test
+    assert len(held.train) == 12 and held.test.y.tolist() == [0, 1, 2] and not {*held.test.paths} & {*held.train.paths} and {*held.test.paths} < {*d.train.paths}
+    assert isinstance(load(f'folder:{photos}', image_size=64).train, Images) and isinstance(load(f'folder:{photos}', image_size=65).train, Files)
+
+def test_size_of_large_squares_is_kept(photos):
+    for path in photos.rglob('*.jpg'): Image.new('RGB', (80, 80)).save(path)
+    assert load(f'folder:{photos}').image_size == 80
+    Image.new('RGB', (80, 81)).save(photos/'test'/'dog'/'0.jpg')
+    assert load(f'folder:{photos}').image_size == 224 and load(f'folder:{photos}', image_size=100).image_size == 100
+
+def test_testing_is_what_torchvisions_weights_ask_for(photos, monkeypatch):
+    from torchvision.models import ResNet50_Weights
+    d, transform = load(f'folder:{photos}'), ResNet50_Weights.IMAGENET1K_V1.transforms()
+    want = torch.stack([transform(Image.open(photos/os.fsdecode(p))) for p in d.test.paths])
+    for n in (0, 2):
+        with_workers(monkeypatch, n)
+        got = list(plain_batches(d, d.test, 4))
+        assert [len(x) for x in got] == [4, 4, 1] and got[0].is_contiguous(memory_format=torch.channels_last)
+        assert torch.allclose(torch.cat(got), want, atol=1e-5)
+
+def test_batches_do_not_depend_on_workers(photos, monkeypatch):
+    d = load(f'folder:{photos}', image_size=72)
+    schedule = [(torch.randperm(15, generator=seeded(k))[:6], 100 + k % 3) for k in range(5)]
+    def batches(n, **kwargs):
+        with_workers(monkeypatch, n)
+        return list(training_batches(d, iter(schedule), **kwargs))
+    state = torch.get_rng_state()
+    for noise in (0., 0.2):
+        here, there = batches(0, noise=noise), batches(2, noise=noise)
+        assert len(here) == 5 and torch.equal(torch.get_rng_state(), state)
+        for (x, y), (a, b), (index, _) in zip(here, there, schedule):
+            assert torch.equal(x, a) and torch.equal(y, b) and torch.equal(y, d.train.y[index]) and y.dtype == torch.int64
+            assert x.shape == (6, 3, 72, 72) and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+        for k, n in ((0, 0), (1, 2)):
+            for (x, y), (a, b) in zip(here, batches(n, noise=noise, share=slice(k, None, 2))): assert torch.equal(x[k::2], a) and torch.equal(y[k::2], b)
+    noise = here[0][0] - batches(0)[0][0]
+    assert abs(noise.std() - 0.2) < 0.002 and abs(noise.mean()) < 0.002
+    repeated = list(training_batches(d, [(torch.tensor([4, 4]), 7), (torch.tensor([4, 4]), 8), (torch.tensor([4, 4]), 7)]))
+    assert torch.equal(repeated[0][0], repeated[2][0])
+    assert len({x.numpy().tobytes() for batch, _ in repeated[:2] for x in batch}) == 4  # another place or another seed is another window
+
+def test_training_is_torchvisions_recipe(photos):
+    from torchvision.transforms import v2
+    from torchvision.transforms.v2 import functional as F
+    d, index = load(f'folder:{photos}', image_size=72), torch.tensor([8, 2, 14])
+    for flip in (True, False):
+        x, _ = next(training_batches(dataclasses.replace(d, flip=flip), [(index, 31)]))
+        for k, i in enumerate(index):
+            torch.manual_seed(derive_seed(31, 'image', k))
+            image = v2.RandomResizedCrop(72)(Image.open(photos/os.fsdecode(d.train.paths[i])))
+            if flip: image = v2.RandomHorizontalFlip()(image)
+            want = F.normalize(F.to_dtype(F.pil_to_tensor(image), torch.float32, scale=True), d.mean, d.std)
+            assert torch.allclose(x[k], want, atol=1e-5)
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_schedule_is_taken_lazily_and_its_errors_come_through(photos, monkeypatch, workers):
+    with_workers(monkeypatch, workers)
+    d, taken = load(f'folder:{photos}', image_size=72), []
+    endless = ((taken.append(k) or torch.tensor([k % 15]), k) for k in itertools.count())
+    assert [int(y) for _, y in itertools.islice(training_batches(d, endless), 8)] == [0]*5 + [1]*3 and len(taken) < 16
+    def broken():
+        yield torch.tensor([0]), 0
+        raise ValueError('a batch of 1 images cannot be shared')
+    with pytest.raises(ValueError, match='^a batch of 1 images cannot be shared$'): list(training_batches(d, broken()))
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('tolerant', [False, True])
+def test_a_damaged_file_is_named_at_once_or_when_it_is_met(photos, monkeypatch, workers, tolerant):
+    monkeypatch.setattr(ImageFile, 'LOAD_TRUNCATED_IMAGES', tolerant)
+    with_workers(monkeypatch, workers)
+    path = photos/'train'/'dog'/'1.jpg'
+    path.write_bytes(path.read_bytes()[:-500])
+    assert re.search(r'^1 of 24 images in .* cannot be read: train/dog/1.jpg \(.*\); replace or remove them$', refusal(f'folder:{photos}'))
+    monkeypatch.setattr(data_module, '_most_to_check', 5)
+    d = load(f'folder:{photos}')
+    assert len(list(training_batches(d, [(torch.tensor([5]), 0)]))) == 1
+    with pytest.raises(ValueError) as e: list(training_batches(d, [(torch.tensor([5, 6]), 0)]))
+    assert re.fullmatch(rf'train/dog/1.jpg in {photos} cannot be read \(.*\): replace or remove it', str(e.value)) and ImageFile.LOAD_TRUNCATED_IMAGES is tolerant
+    with pytest.raises(ValueError, match='train/dog/1.jpg in '): list(plain_batches(d, d.train, 4))
+
+def test_digest_of_files_is_of_paths_sizes_labels_and_names(photos, tmp_path):
+    digest = lambda folder: load(f'folder:{folder}').digest
+    first, copies = digest(photos), iter(range(9))
+    copy = lambda: shutil.copytree(photos, tmp_path/f'copy{next(copies)}', copy_function=shutil.copyfile)
+    assert re.fullmatch('[0-9a-f]{64}', first) and digest(copy()) == first
+    Image.new('RGB', (300, 300)).save((longer := copy())/'test'/'cat'/'0.jpg')
+    (moved := copy()); (moved/'train'/'cat'/'0.jpg').rename(moved/'train'/'dog'/'9.jpg')
+    for part in ('train', 'test'): (photos/part/'dog').rename(photos/part/'doh')
+    assert len({first, digest(longer), digest(moved), digest(photos)}) == 4
+
+def test_images_in_memory_go_through_training_batch():
+    d = load('digits', labels=250)
+    schedule = [(torch.arange(k, k + 9), k) for k in range(4)]
+    for (x, y), (index, seed) in zip(training_batches(d, iter(schedule), noise=0.1, share=slice(1, None, 3)), schedule, strict=True):
+        a, b = training_batch(d, index, seeded(seed), noise=0.1)
+        assert torch.equal(x, a[1::3]) and torch.equal(y, b[1::3]) and x.is_contiguous(memory_format=torch.channels_last)
+    got = list(plain_batches(d, d.test[:100], 64))
+    assert [len(x) for x in got] == [64, 36] and torch.equal(torch.cat(got), d.normalise(d.test.x[:100])) and got[1].is_contiguous(memory_format=torch.channels_last)
+
+def test_process_ends_with_workers_at_work(photos):
+    code = f"""import itertools, torch
+from lico import data
+data._workers = lambda n: 2
+d = data.load('folder:{photos}', image_size=72)
+batches = data.training_batches(d, ((torch.arange(15), k) for k in itertools.count()))
+print(next(batches)[0].shape)"""
+    p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    assert (p.returncode, p.stdout, p.stderr) == (0, 'torch.Size([15, 3, 72, 72])\n', '')
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_gpu_sees_the_same_files(photos, monkeypatch):
+    d, schedule = load(f'folder:{photos}', image_size=72), [(torch.arange(15), k) for k in range(3)]
+    here = list(training_batches(d, schedule, noise=0.1))
+    with_workers(monkeypatch, 2)
+    for (x, y), (a, b) in zip(here, training_batches(d, schedule, noise=0.1, device='cuda'), strict=True):
+        assert a.is_cuda and b.is_cuda and torch.allclose(x, a.cpu(), atol=1e-5) and torch.equal(y, b.cpu())
+        assert a.is_contiguous(memory_format=torch.channels_last)

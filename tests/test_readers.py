@@ -1,0 +1,246 @@
+"lico.readers: every dataset in a small copy of its own layout, written by the test; Fashion-MNIST itself where Debian put it; every refusal."
+import gzip, io, os, pickle, shutil, socket, struct, tarfile, time
+from pathlib import Path
+import numpy as np, pytest, torch
+from PIL import Image
+from lico import data as data_module, readers
+from lico.data import Files, load
+from lico.readers import find, imagenet_names
+
+def refusal(name):
+    "What `find` says when it refuses: one sentence on one line."
+    with pytest.raises((ValueError, FileNotFoundError)) as e: find(name)
+    assert '\n' not in str(e.value) and len(str(e.value)) < 500
+    return str(e.value)
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    import urllib.error, urllib.request
+    def no(*a, **k): raise urllib.error.URLError('no network')
+    monkeypatch.setattr(urllib.request, 'urlopen', no); monkeypatch.setenv('LICO_ROOT', str(tmp_path))
+    monkeypatch.setattr(readers, 'debian', tmp_path/'debian')
+    data_module._whole.cache_clear()
+    return tmp_path/'data'
+
+def trust(monkeypatch):
+    "Let torchvision take the tiny files that a test wrote for the real ones."
+    import torchvision.datasets as datasets
+    for module in (datasets.cifar, datasets.svhn, datasets.flowers102, datasets.imagenet): monkeypatch.setattr(module, 'check_integrity', lambda path, md5=None: os.path.isfile(path))
+    monkeypatch.setattr(datasets.svhn, 'download_url', lambda *a, **k: None)
+
+# refusals
+
+DATASETS = dict(cifar10=('', 'could not download it (', 'cifar-10-python.tar.gz'), cifar100=('', 'could not download it (', 'cifar-100-python.tar.gz'),
+                svhn=('', 'could not download it (', 'extra_32x32.mat'), fashion_mnist=('', 'could not download it (', 'dataset-fashion-mnist'),
+                imagenet=('imagenet', 'may not download it (', 'ILSVRC2012_img_train.tar'), imagenette=('', 'could not download it (', 'imagenette2.tgz'),
+                cub200=('CUB_200_2011', 'downloads it (', 'CUB_200_2011.tgz'), cars=('', 'can no longer download it (', 'stanford_cars/'),
+                aircraft=('', 'could not download it (', 'fgvc-aircraft-2013b.tar.gz'), flowers102=('', 'could not download it (', 'flowers-102/jpg'))
+
+def test_every_dataset_is_here(): assert {*DATASETS, 'digits'} == {*readers.readers}
+
+@pytest.mark.parametrize('name', DATASETS)
+def test_no_network_no_file(offline, name):
+    inside, deed, put = DATASETS[name]
+    start, message = time.time(), refusal(name)
+    library = 'no library' if name == 'cub200' else 'torchvision'
+    assert message.startswith(f'{name} is not in {(offline/inside)} and {library} {deed}') and put in message and time.time() - start < 10
+    assert ('no network' in message) == (name not in ('imagenet', 'cub200', 'cars'))
+
+def test_a_silent_network_does_not_hang(offline, monkeypatch):
+    import urllib.request
+    silent = socket.create_server(('127.0.0.1', 0))  # takes connections and says nothing
+    monkeypatch.undo(); monkeypatch.setenv('LICO_ROOT', str(offline.parent)); monkeypatch.setattr(readers, 'patience', 1)
+    from torchvision.datasets import CIFAR10
+    monkeypatch.setattr(CIFAR10, 'url', f'http://127.0.0.1:{silent.getsockname()[1]}/x.tar.gz')
+    start, before = time.time(), socket.getdefaulttimeout()
+    assert 'timed out' in refusal('cifar10') and time.time() - start < 20 and socket.getdefaulttimeout() == before
+    silent.close()
+
+def test_broken_text_files_of_birds(offline):
+    write_birds(offline/'CUB_200_2011')
+    (offline/'CUB_200_2011'/'image_class_labels.txt').write_text('1 x\n')
+    assert 'cub200 is not in' in refusal('cub200')
+    (offline/'CUB_200_2011'/'image_class_labels.txt').write_text('1 1\n')
+    assert 'cub200 is not in' in refusal('cub200')
+
+# small images
+
+@pytest.mark.parametrize('name', ['cifar10', 'cifar100'])
+def test_cifar_names_are_in_label_order(offline, monkeypatch, name):
+    trust(monkeypatch)
+    fine = name == 'cifar100'
+    folder, files = (offline/'cifar-100-python', ['train', 'test']) if fine else (
+        offline/'cifar-10-batches-py', [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch'])
+    folder.mkdir(parents=True)
+    names = ['zebra', 'apple', 'fire_truck']  # not alphabetical on purpose
+    x = lambda k: np.stack([np.r_[np.full(1024, label), np.full(1024, k), np.arange(1024) % 32] for label in (2, 0, 1)]).astype(np.uint8)
+    for k, f in enumerate(files): (folder/f).write_bytes(pickle.dumps({'data': x(k), 'fine_labels' if fine else 'labels': [2, 0, 1]}))
+    (folder/('meta' if fine else 'batches.meta')).write_bytes(pickle.dumps({'fine_label_names' if fine else 'label_names': names}))
+    d = load(name)
+    assert d.class_names == ('zebra', 'apple', 'fire truck') and d.flip and d.image_size == 32
+    assert torch.equal(d.train.x[:, 0, 0, 0].long(), d.train.y) and (d.test.x[:, 1] == len(files) - 1).all() and len(d.test) == 3
+    assert torch.equal(d.train.x[0, 2], torch.arange(32, dtype=torch.uint8).expand(32, 32))  # rows and columns in place
+    assert load(name, image_size=16).train.x.shape == (len(d.train), 3, 16, 16)
+
+def test_svhn_ten_is_zero_and_extra_is_training_data(offline, monkeypatch):
+    from scipy.io import savemat
+    trust(monkeypatch)
+    offline.mkdir()
+    for k, part in enumerate(('train', 'extra', 'test')):
+        y = np.array([10, 1, 9])
+        x = np.stack([np.stack([np.full((32, 32), v), np.full((32, 32), k), np.tile(np.arange(32), (32, 1))], -1) for v in y], -1).astype(np.uint8)
+        savemat(offline/f'{part}_32x32.mat', {'X': x, 'y': y[:, None]})
+    d = load('svhn')
+    assert d.class_names == tuple('0123456789') and not d.flip and (len(d.train), len(d.test)) == (6, 3)
+    assert d.train.y.tolist() == [0, 1, 9]*2 and d.train.x[:, 0, 0, 0].tolist() == [10, 1, 9]*2 and d.train.x[:, 1, 0, 0].tolist() == [0]*3 + [1]*3
+    assert (d.test.x[:, 1] == 2).all() and torch.equal(d.train.x[0, 2], torch.arange(32, dtype=torch.uint8).expand(32, 32))
+
+def write_idx(folder, zipped):
+    "Fashion-MNIST's four files: label 9, 0, 4, … in turn, pixel (0, 0) is the label, pixel (0, 1) the part, the rest counts columns."
+    folder.mkdir(parents=True)
+    for k, part in enumerate(('train', 't10k')):
+        y = np.array([9, 0, 4, 5], np.uint8)
+        x = np.tile(np.arange(28, dtype=np.uint8), (4, 28, 1)); x[:, 0, 0], x[:, 0, 1] = y, k
+        files = {f'{part}-images-idx3-ubyte': struct.pack('>4i', 2051, 4, 28, 28) + x.tobytes(), f'{part}-labels-idx1-ubyte': struct.pack('>2i', 2049, 4) + y.tobytes()}
+        for name, content in files.items(): (folder/(name + '.gz'*zipped)).write_bytes(gzip.compress(content) if zipped else content)
+
+@pytest.mark.parametrize('of_debian', [False, True])
+def test_fashion_mnist(offline, of_debian):
+    write_idx(readers.debian if of_debian else offline/'FashionMNIST'/'raw', of_debian)
+    d = load('fashion_mnist')
+    assert d.class_names[9] == 'Ankle boot' and d.class_names[0] == 'T-shirt/top' and d.class_names[4] == 'Coat' and len(d.class_names) == 10 and d.flip
+    for k, part in enumerate((d.train, d.test)):
+        assert part.y.tolist() == [9, 0, 4, 5] == part.x[:, 2, 0, 0].tolist() and (part.x[:, 0, 0, 1] == k).all()
+        assert torch.equal(part.x[2, 1, 5], torch.arange(28, dtype=torch.uint8))
+
+@pytest.mark.skipif(not readers.debian.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_debians_fashion_mnist_is_what_torchvision_reads(tmp_path, monkeypatch):
+    monkeypatch.setenv('LICO_ROOT', str(tmp_path))
+    debians, raw = find('fashion_mnist'), tmp_path/'data'/'FashionMNIST'/'raw'
+    raw.mkdir(parents=True)
+    for path in readers.debian.glob('*.gz'): (raw/path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    monkeypatch.setattr(readers, 'debian', tmp_path/'nowhere')
+    torchvisions = find('fashion_mnist')
+    for a, b, n in ((debians.train, torchvisions.train, 6000), (debians.test, torchvisions.test, 1000)):
+        assert np.array_equal(a.images, b.images) and a.labels == b.labels and np.bincount(a.labels).tolist() == [n]*10
+    # trousers are taller than sandals, bags fill more than trousers: names and pictures agree
+    lit = {name: (debians.train.images[np.array(debians.train.labels) == c] > 30) for c, name in enumerate(debians.class_names)}
+    assert lit['Trouser'][:, 2].any(1).mean() > 0.9 > 0.2 > lit['Sandal'][:, 2].any(1).mean() and lit['Bag'].mean() > lit['Trouser'].mean() + 0.1
+
+# photographs: red is ten times the label, green is 0 for training and 200 for testing
+
+def photo(path, label, test=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (40, 30), (10*label, 200*test, 7)).save(path, 'png')  # whatever its name says; PIL looks inside
+
+def check(name, class_names, n_train, n_test):
+    "Names by label, pictures by label, parts; the same on disk and in memory."
+    d, large = load(name, image_size=8), load(name)
+    assert d.class_names == large.class_names == tuple(class_names) and d.flip and (len(d.train), len(d.test)) == (n_train, n_test)
+    for part, files, green in ((d.train, large.train, 0), (d.test, large.test, 200)):
+        assert torch.equal(part.x[:, 0, 4, 4].long(), 10*part.y) and (part.x[:, 1] == green).all() and torch.equal(part.y, files.y)
+    assert isinstance(large.train, Files) and large.image_size == 224 and all((large.train.folder/os.fsdecode(p)).is_file() for p in large.train.paths)
+    return large
+
+def write_birds(folder):
+    folder.mkdir(parents=True)
+    rows = [(11, 2, 1), (4, 1, 0), (7, 3, 1), (9, 1, 1), (2, 2, 0), (3, 3, 0)]  # id, class from 1, for training?
+    names = {1: '001.Black_footed_Albatross', 2: '002.Laysan_Albatross', 3: '010.Red_winged_Blackbird'}
+    write = lambda name, lines: (folder/f'{name}.txt').write_text(''.join(f'{a} {b}\n' for a, b in lines))
+    write('classes', names.items()); write('images', [(i, f'{names[c]}/{i}.jpg') for i, c, _ in rows])
+    write('image_class_labels', [(i, c) for i, c, _ in rows[::-1]]); write('train_test_split', [(i, t) for i, _, t in sorted(rows)])
+    for i, c, t in rows: photo(folder/'images'/names[c]/f'{i}.jpg', c - 1, not t)
+
+def test_cub200(offline):
+    write_birds(offline/'CUB_200_2011')
+    d = check('cub200', ('Black footed Albatross', 'Laysan Albatross', 'Red winged Blackbird'), 3, 3)
+    assert d.train.y.tolist() == [1, 2, 0] and d.train.paths[0] == b'images/002.Laysan_Albatross/11.jpg'
+    (offline/'CUB_200_2011'/'images'/'002.Laysan_Albatross'/'2.jpg').unlink()
+    data_module._whole.cache_clear()
+    with pytest.raises(ValueError, match='1 of 6 images in .*CUB_200_2011 cannot be read: images/002.Laysan_Albatross/2.jpg '): load('cub200')
+
+def test_cars(offline):
+    from scipy.io import savemat
+    base, names = offline/'stanford_cars', ['AM General Hummer SUV 2000', 'Acura TL Sedan 2012', 'Volvo 240 Sedan 1993']
+    (base/'devkit').mkdir(parents=True)
+    savemat(base/'devkit'/'cars_meta.mat', {'class_names': np.array(names, object)[None]})
+    kinds = [(o, 'O') for o in ('bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2', 'class', 'fname')]
+    for file, part, classes in (('devkit/cars_train_annos', 'cars_train', (3, 1, 2, 2)), ('cars_test_annos_withlabels', 'cars_test', (2, 3, 1))):
+        savemat(base/f'{file}.mat', {'annotations': np.array([(1, 1, 9, 9, c, f'{i:05}.jpg') for i, c in enumerate(classes)], kinds)[None]})
+        for i, c in enumerate(classes): photo(base/part/f'{i:05}.jpg', c - 1, part == 'cars_test')
+    assert check('cars', names, 4, 3).train.y.tolist() == [2, 0, 1, 1]
+
+def test_aircraft(offline):
+    base, names = offline/'fgvc-aircraft-2013b'/'data', ['707-320', 'F/A-18', 'Boeing 717', 'DC-3']  # not sorted
+    base.mkdir(parents=True)
+    (base/'variants.txt').write_text('\n'.join(names) + '\n')
+    for part, first in (('trainval', 0), ('test', 4)):
+        (base/f'images_variant_{part}.txt').write_text(''.join(f'{first + k:07} {names[c]}\n' for k, c in enumerate((3, 1, 0, 2))))
+        for k, c in enumerate((3, 1, 0, 2)): photo(base/'images'/f'{first + k:07}.jpg', c, part == 'test')
+    assert check('aircraft', names, 4, 4).train.y.tolist() == [3, 1, 0, 2]
+
+def test_flowers102(offline, monkeypatch):
+    from scipy.io import savemat
+    trust(monkeypatch)
+    base, labels = offline/'flowers-102', [3, 1, 2, 3, 1, 2, 1, 2, 3]  # from 1, of images 1 to 9
+    base.mkdir(parents=True)
+    savemat(base/'imagelabels.mat', {'labels': np.array([labels])})
+    savemat(base/'setid.mat', {'trnid': np.array([[2, 3, 4]]), 'valid': np.array([[1, 7, 6]]), 'tstid': np.array([[8, 9, 5]])})
+    for i, c in enumerate(labels, 1): photo(base/'jpg'/f'image_{i:05}.jpg', c - 1, i in (8, 9, 5))
+    from torchvision.datasets import Flowers102
+    d = check('flowers102', Flowers102.classes, 6, 3)
+    assert d.class_names[:3] == ('pink primrose', 'hard-leaved pocket orchid', 'canterbury bells') and len(d.class_names) == 102
+    assert d.train.y.tolist() == [0, 1, 2, 2, 0, 1]
+
+def test_imagenette(offline):
+    names = dict(n01440764='tench', n02102040='English springer', n02979186='cassette player', n03000684='chain saw', n03028079='church',
+                 n03394916='French horn', n03417042='garbage truck', n03425413='gas pump', n03445777='golf ball', n03888257='parachute')
+    for label, wnid in enumerate(sorted(names)):
+        for part in ('train', 'val'): photo(offline/'imagenette2'/part/wnid/f'{wnid}_1.JPEG', label, part == 'val')
+    check('imagenette', [names[i] for i in sorted(names)], 10, 10)
+    assert all(imagenet_names()[i] == name for i, name in names.items())  # torchvision and timm agree
+    shutil.rmtree(offline/'imagenette2'/'val')
+    assert 'imagenette2 has a folder train but none named val' in refusal('imagenette')
+
+def png(label, test):
+    Image.new('RGB', (8, 8), (label % 250, label//250, 200*test)).save(buffer := io.BytesIO(), 'png')
+    return buffer.getvalue()
+
+def pack(path, members):
+    with tarfile.open(path, 'w:gz' if path.name.endswith('gz') else 'w') as tar:
+        for name, content in members:
+            (info := tarfile.TarInfo(name)).size = len(content); tar.addfile(info, io.BytesIO(content))
+    return path
+
+def test_imagenet_from_its_archives(offline, monkeypatch, tmp_path):
+    "torchvision unpacks them; 1,000 classes, two training images and one for validation in all but a mixed-up order."
+    from scipy.io import savemat
+    trust(monkeypatch)
+    folder, wnids = offline/'imagenet', list(imagenet_names())
+    folder.mkdir(parents=True)
+    order = np.random.RandomState(0).permutation(1000)  # ILSVRC's own ids are in another order than the sorted WordNet ids
+    kinds = [(o, 'O') for o in ('ILSVRC2012_ID', 'WNID', 'words', 'gloss', 'num_children')]
+    savemat(tmp_path/'meta.mat', {'synsets': np.array([(k + 1, wnids[o], 'a word, another', 'gloss', 0) for k, o in enumerate(order)] +
+                                                      [(1001, 'n00001740', 'entity', 'gloss', 2)], kinds)})
+    truth = np.random.RandomState(1).permutation(1000)
+    pack(folder/'ILSVRC2012_devkit_t12.tar.gz', [('ILSVRC2012_devkit_t12/data/meta.mat', (tmp_path/'meta.mat').read_bytes()),
+        ('ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt', ''.join(f'{k + 1}\n' for k in truth).encode())])
+    pack(folder/'ILSVRC2012_img_val.tar', [(f'ILSVRC2012_val_{i:08}.JPEG', png(order[k], True)) for i, k in enumerate(truth, 1)])
+    inner = [(f'{w}.tar', pack(tmp_path/f'{w}.tar', [(f'{w}_{i}.JPEG', png(c, False)) for i in range(2)]).read_bytes()) for c, w in enumerate(wnids)]
+    pack(folder/'ILSVRC2012_img_train.tar', inner)
+    d = load('imagenet', image_size=8)
+    value = lambda part: part.x[:, 0, 0, 0].long() + 250*part.x[:, 1, 0, 0].long()
+    assert torch.equal(value(d.train), d.train.y) and torch.equal(value(d.test), d.test.y) and (len(d.train), len(d.test)) == (2000, 1000)
+    assert (d.train.x[:, 2] == 0).all() and (d.test.x[:, 2] == 200).all() and d.class_names[:2] == ('tench', 'goldfish') and d.class_names[134] == 'crane bird'
+    large = load('imagenet')
+    assert isinstance(large.test, Files) and torch.equal(large.train.y, d.train.y) and large.image_size == 224 and large.class_names == d.class_names
+    for part in ('train', 'val'): shutil.rmtree(folder/part/wnids[5])
+    assert 'has 999 class folders, not the 1,000 WordNet ids' in refusal('imagenet')
+
+def test_imagenet_names_are_readable_and_unique():
+    from timm.data import ImageNetInfo
+    names, info = imagenet_names(), ImageNetInfo('imagenet-1k')
+    assert list(names) == sorted(names) == info.label_names() and len(set(names.values())) == 1000
+    changed = {i for i, name in names.items() if name != info.label_name_to_description(i).split(',')[0]}
+    assert changed == {'n02012849', 'n03126707', 'n03710637', 'n03710721'}  # crane and maillot, twice each
+    assert not any('_' in name or name != name.strip() for name in names.values())
