@@ -99,7 +99,7 @@ def _idx(name, head):
 def _fashion_mnist():
     "Fashion-MNIST, from `data` or from Debian's package."
     from torchvision.datasets import FashionMNIST
-    if debian.is_dir() and not (root()/'data'/'FashionMNIST').exists():
+    if debian.is_dir() and not (root()/'data'/'FashionMNIST'/'raw'/'t10k-labels-idx1-ubyte').exists():
         parts = [Part(_idx(f'{o}-images-idx3', 16).reshape(-1, 28, 28), _idx(f'{o}-labels-idx1', 8).tolist()) for o in ('train', 't10k')]
     else:
         put = "FashionMNIST/raw with its four files (or install Debian's package dataset-fashion-mnist)"
@@ -191,7 +191,8 @@ def _imagenet():
             if not (folder/split).is_dir(): ImageNet(folder, split)
     names, (train, val) = imagenet_names(), _trees(folder)
     if list(train) != list(names):
-        raise ValueError(f"{folder}/train has {len(train)} class folders, not the 1,000 WordNet ids of ILSVRC2012: for another set of classes use folder:PATH")
+        raise ValueError(f"{folder}/train has {len(train)} class folders, not the 1,000 WordNet ids of ILSVRC2012: "
+                         "remove train and val if unpacking was interrupted; another set of classes goes by folder:PATH")
     return Source(_listed(train), _listed(val), tuple(names.values()), size=224, folder=folder)
 
 def _trees(folder):

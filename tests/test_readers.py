@@ -113,6 +113,11 @@ def test_fashion_mnist(offline, of_debian):
         assert part.y.tolist() == [9, 0, 4, 5] == part.x[:, 2, 0, 0].tolist() and (part.x[:, 0, 0, 1] == k).all()
         assert torch.equal(part.x[2, 1, 5], torch.arange(28, dtype=torch.uint8))
 
+def test_debians_package_helps_after_a_download_that_failed(offline):
+    refusal('fashion_mnist')  # torchvision leaves an empty folder behind
+    write_idx(readers.debian, True)
+    assert find('fashion_mnist').train.labels == [9, 0, 4, 5]
+
 @pytest.mark.skipif(not readers.debian.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_debians_fashion_mnist_is_what_torchvision_reads(tmp_path, monkeypatch):
     monkeypatch.setenv('LICO_ROOT', str(tmp_path))
