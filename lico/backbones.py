@@ -105,8 +105,10 @@ def create_backbone(
     "A classifier with timm's protocol, random weights from torch's generator, and `.feature_shape` = (N, d') at `.image_size`."
     net = _create(name, num_classes, image_size, pretrained).eval()
     try:
-        with torch.no_grad(): net.feature_shape = tuple(features(net, torch.zeros(1, 3, image_size, image_size)).shape[1:])
+        with torch.no_grad(): maps = net.forward_features(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as e:
         raise ValueError(f"{name} cannot take images of {image_size} pixels ({str(e).splitlines()[0]}): give a larger image_size") from None
+    if not torch.is_tensor(maps): raise ValueError(f"{name} gives {type(maps).__name__} of several feature maps and not one: choose a backbone whose features are one tensor")
+    net.feature_shape = tuple(feature_rows(net, maps).shape[1:])
     net.image_size = image_size
     return net.train()

@@ -4,18 +4,21 @@
 
 # %% auto #0
 __all__ = ['results', 'printed_table', 'interval', 'verdict', 'paper_dataset', 'save_results', 'read_results', 'compare',
-           'dataset_title', 'markdown_table', 'sentences', 'plot_pairs', 'save_table', 'grid', 'coverage',
-           'stamp_table']
+           'dataset_title', 'markdown_table', 'sentences', 'plot_pairs', 'save_table', 'grid', 'collect',
+           'results_title', 'coverage', 'stamp_table']
 
 # %% ../nbs/11_paper.ipynb #3e201306
-import math
+import math, os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import numpy as np, pandas as pd, torch
 
 import lico
-from .config import dataset_settings, root, write_atomic
-from .experiments import Run, frame
+from .config import choose, dataset_settings, root, write_atomic
+from .experiments import Run, frame, sweep
 
 # %% ../nbs/11_paper.ipynb #edeb10be
 _numbers = Path(lico.__file__).with_name('paper_results.csv')
@@ -74,6 +77,7 @@ def save_results(
     records: list,  # from `sweep`
     folder,  # where to put `results.csv`
     stand_in: str = None,  # the paper's dataset that unknown ones stand in for
+    keep: bool = False,  # leave the rows of other runs that the file holds?
     **more,  # further columns: the profile
 ) -> pd.DataFrame:
     "Write `results.csv`, one row a run, and read it back."
@@ -81,12 +85,16 @@ def save_results(
     named = [paper_dataset(name, stand_in) for name in df.dataset]
     df['dataset'] = df.dataset.map(lambda name: f"folder:{Path(name).name}" if name.startswith('folder:') else name)  # the path is in `command`
     df = df.assign(paper_dataset=[n for n, _ in named], is_stand_in=[s for _, s in named])
+    if keep and (Path(folder)/'results.csv').exists():
+        df = pd.concat([o.astype(object) for o in (read_results(folder), df)]).drop_duplicates(['id', 'preset'], keep='last')
     write_atomic(Path(folder)/'results.csv', df.to_csv(index=False))
     return read_results(folder)
 
 def read_results(folder) -> pd.DataFrame:
     "The results stored in a folder."
-    return pd.read_csv(Path(folder)/'results.csv', dtype=dict(labels=str, degenerate=str, paper_dataset=str), keep_default_na=True)
+    path = Path(folder)/'results.csv'
+    if not path.exists(): raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder of its results with -p out")
+    return pd.read_csv(path, dtype=dict(labels=str, degenerate=str, paper_dataset=str, split='Int64', validation='Int64'), keep_default_na=True)
 
 # %% ../nbs/11_paper.ipynb #a847a285
 _families = {'wrn': 'WRN', 'parn': 'PARN-18', 'resnet18': 'ResNet-18', 'resnet50': 'ResNet-50', 'vgg19': 'VGG-19', 'vit': 'ViT-Base-16'}
@@ -197,14 +205,13 @@ def _decorate(left, right, c, colours):
 
 # %% ../nbs/11_paper.ipynb #451ccd7e
 def save_table(
-    c: pd.DataFrame,  # a comparison
+    text: str,  # Markdown
     fig,  # its figure
-    title: str,  # first line of `table.md`
     folder,  # the folder of `results.csv`
 ):
     "Write `table.md`, `figure.png` and `figure.svg` beside `results.csv`."
     import io, matplotlib
-    write_atomic(Path(folder)/'table.md', f"# {title}\n\n{markdown_table(c)}\n\n{sentences(c)}\n")
+    write_atomic(Path(folder)/'table.md', text + '\n')
     for kind in ('png', 'svg'):
         buffer = io.BytesIO()
         with matplotlib.rc_context({'svg.hashsalt': 'lico'}): fig.savefig(buffer, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else {'Software': None})
@@ -230,6 +237,30 @@ def grid(
                 runs += [Run(dataset=d, backbone=b, labels=n, preset=pre, method=m, seed=s, steps=p.steps, epochs=p.epochs, evaluations=p.evaluations,
                              text_encoder=p.text_encoder, image_size=p.image_size, options=own, **fixed) for pre in p.presets for m in p.methods for s in p.seeds]
     return runs
+
+# %% ../nbs/11_paper.ipynb #fabb541a
+def _processes(workers):
+    "A pool of processes that share the machine's cores."
+    return ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (max(1, os.cpu_count()//workers),))
+
+def collect(
+    p,  # parameters of a notebook; `stored`: `None`, "add" (keep the rows of other runs in `results.csv`) or "only" (run nothing, take what it holds)
+    runs: list,  # of `Run`, as from `grid`
+) -> pd.DataFrame:
+    "The results of runs: run what is missing, write `<out>/results.csv`, read it back."
+    if p.stored is not None and choose('value of stored:', p.stored, ('add', 'only')) == 'only': return read_results(p.out)
+    with ExitStack() as stack:
+        pool = stack.enter_context(_processes(p.workers)) if p.workers > 1 else None
+        records = sweep(runs, executor=pool)
+    return save_results(records, p.out, p.stand_in, keep=p.stored == 'add', profile=p.profile)
+
+def results_title(
+    what: str,  # "Table 3"
+    df: pd.DataFrame,  # from `collect`
+) -> str:
+    "What stands behind the results: data, text encoders, profiles."
+    names = [', '.join(dict.fromkeys(df[k].dropna())) for k in ('dataset', 'text_encoder', 'profile')]
+    return f"{what} on {', '.join(map(dataset_title, names[0].split(', ')))}, text by {names[1] or 'no encoder'}, profile {names[2]}"
 
 # %% ../nbs/11_paper.ipynb #5a28bead
 def _stored(table):

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from .config import check_options, derive_seed, device, preset as read_preset, write_atomic
-from .data import training_batch
+from .data import test_batches, training_batches
 from .losses import LossOptions
 
 # %% ../nbs/06_training.ipynb #e5aa9080
@@ -77,12 +77,15 @@ def predict(
     data,  # a `Data`, for its normalisation
     images,  # which images: `data.test`
     weights: dict = None,  # weights to use instead of the network's own
-    batch_size: int = 512,
+    batch_size: int = None,  # `None`: 64 on a CPU, whose cache holds no more, else 512
+    progress: bool = False,  # show a bar
 ) -> torch.Tensor:
     "The predicted label of every image, int64 [n], on the CPU."
     training, where = net.training, next(net.parameters()).device
+    size = batch_size or (64 if where.type == 'cpu' else 512)
     net.eval()
-    out = [functional_call(net, weights or {}, (data.normalise(x.to(where)),)).argmax(1).cpu() for x in images.x.split(batch_size)]
+    with tqdm(test_batches(data, images, size, where), 'testing', -(-len(images)//size), unit='batch', leave=False, disable=not progress) as batches:
+        out = [functional_call(net, weights or {}, (x,)).argmax(1).cpu() for x in batches]
     net.train(training)
     return torch.cat(out)
 
@@ -157,28 +160,32 @@ class _Trainer:
     def __init__(self, model, data, o, steps, seed):
         from accelerate import Accelerator, DistributedDataParallelKwargs
         self.accelerator = Accelerator(cpu=device().type == 'cpu', kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-        self.plain, self.data, self.o, self.steps, self.seed, self.step, self.log = model, data, o, steps, seed, 0, []
+        self.plain, self.data, self.o, self.steps, self.seed, self.step, self.log, self.predicted = model, data, o, steps, seed, 0, [], None
         for m in model.backbone.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = o.bn_momentum
+        model.backbone.to(memory_format=torch.channels_last)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimiser = torch.optim.SGD(trained, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
         self.model, self.optimiser = self.accelerator.prepare(model, optimiser)
         self.average = Average(model.backbone, o.ema) if o.ema else None
         self.per_epoch = math.ceil(len(data.train)/o.batch_size)
 
-    def batch(self):
-        "This process's share of the next batch."
-        k, a = self.step, self.accelerator
-        order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(derive_seed(self.seed, 'order', k//self.per_epoch)))
-        index = order[k%self.per_epoch*self.o.batch_size:][:self.o.batch_size]
-        if len(index) < a.num_processes: raise ValueError(f"a batch of {len(index)} images cannot be shared by {a.num_processes} processes: use fewer")
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, 'batch', k))
-        x, y = training_batch(self.data, index, generator, noise=self.o.noise, device=a.device)
-        return x[a.process_index::a.num_processes], y[a.process_index::a.num_processes]
+    def schedule(self):
+        "For every step still to do, the places of its images and the seed of their augmentation."
+        order, B = None, self.o.batch_size
+        for k in range(self.step, self.steps):
+            if order is None or k % self.per_epoch == 0:
+                order = torch.randperm(len(self.data.train), generator=torch.Generator().manual_seed(derive_seed(self.seed, 'order', k//self.per_epoch)))
+            yield order[k%self.per_epoch*B:][:B], derive_seed(self.seed, 'batch', k)
 
-    def advance(self):
-        "One step; its numbers."
-        x, y = self.batch()
+    def batches(self):
+        "This process's shares of the batches still to come."
+        a, n = self.accelerator, (len(self.data.train) - 1) % self.o.batch_size + 1
+        if n < a.num_processes: raise ValueError(f"a batch of {n} images cannot be shared by {a.num_processes} processes: use fewer")
+        return training_batches(self.data, self.schedule(), self.o.noise, a.device, slice(a.process_index, None, a.num_processes))
+
+    def advance(self, x, y):
+        "One step on a batch; its numbers."
         torch.manual_seed(derive_seed(self.seed, 'step', self.step))
         for group in self.optimiser.param_groups: group['lr'] = learning_rate(self.step, self.steps, self.per_epoch, self.o)
         out = self.model(x, y)
@@ -194,18 +201,21 @@ class _Trainer:
         self.step += 1
         return row
 
-    def predict(self): return predict(self.plain.backbone, self.data, self.data.test, self.average and self.average.weights())
+    def test(self, progress):
+        "Predict the test set, with the averaged weights where there are some; the accuracy."
+        self.predicted = predict(self.plain.backbone, self.data, self.data.test, self.average and self.average.weights(), progress=progress)
+        return accuracy(self.predicted, self.data.test.y)
 
 # %% ../nbs/06_training.ipynb #e299dd14
 def _mean(rows): return {k: math.fsum(r[k] for r in rows)/len(rows) for k in rows[0]}
 
 # %% ../nbs/06_training.ipynb #006d44d9
-def _epoch(t, bar):
+def _epoch(t, batches, bar):
     "One pass over the labelled images, or what is left of the steps; its row of the log."
     began, rows = time.perf_counter(), []
     t.model.train()
-    while True:
-        rows.append(t.advance())
+    for x, y in batches:
+        rows.append(t.advance(x, y))
         bar.update()
         bar.set_postfix({k: f"{v:.3g}" for k, v in rows[-1].items() if k in ('ce', 'mm', 'ot', 'tau') and not math.isnan(v)}, refresh=False)
         if t.step % t.per_epoch == 0 or t.step == t.steps: break
@@ -214,8 +224,9 @@ def _epoch(t, bar):
 
 # %% ../nbs/06_training.ipynb #ef514cdd
 def _tensors(t):
-    "Everything of a run that is a tensor: weights, momentum, average."
+    "Everything of a run that is a tensor: weights, momentum, average, the newest predictions."
     out = {f'model.{k}': v for k, v in t.plain.state_dict().items()}
+    if t.predicted is not None: out['predicted'] = t.predicted.short()
     for i, p in enumerate(t.optimiser.param_groups[0]['params']):
         if (m := t.optimiser.state[p].get('momentum_buffer')) is not None: out[f'momentum.{i}'] = m
     return {**out, **({f'average.{k}': v for k, v in t.average.sums.items()} if t.average else {})}
@@ -233,14 +244,13 @@ def _resume(t, path):
     if t.average:
         t.average.count = state['step']
         for k, v in _strip(tensors, 'average.').items(): t.average.sums[k].copy_(v)
-    t.step, t.log = state['step'], state['log']
+    t.step, t.log, t.predicted = state['step'], state['log'], tensors.get('predicted')
 
 # %% ../nbs/06_training.ipynb #643b7aee
-def _evaluate(t, row, evaluations):
+def _evaluate(t, row, evaluations, progress):
     "Test if it is time to, and put the accuracy into the row."
     before = t.log[-1]['step'] if t.log else 0
-    if t.step*evaluations//t.steps > before*evaluations//t.steps:
-        row['test_accuracy'] = accuracy(t.predict(), t.data.test.y)
+    if t.step*evaluations//t.steps > before*evaluations//t.steps: row['test_accuracy'] = t.test(progress)
 
 def _warn_once(t, row):
     "Warn of a degenerate loss the first time it is seen."
@@ -257,7 +267,7 @@ def fit(
     preset: str = 'paper',  # where the options of the optimiser come from
     seed: int = 0,  # decides order, crops, noise, shuffles and dropout, but not the initial weights, which the model came with
     evaluations: int = 1,  # tests on the whole test set, evenly spread, the last at the end
-    folder=None,  # where to keep `checkpoint.safetensors`; goes on from the one it finds there
+    folder=None,  # where to keep `checkpoint.safetensors`, in the end with the predictions; goes on from the one it finds there
     checkpoint_seconds: float = 30.,  # at most this much work is lost to a kill (or one epoch, where that is longer)
     progress: bool = True,
     **options,  # fields of `TrainOptions` that replace the preset's, e.g. lr=0.1
@@ -279,11 +289,11 @@ def fit(
 # %% ../nbs/06_training.ipynb #cb8028f6
 def _loop(t, path, evaluations, checkpoint_seconds, progress):
     "Epoch after epoch until the steps are done."
-    saved, main = time.perf_counter(), t.accelerator.is_main_process
+    saved, main, batches = time.perf_counter(), t.accelerator.is_main_process, t.batches()
     with tqdm(total=t.steps, initial=t.step, desc='training', unit='step', leave=False, disable=not (progress and main)) as bar:
         while t.step < t.steps:
-            row = _epoch(t, bar)
-            _evaluate(t, row, evaluations)
+            row = _epoch(t, batches, bar)
+            _evaluate(t, row, evaluations, progress and main)
             _warn_once(t, row)
             t.log.append(row)
             if path and main and (t.step == t.steps or time.perf_counter() - saved >= checkpoint_seconds):

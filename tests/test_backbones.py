@@ -63,3 +63,7 @@ def test_pre_activation_resnet_18_has_its_size():
 
 def test_image_too_small_is_one_sentence():
     with pytest.raises(ValueError, match='cannot take images of 8 pixels'): create_backbone('vit_tiny_patch16_224', image_size=8)
+
+
+def test_several_feature_maps_are_refused():
+    with pytest.raises(ValueError, match='coat_tiny gives list of several feature maps'): create_backbone('coat_tiny', image_size=224)

@@ -1,13 +1,18 @@
-import json
+import json, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pytest
 from hypothesis import given, strategies as st
 from scipy import stats
 
+import lico
 from lico import experiments
-from lico.experiments import Run, find_record, frame, load_data, read_record, run, run_id, runs_folder, spec, sweep
-from lico.paper import compare, interval, printed_table, read_results, results, save_results, verdict
+from lico.experiments import Run, load_data, read_record, run, run_id, runs_folder, spec, sweep, trained_code
+from lico.paper import collect, compare, interval, printed_table, read_results, results, save_results, verdict
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
 
@@ -28,6 +33,61 @@ def test_identity_is_what_the_method_reads():
 def test_repr_is_the_command():
     r = Run(labels=40, method='LICO', seed=3, options=dict(tau='fixed', tau_init=0.3))
     assert eval(repr(r)) == r and hash(r)
+
+
+SOURCES = {p.stem: p.read_text() for p in Path(lico.__file__).parent.glob('*.py')}
+
+
+@pytest.mark.parametrize('module, before, after, counts', [
+    ('data', 'pad = S//8 if', 'pad = S//4 if', True), ('losses', 'def cost_matrix', 'def cost_matrix2', True), ('training', 'self.optimiser.step()', 'pass', True),
+    ('text', 'randn(shape)*0.02', 'randn(shape)*0.03', True), ('backbones', 'kaiming_normal_', 'kaiming_uniform_', True), ('model', 'o.beta*', '2*o.beta*', True),
+    ('data', "sha256 of the content", "sha-256 of the content", False), ('paper', 'math.inf', '0.', False), ('experiments', 'dict(beta=0.)', 'dict(beta=1.)', False), ('config', 'sha256(repr', 'sha1(repr', True)])
+def test_code_hash_covers_what_a_weight_depends_on(module, before, after, counts):
+    assert before in SOURCES[module]
+    changed = {**SOURCES, module: SOURCES[module].replace(before, after)}
+    assert (trained_code(changed) != trained_code(SOURCES)) == counts
+
+
+def test_roots_exist():
+    "A root that was renamed would drop out of the hash without a word."
+    for m, name in experiments._roots + experiments._seeds: assert hasattr(import_module(f'lico.{m}'), name)
+    found = {name for _, name in trained_code(SOURCES)}
+    assert {'augment', 'training_batch', 'PreActBlock', 'kl_rows', 'ot_alignment', 'LICO', '_Trainer', 'PromptLearner', 'Average', 'derive_seed'} <= found
+
+
+def test_sweep_does_equal_runs_once(lico_root, monkeypatch):
+    "Two presets whose training options are equal share the baseline, also when other workers do the runs."
+    done, train = [], experiments._train
+    monkeypatch.setattr(experiments, '_train', lambda r, *a: (done.append(r), train(r, *a)))
+    with ThreadPoolExecutor(1) as pool: records = sweep([TINY, replace(TINY, options=dict(tau='fixed'))], progress=False, executor=pool)
+    assert len(done) == 1 and len(records) == 2 and records[0]['id'] == records[1]['id']
+
+
+def test_sweep_stops_where_a_run_fails(lico_root, monkeypatch):
+    done = []
+    def fails(r, *a):
+        done.append(r.seed)
+        time.sleep(0.2)
+        raise OSError('the disk is full')
+    monkeypatch.setattr(experiments, '_train', fails)
+    with pytest.raises(OSError, match='the disk is full'), ThreadPoolExecutor(1) as pool:
+        sweep([replace(TINY, seed=s) for s in range(6)], progress=False, executor=pool)
+    assert len(done) <= 2, 'what is not under way is not started'
+
+
+def test_stored_rows(lico_root, monkeypatch):
+    "`add` keeps the rows of other runs, `only` runs nothing, neither changes a row; without it the file holds what was asked for."
+    out = lico_root/'out'
+    p = lambda stored: SimpleNamespace(stored=stored, out=out, stand_in=None, profile='smoke', workers=1)
+    with pytest.raises(FileNotFoundError, match='without `stored`'): collect(p('only'), [TINY])
+    first = collect(p(None), [TINY])
+    both = collect(p('add'), [replace(TINY, seed=1)])
+    assert both.seed.tolist() == [0, 1] and both.iloc[0].to_dict() == pytest.approx(first.iloc[0].to_dict(), nan_ok=True)
+    assert collect(p('add'), [replace(TINY, seed=1)]).equals(both)
+    monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
+    assert collect(p('only'), [replace(TINY, seed=7)]).equals(both)
+    assert collect(p(None), [TINY]).seed.tolist() == [0]
+    with pytest.raises(ValueError, match="unknown value of stored: 'yes': choose one of add, only"): collect(p('yes'), [TINY])
 
 
 def test_sweep_says_what_is_missing_before_training(lico_root, monkeypatch):

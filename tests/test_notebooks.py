@@ -47,6 +47,25 @@ def test_table3_on_a_folder(tmp_path):
     assert before == {f: f.stat().st_mtime for f in tmp_path.glob('data/runs/*/record.json')} and len(before) == 4
 
 
+def test_study_smoke(tmp_path):
+    p = papermill('study.ipynb', '-p', 'profile', 'smoke', cwd=tmp_path, lico_root=tmp_path)
+    assert p.returncode == 0, p.stderr[-3000:]
+    out = tmp_path/'data'/'smoke'/'study'
+    assert sorted(f.name for f in out.iterdir()) == ['figure.png', 'figure.svg', 'results.csv', 'table.md']
+    df = pd.read_csv(out/'results.csv')
+    assert (df.validation == 100).all() and (df.seed >= 100).all() and len(df) <= 40
+
+
+@pytest.mark.parametrize('folder', sorted(p.parent for p in (TOP/'figures').glob('*/results.csv')), ids=lambda p: p.name)
+def test_committed_results_are_drawn_from_the_file_alone(tmp_path, folder):
+    "In a root without data and without records, `-p stored only` gives the committed table, letter for letter."
+    shutil.copytree(folder, tmp_path/'figures'/folder.name)
+    (tmp_path/'figures'/folder.name/'table.md').unlink()
+    p = papermill(f"{folder.name.split('-')[0]}.ipynb", '-p', 'stored', 'only', '-p', 'out', str(tmp_path/'figures'/folder.name), cwd=tmp_path, lico_root=tmp_path)
+    assert p.returncode == 0, p.stderr[-3000:]
+    assert (tmp_path/'figures'/folder.name/'table.md').read_text() == (folder/'table.md').read_text() and not (tmp_path/'data').exists()
+
+
 @pytest.mark.parametrize('args, sentence', [
     (['-p', 'sedes', '0'], "ValueError: unknown parameter of table3: 'sedes': choose one of profile, out, datasets"),
     (['-p', 'profile', 'lapotp'], "ValueError: unknown profile 'lapotp': choose one of smoke, laptop, paper"),

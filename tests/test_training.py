@@ -22,9 +22,9 @@ CHILD = textwrap.dedent('''
     torch = training.torch; torch.set_num_threads(1)
     experiments.fit = partial(training.fit, checkpoint_seconds=0)
     advance = training._Trainer.advance
-    def told(t):
+    def told(t, *batch):
         print('step', t.step, t.per_epoch, flush=True)
-        return advance(t)
+        return advance(t, *batch)
     training._Trainer.advance = told
     run({run!r}, progress=False)
 ''')
@@ -117,11 +117,12 @@ def test_pairs_share_weights_and_batches(monkeypatch):
     states = [torch.cat([p.flatten() for p in m.backbone.parameters()]) for m in models]
     assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
     seen = []
-    def spied(*args, **kw):
-        seen.append(batch(*args, **kw)[0])
-        return seen[-1], torch.zeros(len(seen[-1]), dtype=torch.long)
-    batch = training.training_batch
-    monkeypatch.setattr(training, 'training_batch', spied)
+    def spied(*args):
+        for x, y in batches(*args):
+            seen.append(x)
+            yield x, torch.zeros_like(y)
+    batches = training.training_batches
+    monkeypatch.setattr(training, 'training_batches', spied)
     for m, r in zip(models, runs): fit(m, data, steps=2, seed=r.seed, progress=False)
     assert torch.equal(seen[1], seen[3]) and not torch.equal(seen[1], seen[5])
 
