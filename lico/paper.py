@@ -115,7 +115,7 @@ def _row(keys, base, method, table, metric):
     p = _printed(table, first.paper_dataset, first.labels, first.backbone)
     return dict(keys, n=len(pairs), baseline=b.mean(), baseline_std=b.std(), value=m.mean(), value_std=m.std(), difference=mean, half_width=half,
                 verdict=verdict(m - b, p[1] - p[0]), printed_for=first.paper_dataset, is_stand_in=first.is_stand_in, printed_baseline=p[0], printed_value=p[1],
-                degenerate=int(method.degenerate.notna().sum()), older_code=int(pairs.older_code.sum() + pairs.older_code_base.sum()))
+                degenerate=int(pairs.degenerate.notna().sum()), older_code=int(pairs.older_code.sum() + pairs.older_code_base.sum()))
 
 def compare(
     df: pd.DataFrame,  # from `read_results`
