@@ -116,7 +116,7 @@ def dataset_settings(
     name: str,  # a dataset's name; `folder:PATH` goes by the last part of its path
 ) -> dict:
     "What `settings.ini` says of a dataset, as text; empty where it says nothing."
-    ini, section = settings(), f"dataset.{Path(name).name if name.startswith('folder:') else name}"
+    ini, section = settings(), f"dataset.{Path(name.removeprefix('folder:')).name}"
     return dict(ini[section]) if ini.has_section(section) else {}
 
 def profile_settings(

@@ -136,7 +136,7 @@ def _pm(mean, std): return f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {st
 
 def dataset_title(name: str) -> str:
     "How a dataset is called in tables: as `settings.ini` says, else by its name, a folder by the last part of its path."
-    return dataset_settings(name).get('title') or (Path(name).name if name.startswith('folder:') else name)
+    return dataset_settings(name).get('title') or Path(name.removeprefix('folder:')).name
 
 def _data(r): return dataset_title(r.dataset) + (f" (for {r.printed_for})" if r.is_stand_in and isinstance(r.printed_for, str) else '')
 
