@@ -7,7 +7,7 @@ __all__ = ['OPTIONS', 'choose', 'root', 'settings', 'check_option', 'check_optio
            'profile_settings', 'parameters', 'derive_seed', 'seed_everything', 'device', 'write_atomic', 'stamp']
 
 # %% ../nbs/00_config.ipynb #dc1872af
-import configparser, contextlib, functools, hashlib, importlib.metadata, os, platform, random, subprocess
+import configparser, contextlib, functools, hashlib, importlib.metadata, numbers, os, platform, random, subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +66,7 @@ OPTIONS = dict(
 def _is_choice(name): return isinstance(OPTIONS.get(name), tuple) and isinstance(OPTIONS[name][0], str)
 
 def _check_number(name, value, kind, low, high):
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high and value == kind(value): return kind(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high and value == kind(value): return kind(value)
     raise ValueError(f"option {name} = {value!r}: expected {'a whole' if kind is int else 'a'} number from {low:g} to {high:g}")
 
 def check_option(
@@ -113,11 +113,12 @@ def preset(
 
 # %% ../nbs/00_config.ipynb #63432991
 def dataset_settings(
-    name: str,  # a dataset's name; `folder:PATH` goes by the last part of its path
+    name: str,  # a dataset's name; `folder:PATH` goes by the last part of its path, but is never taken for a dataset of the paper
 ) -> dict:
     "What `settings.ini` says of a dataset, as text; empty where it says nothing."
     ini, section = settings(), f"dataset.{Path(name.removeprefix('folder:')).name}"
-    return dict(ini[section]) if ini.has_section(section) else {}
+    own = dict(ini[section]) if ini.has_section(section) else {}
+    return {} if name.startswith('folder:') and 'paper_name' in own else own
 
 def profile_settings(
     name: str,  # a `[profile.…]` section
@@ -222,4 +223,4 @@ def stamp() -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {name: v for name in _libraries if (v := _version(name))}
     return dict(python=platform.python_version(), **versions, hardware=gpu or f'{_processor()}, {os.cpu_count()} cores',
-                threads=torch.get_num_threads(), commit=_git('rev-parse', '--short=12', 'HEAD') or None)
+                instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), commit=_git('rev-parse', '--short=12', 'HEAD') or None)

@@ -6,7 +6,7 @@
 __all__ = ['Images', 'Files', 'Data', 'load', 'augment', 'training_batch', 'training_batches', 'test_batches']
 
 # %% ../nbs/01_data.ipynb #b05cf3c5
-import dataclasses, functools, hashlib, json, os, sys
+import dataclasses, functools, hashlib, json, numbers, os, sys
 from pathlib import Path
 import numpy as np, torch
 from .config import derive_seed
@@ -189,6 +189,8 @@ def load(
     validation: int = None,  # hold out so many training images, the same number of each class, and test on them instead
 ) -> Data:
     "A dataset with its labelled subset (Sections 4.1 and 4.3). The test part is always whole."
+    if not isinstance(name, str) or name == 'folder:': raise ValueError(f"dataset {name!r}: expected a name, or folder:PATH with the path of a folder of images")
+    if not isinstance(seed, numbers.Integral): raise ValueError(f"seed = {seed!r}: expected a whole number")
     if image_size is not None: _whole_number('image_size', image_size)
     folder = Path(name.removeprefix('folder:')).expanduser().resolve() if name.startswith('folder:') else None
     whole = _whole(name, image_size, None) if folder is None else _whole(f'folder:{folder}', image_size, image_files(folder))

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'Run', 'load_data', 'spec', 'build', 'reachable', 'trained
            'read_record', 'find_record', 'run', 'load_backbone', 'sweep', 'frame']
 
 # %% ../nbs/10_experiments.ipynb #e6f4961b
-import ast, functools, hashlib, json, math, sys, time, warnings
+import ast, functools, hashlib, json, math, numbers, sys, time, warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -27,6 +27,13 @@ from .training import TrainOptions, fit, load_checkpoint, options_from, save_che
 METHODS = {'CE': None, 'LICO': {}, 'CE+MM': dict(beta=0.), 'CE+OT': dict(alpha=0.)}  # method -> what it changes in Eq. 8; `None`: no text at all
 
 # %% ../nbs/10_experiments.ipynb #1eb16bb7
+_least = dict(labels=1, shots=1, seed=0, split_seed=0, epochs=1, steps=1, evaluations=1, image_size=1, validation=1)  # field of a `Run` -> its smallest value
+
+def _whole(name, value):
+    "A whole number that is large enough."
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= _least[name]: return int(value)
+    raise ValueError(f"{name} = {value!r}: expected a whole number of at least {_least[name]}")
+
 @dataclass(frozen=True)
 class Run:
     "What to do: one training run and its evaluation."
@@ -48,10 +55,12 @@ class Run:
 
     def __post_init__(self):
         choose('method', self.method, METHODS)
-        if self.epochs and self.steps: raise ValueError(f"epochs={self.epochs} and steps={self.steps}: give one of them")
-        options = check_options(**dict(self.options))
-        for name, value in dict(labels=None if self.labels == 'all' else self.labels, options=tuple(sorted(options.items()))).items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, 'options', tuple(sorted(check_options(**dict(self.options)).items())))
+        if self.labels == 'all': object.__setattr__(self, 'labels', None)
+        for name in _least:
+            if (value := getattr(self, name)) is not None or name in ('seed', 'evaluations'): object.__setattr__(self, name, _whole(name, value))
+        for a, b in (('epochs', 'steps'), ('labels', 'shots')):
+            if getattr(self, a) and getattr(self, b): raise ValueError(f"{a}={getattr(self, a)} and {b}={getattr(self, b)}: give one of them")
 
     def __repr__(self): return f"Run({', '.join(f'{f.name}={v!r}' for f in fields(self) if (v := getattr(self, f.name)) != f.default)})"
 
@@ -98,11 +107,15 @@ def build(
     return LICO(net, prompts, options_from(LossOptions, {**o, **METHODS[r.method]}))
 
 # %% ../nbs/10_experiments.ipynb #688f7114
+def _refuses(node): return isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and getattr(node.value.func, 'id', '').startswith('refuse')
+
 def _bare(node):
-    "A definition as text, without docstrings, comments and positions."
+    "A definition as text, without docstrings, comments, positions and calls of `refuse…`; the node loses them too."
     for n in ast.walk(node):
         body = getattr(n, 'body', None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): body[0].value.value = ''
+        if not isinstance(body, list) or not body: continue
+        if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant): body[0].value.value = ''
+        n.body = [o for o in body if not _refuses(o)]
     return ast.dump(node)
 
 def _defined(node):
@@ -207,7 +220,7 @@ def _outcome(log):
     best = max(tested, key=lambda row: row['test_accuracy'])
     last = {k: log[-1][k] for k in ('ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine') if k in log[-1]}
     return dict(accuracy_last=log[-1]['test_accuracy'], accuracy_best=best['test_accuracy'], best_step=best['step'], tests=len(tested), **last,
-                degenerate=next((row['degenerate'] for row in log if 'degenerate' in row), None), seconds=sum(row['seconds'] for row in log))
+                degenerate=log[-1].get('degenerate'), seconds=sum(row['seconds'] for row in log))
 
 # %% ../nbs/10_experiments.ipynb #7daf0a62
 def _train(r, data, folder, progress):
@@ -285,17 +298,18 @@ def sweep(
     return records
 
 # %% ../nbs/10_experiments.ipynb #37b62e50
-_shown = ('dataset', 'labels', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'split', 'validation', 'steps',
+_shown = ('dataset', 'data', 'labels', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'split', 'validation', 'image_size', 'steps', 'training',
           'accuracy_last', 'accuracy_best', 'best_step', 'tests',
           'degenerate', 'ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine', 'seconds', 'id', 'code', 'older_code', 'finished', 'command')
 
 def frame(records: list):
-    "Records as a data frame, one row a run; `labels` is a number or `all`."
+    "Records as a data frame, one row a run; `labels` is a number or `all`, `data` and `training` are short hashes of the images and of the optimiser's options."
     import pandas as pd
     rows = []
     for r in records:
-        flat = {**r['run'], **r['spec'], **r, 'labels': 'all' if r['spec']['split'] is None else r['spec']['images']}
+        flat = {**r['run'], **r['spec'], **r, 'labels': 'all' if r['spec']['split'] is None else r['spec']['images'], 'dataset': r['run']['dataset']}
+        flat.update(data=r['spec']['data'][:8], training=_spec_hash(r['spec']['train'])[:8])
         if 'text_encoder' not in r['spec']: flat['text_encoder'] = None
         flat['options'] = ', '.join(f'{k}={v}' for k, v in r['run']['options'])
-        rows.append({k: flat.get(k) for k in _shown} | {k: r['stamp'].get(k) for k in ('python', 'torch', 'hardware', 'threads', 'commit')})
+        rows.append({k: flat.get(k) for k in _shown} | {k: r['stamp'].get(k) for k in ('python', 'torch', 'hardware', 'instructions', 'threads', 'commit')})
     return pd.DataFrame(rows).astype(dict(split='Int64', validation='Int64'))

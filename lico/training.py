@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TrainOptions', 'options_from', 'learning_rate', 'Average', 'predict', 'accuracy', 'save_checkpoint', 'set_aside',
-           'load_checkpoint', 'DegenerateLossWarning', 'degenerate', 'check_finite', 'fit']
+           'load_checkpoint', 'DegenerateLossWarning', 'degenerate', 'check_finite', 'refuse_bad_call',
+           'refuse_other_model', 'fit']
 
-# %% ../nbs/06_training.ipynb #94f7f1b4
-import hashlib, json, math, time, warnings
+# %% ../nbs/06_training.ipynb #a00947c7
+import hashlib, json, math, numbers, time, warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from .config import check_options, derive_seed, device, preset as read_preset, write_atomic
+from .config import check_options, choose, derive_seed, device, preset as read_preset, write_atomic
 from .data import test_batches, training_batches
 from .losses import LossOptions
 
@@ -246,6 +247,26 @@ def _resume(t, path):
         for k, v in _strip(tensors, 'average.').items(): t.average.sums[k].copy_(v)
     t.step, t.log, t.predicted = state['step'], state['log'], tensors.get('predicted')
 
+# %% ../nbs/06_training.ipynb #d04c16e4
+def _refuse_number(name, value):
+    if not isinstance(value, numbers.Integral) or value < 1: raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
+
+def refuse_bad_call(model, data, numbers_given, options):
+    "Refuse what `fit` cannot train: another kind of model, other classes, a length that is none, options that are not the optimiser's."
+    if not hasattr(model, 'backbone'): raise ValueError(f"fit trains CrossEntropy(net) or LICO(net, prompts), not {type(model).__name__}: put the network into one of them")
+    for name, value in numbers_given.items():
+        if value is not None: _refuse_number(name, value)
+    for name in options: choose('option of training', name, [f.name for f in fields(TrainOptions) if f.name != 'epochs'])
+    has, wanted = getattr(model.backbone, 'num_classes', None), len(data.class_names)
+    if has not in (None, wanted): raise ValueError(f"the model tells {has} classes apart and {data.name} has {wanted}: create the backbone with num_classes={wanted}")
+
+def refuse_other_model(folder, model):
+    "Refuse to go on from the checkpoint of another model: what is trained in a folder, if there is one, stands in its `model.txt`."
+    if not folder: return
+    path, text = Path(folder)/'model.txt', f"{model}\n{getattr(model, 'options', '')}\n"
+    if not path.exists(): return write_atomic(path, text)
+    if path.read_text() != text: raise ValueError(f"{path.parent} is the folder of another model (its model.txt says which): give this one a folder of its own")
+
 # %% ../nbs/06_training.ipynb #643b7aee
 def _evaluate(t, row, evaluations, progress):
     "Test if it is time to, and put the accuracy into the row."
@@ -258,7 +279,7 @@ def _warn_once(t, row):
     if found and not any(r.get('degenerate') for r in t.log): warnings.warn(f"epoch {row['epoch']}: {found[1]}", DegenerateLossWarning, stacklevel=3)
     if found: row['degenerate'] = found[0]
 
-# %% ../nbs/06_training.ipynb #7269bd98
+# %% ../nbs/06_training.ipynb #dd1d48a5
 def fit(
     model,  # `CrossEntropy(net)`, `LICO(net, prompts, options)`
     data,  # a `Data`; trained on `.train`, tested on `.test`
@@ -273,9 +294,11 @@ def fit(
     **options,  # fields of `TrainOptions` that replace the preset's, e.g. lr=0.1
 ) -> list:
     "Train `model.backbone` in place (Algorithm 1); one row per epoch. With an average, the backbone ends with the averaged weights."
+    refuse_bad_call(model, data, dict(epochs=epochs, steps=steps, evaluations=evaluations), options)
     if epochs and steps: raise ValueError(f"epochs={epochs} and steps={steps}: give one of them")
     o = options_from(TrainOptions, read_preset(preset, **options, **(dict(epochs=epochs) if epochs else {})))
     steps = steps or o.epochs*math.ceil(len(data.train)/o.batch_size)
+    refuse_other_model(folder, model)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         t = _Trainer(model, data, o, steps, seed)

@@ -12,7 +12,7 @@ from scipy import stats
 import lico
 from lico import experiments
 from lico.experiments import Run, load_data, read_record, run, run_id, runs_folder, spec, sweep, trained_code
-from lico.paper import collect, compare, interval, printed_table, read_results, results, save_results, verdict
+from lico.paper import collect, compare, interval, paper_dataset, pairs_of, printed_table, read_results, results, save_results, verdict
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
 
@@ -133,13 +133,65 @@ def test_table_from_stored_rows(lico_root):
     assert (c.n, c.is_stand_in, c.printed_for) == (3, True, 'CIFAR-10')
 
 
+def test_pairs_share_everything_but_the_method(lico_root):
+    "Runs of another length, image size or dataset are no partners, whatever their seeds; nor are images of another folder with the same last name."
+    from PIL import Image
+    folders, rng = [lico_root/'a'/'pets', lico_root/'b'/'pets'], np.random.default_rng(0)
+    for f in folders:
+        for part in ('train', 'test'):
+            for name in ('cat', 'dog'):
+                (f/part/name).mkdir(parents=True)
+                for i in range(4): Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(f/part/name/f'{i}.png')
+    base = [TINY, replace(TINY, steps=2), replace(TINY, image_size=8), *(replace(TINY, dataset=f'folder:{f}', labels=4) for f in folders)]
+    runs = [replace(r, method=m, seed=s) for r in base for m in ('CE', 'CE+OT') for s in (0, 1)]
+    save_results(sweep(runs[:4], progress=False), lico_root/'out')
+    df = save_results(sweep(runs[4:], progress=False), lico_root/'out', keep=True)
+    c = compare(df, 3)
+    assert len(df) == len(runs) == 20 and c.n.tolist() == [2]*5 and c.dataset.tolist() == ['digits']*3 + ['folder:pets']*2
+    for pairs in pairs_of(df): assert (pairs.seed == pairs.split).all() and pairs.id.nunique() == pairs.id_base.nunique() == 2
+
+
+def test_results_of_other_runs_are_not_dropped_in_silence(lico_root, capsys):
+    both = [replace(TINY, method=m) for m in ('CE', 'CE+OT')]
+    save_results(sweep(both, progress=False), lico_root/'out')
+    save_results(sweep(both, progress=False), lico_root/'out')
+    assert not capsys.readouterr().err
+    save_results(sweep([replace(r, seed=1) for r in both], progress=False), lico_root/'out')
+    assert 'results.csv held 2 other runs, which are no longer in it: -p out FOLDER writes elsewhere' in capsys.readouterr().err
+
+
+def test_results_that_cannot_be_written_are_said_before_anything_runs(lico_root, monkeypatch):
+    monkeypatch.setattr('lico.paper.sweep', lambda *a, **k: pytest.fail('a run was started'))
+    (lico_root/'file').write_text('')
+    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'): collect(SimpleNamespace(out=lico_root/'file', stored=None, workers=1), [TINY])
+
+
+def test_a_folder_is_not_taken_for_a_dataset_of_the_paper():
+    assert paper_dataset('cars') == ('Stanford-Cars', False) and paper_dataset('folder:/home/me/cars') == (None, True)
+    assert paper_dataset('folder:/x/cifar10-jpeg') == ('CIFAR-10', True) and paper_dataset('folder:/x/cars', 'CIFAR-10') == ('CIFAR-10', True)
+
+
+@pytest.mark.parametrize('field, value', [('seed', '0-4'), ('seed', -1), ('seed', None), ('steps', 0), ('steps', -2), ('epochs', 0), ('evaluations', 0), ('labels', '40'), ('image_size', 1.5)])
+def test_run_refuses(field, value):
+    with pytest.raises(ValueError, match=f'{field} = .*expected a whole number of at least'): Run(**{field: value})
+
+
+def test_refusals_are_no_training_code():
+    "A new refusal leaves the records of finished runs valid; the same statement under another name does not."
+    line = '    refuse_bad_call(model, data, dict(epochs=epochs, steps=steps, evaluations=evaluations), options)\n'
+    assert line in SOURCES['training']
+    changed = lambda text: trained_code({**SOURCES, 'training': SOURCES['training'].replace(line, text)}) != trained_code(SOURCES)
+    assert not changed('') and changed(line.replace('refuse_bad_call', 'correct_bad_call'))
+
+
 def test_printed_numbers():
     "The 271 numbers, and cells typed here from the paper's text."
     assert len(results()) == 271 and results().groupby('table').size().to_dict() == {1: 34, 2: 16, 3: 38, 4: 48, 5: 16, 6: 24, 7: 10, 8: 12, 9: 6, 10: 8, 11: 32, 12: 12, 13: 15}
     t = results(3).set_index(['dataset', 'setting', 'backbone', 'method'])
     assert t.loc[('CIFAR-10', '250', 'WRN', 'LICO'), ['value', 'std']].tolist() == [41.7, 0.91]
     assert '**41.7 ± 0.91**' in printed_table(3)
-    with pytest.raises(ValueError, match='no table 14'): results(14)
+    for f in (results, printed_table):
+        with pytest.raises(ValueError, match='no table 14'): f(14)
 
 
 @given(st.lists(st.floats(-50, 50), min_size=2, max_size=20), st.floats(0.1, 5))

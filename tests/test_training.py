@@ -80,7 +80,7 @@ def test_full_disk_while_training(tmp_path):
         fsync, written = os.fsync, []
         def full(fd):
             written.append(fd)
-            if len(written) > 2: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if len(written) > 3: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             fsync(fd)
         os.fsync = full
         run({run!r}'''))
