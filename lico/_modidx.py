@@ -174,6 +174,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lico.model.mapping_net': ('model.html#mapping_net', 'lico/model.py'),
                             'lico.model.refuse_unfit': ('model.html#refuse_unfit', 'lico/model.py')},
             'lico.paper': { 'lico.paper._as_printed': ('paper.html#_as_printed', 'lico/paper.py'),
+                            'lico.paper._clause': ('paper.html#_clause', 'lico/paper.py'),
                             'lico.paper._covers': ('paper.html#_covers', 'lico/paper.py'),
                             'lico.paper._data': ('paper.html#_data', 'lico/paper.py'),
                             'lico.paper._decorate': ('paper.html#_decorate', 'lico/paper.py'),

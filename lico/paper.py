@@ -168,17 +168,19 @@ def markdown_table(c: pd.DataFrame) -> str:
 # %% ../nbs/11_paper.ipynb #69c891bf
 _means = dict(supported="a gain", contradicted="a loss", equivalent="no difference that matters (less than half the printed gain)", inconclusive="nothing either way")
 
+def _clause(r):
+    "What the pairs of one method show."
+    text = f"{_label(r)} with {r.text_encoder} changes accuracy by {_difference(r)} points {'in one pair' if r.n == 1 else f'over {r.n} pairs'}, which shows {_means[r.verdict]}"
+    if r.verdict == 'inconclusive' and math.isfinite(r.half_width): text += f" ({r.half_width:.2f} would have been the smallest difference to show)"
+    return text + (f", manifold matching having ended degenerate in {r.degenerate} of {r.n} runs" if r.degenerate else '')
+
 def sentences(c: pd.DataFrame) -> str:
-    "What a comparison says, one computed sentence a row."
+    "What a comparison says, one computed sentence a setting."
     out = []
-    for r in c.itertuples():
-        gain = r.printed_value - r.printed_baseline
-        text = f"* **{_data(r)}, {r.labels} labels, {r.backbone}, {r.steps} steps**: {_label(r)} with {r.text_encoder} changes accuracy by {_difference(r)} points "
-        text += f"{'in one pair' if r.n == 1 else f'over {r.n} pairs'}, which shows {_means[r.verdict]}"
-        if r.verdict == 'inconclusive' and math.isfinite(r.half_width): text += f" (a difference of {r.half_width:.2f} would have been the smallest to show)"
-        if not math.isnan(gain): text += f"; the paper prints {gain:+.1f}" + (f" on {r.printed_for}" if r.is_stand_in else "")
-        if r.degenerate: text += f". In {r.degenerate} of {r.n} runs manifold matching ended degenerate"
-        out.append(text + ".")
+    for _, rows in c.groupby(['dataset', 'labels', 'backbone', 'steps'], sort=False):
+        r = next(rows.itertuples())
+        printed = '' if math.isnan(r.printed_value) else f"; the paper prints {r.printed_value - r.printed_baseline:+.1f}" + (f" on {r.printed_for}" if r.is_stand_in else '')
+        out.append(f"* **{_data(r)}, {r.labels} labels, {r.backbone}, {r.steps} steps**: {'; '.join(map(_clause, rows.itertuples()))}{printed}.")
     return '\n'.join(out)
 
 # %% ../nbs/11_paper.ipynb #43ffb955
