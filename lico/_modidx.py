@@ -20,6 +20,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'lico.backbones.feature_rows': ('backbones.html#feature_rows', 'lico/backbones.py'),
                                 'lico.backbones.features': ('backbones.html#features', 'lico/backbones.py')},
             'lico.config': { 'lico.config._as_list': ('config.html#_as_list', 'lico/config.py'),
+                             'lico.config._as_options': ('config.html#_as_options', 'lico/config.py'),
                              'lico.config._assigned': ('config.html#_assigned', 'lico/config.py'),
                              'lico.config._check_number': ('config.html#_check_number', 'lico/config.py'),
                              'lico.config._git': ('config.html#_git', 'lico/config.py'),

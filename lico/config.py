@@ -140,6 +140,13 @@ def _as_list(value):
     if isinstance(value, (list, tuple)): return [parse_value(v) for v in value]
     return [parse_value(v) for v in str(value).split(',') if v.strip()]
 
+def _as_options(value):
+    "`'alpha=5, tau=fixed'` as checked options."
+    pairs = [tuple(o.strip() for o in text.partition('=')) for text in str(value or '').split(',') if text.strip()]
+    for name, equals, text in pairs:
+        if not (name and equals and text): raise ValueError(f"options = {value!r}: expected NAME=VALUE, NAME=VALUE, such as alpha=5, tau=fixed")
+    return check_options(**{name: text if _is_choice(name) else parse_value(text) for name, _, text in pairs})
+
 # %% ../nbs/00_config.ipynb #b528da75
 _lists = ('datasets', 'backbones', 'labels', 'methods', 'presets', 'seeds')
 
@@ -161,7 +168,7 @@ def parameters(
         if name not in ('profile', 'out') and namespace[name] != '': values[choose('parameter', name, values)] = namespace[name]
     for given, other in (('epochs', 'steps'), ('steps', 'epochs')):  # one duration on the command line replaces the profile's other one
         if namespace.get(given, '') != '' and namespace.get(other, '') == '': values[other] = ''
-    typed = {k: _as_list(v) if k in _lists else parse_value(v) for k, v in values.items()}
+    typed = {k: _as_list(v) if k in _lists else _as_options(v) if k == 'options' else parse_value(v) for k, v in values.items()}
     default = root()/('data/smoke' if profile == 'smoke' else 'figures')/notebook
     return SimpleNamespace(profile=profile, out=Path(namespace['out'] or default).expanduser().resolve(), **typed)
 

@@ -103,12 +103,12 @@ def read_results(folder) -> pd.DataFrame:
 # %% ../nbs/11_paper.ipynb #a847a285
 _families = {'wrn': 'WRN', 'parn': 'PARN-18', 'resnet18': 'ResNet-18', 'resnet50': 'ResNet-50', 'vgg19': 'VGG-19', 'vit': 'ViT-Base-16'}
 
-def _printed(table, dataset, labels, backbone):
-    "What the paper prints for a row: (baseline, LICO), not a number where it prints nothing."
+def _printed(table, dataset, labels, backbone, method='LICO'):
+    "What the paper prints for a row: (baseline, method), not a number where it prints nothing."
     family = next((v for k, v in _families.items() if backbone.startswith(k)), None)
     t = results(table)
     t = t[(t.dataset == dataset) & (t.setting == ('full' if labels == 'all' else labels)) & (t.backbone == family) & (t.metric == 'top1')]
-    return tuple(t[t.method == m].value.iloc[0] if (t.method == m).any() else math.nan for m in ('baseline', 'LICO'))
+    return tuple(t[t.method == m].value.iloc[0] if (t.method == m).any() else math.nan for m in ('baseline', method))
 
 # %% ../nbs/11_paper.ipynb #8ce0592e
 _setting = ['dataset', 'data', 'labels', 'backbone', 'image_size', 'validation', 'steps', 'training']
@@ -128,7 +128,7 @@ def _row(pairs, table, metric):
     b, m = pairs[f'{metric}_base'], pairs[metric]
     first, (mean, half) = pairs.iloc[0], interval(m - b)
     keys = {k: first[k] for k in ('dataset', 'labels', 'backbone', 'steps', *_treatment)}
-    p = _printed(table, first.paper_dataset, first.labels, first.backbone)
+    p = _printed(table, first.paper_dataset, first.labels, first.backbone, first.method)
     return dict(keys, n=len(pairs), baseline=b.mean(), baseline_std=b.std(), value=m.mean(), value_std=m.std(), difference=mean, half_width=half,
                 verdict=verdict(m - b, p[1] - p[0]), printed_for=first.paper_dataset, is_stand_in=first.is_stand_in, printed_baseline=p[0], printed_value=p[1],
                 degenerate=int(pairs.degenerate.notna().sum()), older_code=int(pairs.older_code.sum() + pairs.older_code_base.sum()))
@@ -178,8 +178,8 @@ def sentences(c: pd.DataFrame) -> str:
     "What a comparison says, one computed sentence a setting."
     out = []
     for _, rows in c.groupby(['dataset', 'labels', 'backbone', 'steps'], sort=False):
-        r = next(rows.itertuples())
-        printed = '' if math.isnan(r.printed_value) else f"; the paper prints {r.printed_value - r.printed_baseline:+.1f}" + (f" on {r.printed_for}" if r.is_stand_in else '')
+        r, gain = next(rows.itertuples()), (rows.printed_value - rows.printed_baseline).max()
+        printed = '' if math.isnan(gain) else f"; the paper prints {gain:+.1f}" + (f" on {r.printed_for}" if r.is_stand_in else '')
         out.append(f"* **{_data(r)}, {r.labels} labels, {r.backbone}, {r.steps} steps**: {'; '.join(map(_clause, rows.itertuples()))}{printed}.")
     return '\n'.join(out)
 
@@ -211,7 +211,7 @@ def _decorate(left, right, c, colours):
     right.set(xlabel='paired difference, points; bars: 95 % interval')
     handles = [Line2D([], [], marker='o', color=v, label=k) for k, v in colours.items()]
     if c.printed_value.notna().any(): handles.append(Line2D([], [], marker='D', mfc='none', mec='k', ls='', label="the paper's gain"))
-    right.legend(handles=handles, fontsize=8, loc='best')
+    right.figure.legend(handles=handles, fontsize=8, loc='outside upper right', ncols=len(handles))
     for ax in (left, right): ax.grid(axis='x', alpha=.3)
 
 # %% ../nbs/11_paper.ipynb #451ccd7e
@@ -242,7 +242,7 @@ def grid(
     "The runs of a table: datasets x backbones x labels x presets x methods x seeds."
     runs = []
     for d in p.datasets:
-        own = {k: int(v) for k, v in dataset_settings(d).items() if k in ('batch_size',)}
+        own = {**{k: int(v) for k, v in dataset_settings(d).items() if k in ('batch_size',)}, **p.options}
         for b in _of(p, 'backbones', d, 'wrn_28_2'):
             for n in _of(p, 'labels', d, 'all'):
                 runs += [Run(dataset=d, backbone=b, labels=n, preset=pre, method=m, seed=s, steps=p.steps, epochs=p.epochs, evaluations=p.evaluations,
