@@ -118,6 +118,7 @@ def pairs_of(
     df: pd.DataFrame,  # from `read_results`
 ) -> list:
     "For each setting and method that has any, its pairs: the columns of the method's run, and with `_base` behind the name those of its baseline."
+    df = df.iloc[df.groupby(_setting, sort=False, dropna=False).ngroup().argsort(kind='stable')]  # settings together, in the order of their first runs
     base = df[df.method == 'CE'].drop(columns=_treatment)
     groups = df[df.method != 'CE'].groupby(_setting + _treatment, sort=False, dropna=False)
     found = [base.merge(group, on=_setting + ['seed', 'split'], suffixes=('_base', '')) for _, group in groups]
