@@ -78,14 +78,14 @@ def _curve(net, start, end, saliency, target, step, score, batch_size):
     with _evaluating(net):
         for job in jobs.split(batch_size):
             i, k = job//len(counts), job % len(counts)
-            scores.append(_score(net(_frames(start[i], end[i], rank[i], counts[k])), target[i], score))
+            scores.append(_score(net(_frames(start[i], end[i], rank[i], counts[k])), target, i, score))
     return Curve(counts/HW, torch.cat(scores).view(B, -1))
 
-def _score(logits, target, score):
-    "[n, K] -> [n]: the target's softmax, or its logit."
+def _score(logits, target, i, score):
+    "[n, K] -> [n]: the softmax, or the logit, of each frame's target, of images `i`; all targets are checked with the first batch."
     if logits.ndim != 2 or (target >= logits.shape[1]).any():
         raise ValueError(f"target {int(target.max())} and an output of shape {list(logits.shape)}: expected [n, K] and class indices below K")
-    return (logits.softmax(1) if score == 'softmax' else logits).gather(1, target[:, None])[:, 0]
+    return (logits.softmax(1) if score == 'softmax' else logits).gather(1, target[i, None])[:, 0]
 
 # %% ../nbs/08_metrics.ipynb #9a74213a
 @dataclass(frozen=True, eq=False)

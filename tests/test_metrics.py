@@ -178,6 +178,13 @@ def test_refusals_of_curves(metric, change, message):
         metric(**{**dict(net=network(), x=normal(2, 3, 8, 8), saliency=uniform(2, 8, 8), target=0), **change})
     assert '\n' not in str(error.value)
 
+def test_a_target_out_of_range_is_found_at_once():
+    net, seen = network(), []
+    net.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.raises(ValueError, match=r"target 5 and an output of shape \[1, 5\]"):
+        deletion(net, normal(3, 3, 8, 8), uniform(3, 8, 8), torch.tensor([0, 1, 5]), batch_size=1)
+    assert len(seen) == 1
+
 def test_overall_wants_the_same_steps():
     a, b = (insertion(network(), normal(1, 3, 8, 8), uniform(1, 8, 8), 0, step=s) for s in (3, 8))
     with pytest.raises(ValueError, match=r"curves \[1, 23\] and \[1, 9\]: expected the same images and the same step for both"): overall(a, b)
