@@ -26,6 +26,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'lico.cams._blurred': ('cams.html#_blurred', 'lico/cams.py'),
                            'lico.cams._is_vit': ('cams.html#_is_vit', 'lico/cams.py'),
                            'lico.cams._library': ('cams.html#_library', 'lico/cams.py'),
+                           'lico.cams._scaled': ('cams.html#_scaled', 'lico/cams.py'),
                            'lico.cams._tapped': ('cams.html#_tapped', 'lico/cams.py'),
                            'lico.cams.cam': ('cams.html#cam', 'lico/cams.py'),
                            'lico.cams.grad_cam': ('cams.html#grad_cam', 'lico/cams.py'),

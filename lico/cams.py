@@ -36,7 +36,7 @@ def undisturbed(
     modes, parameters = [(m, m.training) for m in net.modules()], [(p, p.requires_grad, p.grad) for p in net.parameters()]
     cuda = [device] if torch.device(device).type == 'cuda' else []
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(cuda):
+        with torch.inference_mode(False), torch.random.fork_rng(cuda):  # the first also switches gradients on
             net.eval().requires_grad_(False)
             yield
     finally:
@@ -97,15 +97,19 @@ def grad_cam(
     return maps.sum(1).relu(), logits
 
 # %% ../nbs/07_cams.ipynb #18db1dc8
+def _scaled(maps):
+    "`to_unit` of maps that may not be finite."
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    constant = high - low <= 8*torch.finfo(maps.dtype).eps*torch.maximum(high.abs(), low.abs())
+    return ((maps - low)/(high - low)).masked_fill(constant, 0)
+
 def to_unit(
     maps: torch.Tensor,  # [B, H, W]
 ):
     "Each map shifted and scaled to [0, 1]; one that is constant up to rounding becomes zeros."
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    finite = (low.isfinite() & high.isfinite()).flatten()
+    finite = maps.isfinite().flatten(1).all(1)
     if not finite.all(): raise ValueError(f"the map of image {finite.tolist().index(False)} is not finite: check the network's weights and that its input is normalised as in training")
-    constant = high - low <= 8*torch.finfo(maps.dtype).eps*torch.maximum(high.abs(), low.abs())
-    return ((maps - low)/(high - low)).masked_fill(constant, 0)
+    return _scaled(maps)
 
 # %% ../nbs/07_cams.ipynb #aa4c0721
 def masked_scores(
@@ -121,7 +125,7 @@ def masked_scores(
     n, masks, background, scores = masks.shape[1], masks.flatten(0, 1), torch.as_tensor(background, dtype=x.dtype, device=x.device).expand_as(x), []
     with torch.no_grad():
         for i in tqdm(torch.arange(len(masks), device=x.device).split(batch_size), desc, unit='batch', delay=2, leave=False):
-            mask = to_unit(F.interpolate(masks[i, None], x.shape[2:], mode='bilinear', align_corners=align_corners)[:, 0])[:, None]
+            mask = _scaled(F.interpolate(masks[i, None], x.shape[2:], mode='bilinear', align_corners=align_corners)[:, 0])[:, None]
             scores.append(score(torch.lerp(background[i//n], x[i//n], mask)).gather(1, target[i//n, None]))
     return torch.cat(scores).view(len(x), n)
 
@@ -180,4 +184,4 @@ def group_cam(
     masks = masks*(masks >= masks.flatten(2).quantile(denoise, 2)[..., None, None])
     background, probability = _blurred(x), lambda x: net(x).softmax(1)
     with torch.no_grad(): gain = masked_scores(probability, x, target, masks, batch_size, background, desc='Group-CAM') - probability(background).gather(1, target[:, None])
-    return sum(g[:, None, None]*to_unit(F.interpolate(m[:, None], x.shape[2:], mode='bilinear')[:, 0]) for g, m in zip(gain.T, masks.unbind(1))).relu()
+    return sum(g[:, None, None]*_scaled(F.interpolate(m[:, None], x.shape[2:], mode='bilinear')[:, 0]) for g, m in zip(gain.T, masks.unbind(1))).relu()

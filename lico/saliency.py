@@ -25,13 +25,13 @@ def rise_masks(
     generator,  # torch.Generator on the CPU
     cells=7,  # the grid has cells x cells cells
     p=0.5,  # probability that a cell is seen
+    device='cpu',  # where the masks are made, from the same random numbers
 ):
     "Random masks [n, H, W]: a binary grid one cell larger than the picture, enlarged bilinearly and shifted by less than a cell (Petsiuk et al. 2018)."
-    u = torch.rand(n, cells*cells + 2, generator=generator)
-    cell = torch.tensor([-(-pixels//cells) for pixels in size])
-    large = F.interpolate((u[:, None, :-2] < p).float().unflatten(2, (cells, cells)), ((cells + 1)*cell).tolist(), mode='bilinear')[:, 0]
-    rows, columns = ((u[:, -2 + i]*cell[i]).long()[:, None] + torch.arange(size[i]) for i in (0, 1))
-    return large[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None]]
+    u, cell = torch.rand(n, cells*cells + 2, generator=generator).to(device), [-(-pixels//cells) for pixels in size]
+    large = F.interpolate((u[:, None, :-2] < p).float().unflatten(2, (cells, cells)), [(cells + 1)*o for o in cell], mode='bilinear')[:, 0]
+    rows, columns = ((u[:, -2 + i]*cell[i]).long()[:, None] + torch.arange(size[i], device=device) for i in (0, 1))
+    return large[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None]]
 
 def rise(
     net, x, target,  # a backbone within `undisturbed`, images [B, 3, H, W], class indices [B]
@@ -45,7 +45,7 @@ def rise(
     generator, total, per = torch.Generator().manual_seed(seed), torch.zeros_like(x[:, 0]), max(1, batch_size//len(x))
     with torch.no_grad():
         for i in tqdm(range(0, n_masks, per), 'RISE', unit='batch', delay=2, leave=False):
-            masks = rise_masks(min(per, n_masks - i), x.shape[2:], generator, cells, p).to(x)
+            masks = rise_masks(min(per, n_masks - i), x.shape[2:], generator, cells, p, x.device).to(x.dtype)
             probability = net((x[:, None]*masks[:, None]).flatten(0, 1)).softmax(1).unflatten(0, (len(x), -1))
             total += torch.einsum('bn,nhw->bhw', probability[torch.arange(len(x)), :, target], masks)
     return total/(n_masks*p)
@@ -229,6 +229,6 @@ def explain(
     names = _check(net, x, method, batch_size, options)
     shared = {k: v for k, v in (('batch_size', batch_size), ('seed', seed)) if k in names}
     with undisturbed(net, x.device):
-        x = x.detach().clone()
+        x = x.detach()
         batches = zip(x.split(batch_size), _classes(net, x, target, batch_size).split(batch_size))
         return to_unit(torch.cat([METHODS[method](net, *batch, **shared, **options) for batch in batches]).float())

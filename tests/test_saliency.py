@@ -79,7 +79,7 @@ def test_predicted_class_is_the_default():
                                         ('vit_tiny_patch16_224', 48), ('vit_small_patch16_rope_224', 48)])
 def test_cams_on_many_networks(name, size):
     net, x, target = small(name, size), pictures(2, size, size), torch.tensor([1, 4])
-    for method in ('grad-cam', 'grad-cam++', 'group-cam'):
+    for method in ('grad-cam', 'grad-cam++', 'group-cam', *(['score-cam'] if name.startswith('vit') else [])):
         maps = explain(net, x, target, method)
         assert maps.shape == (2, size, size)
         torch.testing.assert_close(maps[1:], explain(net, x[1:], target[1:], method), rtol=0, atol=2e-3)
@@ -116,7 +116,7 @@ def test_equal_to_pytorch_grad_cam():
 
 def test_grad_cam_plus_plus_is_the_paper_s_whatever_the_size_of_gradients():
     net, x, target = small('resnet18', 64), pictures(2, 64, 64), torch.tensor([1, 4])
-    with torch.no_grad(): net.fc.weight.mul_(0.01)
+    with torch.no_grad(): net.fc.weight.mul_(torch.tensor([[.01], [.01], [.01], [.01], [1e-5], [.01], [.01]]))  # and one picture's smaller than its neighbour's
     maps = net.double().forward_features(x.double())
     g, = torch.autograd.grad(net.forward_head(maps).gather(1, target[:, None]).sum(), maps)
     alpha = (g**2/(2*g**2 + maps.sum((2, 3), keepdim=True)*g**3)).nan_to_num()
@@ -196,6 +196,13 @@ def test_rise_masks_are_the_published_ones():
     assert ours.shape == (50, 30, 45) and abs(rise_masks(2000, (14, 14), torch.Generator().manual_seed(0), p=0.3).mean() - 0.3) < 0.01
     generator = torch.Generator().manual_seed(5)
     assert torch.equal(torch.cat([rise_masks(n, (30, 45), generator) for n in (1, 30, 19)]), ours), 'however they are divided into batches'
+
+
+def test_rise_is_a_slow_loop_over_its_masks():
+    net, x, target = small(), pictures(2, 16, 24), torch.tensor([1, 4])
+    masks = rise_masks(11, (16, 24), torch.Generator().manual_seed(7), cells=4, p=0.6)
+    with torch.no_grad(): slow = torch.stack([sum(net(o[None]*m).softmax(1)[0, c]*m for m in masks)/(11*0.6) for o, c in zip(x, target)])
+    with undisturbed(net): torch.testing.assert_close(saliency.rise(net, x, target, 6, seed=7, n_masks=11, cells=4, p=0.6), slow)
 
 
 def test_rise_is_seeded_and_finds_the_pixels_that_matter():
@@ -281,6 +288,25 @@ def test_guided_backprop_refuses_what_it_has_no_rule_for(name):
         explain(small(name, 32), pictures(1, 32, 32), 0, 'guided-backprop')
 
 
+def test_guided_backprop_refuses_rectifiers_that_do_not_start_at_zero():
+    for act in (nn.Hardtanh(), nn.Tanh(), nn.Sigmoid(), nn.Softplus(), nn.ELU(), nn.PReLU(), lambda x: x.clamp(min=0)):
+        with pytest.raises(ValueError, match='no rule for'): saliency.guided_backprop(lambda x: act(x).sum((2, 3)), pictures(1), torch.tensor([0]))
+    saliency.guided_backprop(lambda x: F.hardtanh(F.relu6(F.leaky_relu(x.relu())), 0, 2).sum((2, 3)), pictures(1), torch.tensor([0]))
+
+
+def test_smoothgrad_s_noise():
+    "A part of each picture's own range; seeded, whatever torch's generator has been used for meanwhile."
+    net, x, target = small(), pictures(2)*torch.tensor([1., 9]).view(2, 1, 1, 1), torch.tensor([1, 4])
+    maps = explain(net, x, target, 'smoothgrad', samples=3)
+    torch.rand(5)
+    assert torch.equal(explain(net, x, target, 'smoothgrad', samples=3), maps) and not torch.equal(explain(net, x, target, 'smoothgrad', samples=3, seed=1), maps)
+    for b in range(2):
+        generator = torch.Generator().manual_seed(0)
+        noise = 0.15*(x[b].max() - x[b].min())*torch.randn(3, 3, 16, 16, generator=generator)
+        slow = input_gradient(net, x[b] + noise, target[b].repeat(3)).mean(0).abs().sum(0)
+        torch.testing.assert_close(maps[b], to_unit(slow[None])[0], rtol=0, atol=1e-3)
+
+
 def test_guided_ig_is_the_library_s_algorithm(monkeypatch):
     "PAIR's own code, with np.quantile's old argument given back to it; between anchors, one call per piece of the straight line."
     from saliency.core.guided_ig import guided_ig_impl
@@ -325,7 +351,7 @@ def test_xrai_is_the_library_s(fast):
 
 def test_baselines():
     x = torch.zeros(1, 3, 8, 8)
-    x[:, :, :, 4:] = 1
+    x[:, 2, :, 4:] = 1
     edge = explain(small(), x, 0, 'edges')[0]
     assert (edge[:, 3:5] == 1).all() and (edge[:, :2] == 0).all() and (edge[:, 6:] == 0).all()
     assert (explain(small(), x*0 + 3, 0, 'edges') == 0).all(), 'a constant map becomes zeros'
@@ -365,11 +391,11 @@ class Stop(Exception): pass
 
 @pytest.mark.parametrize('method', METHODS)
 def test_leaves_no_trace(method):
-    net, x = lived_in(), pictures(2)
+    net, x = lived_in(), pictures(2).requires_grad_()
     before = traces(net)
     maps = explain(net, x, 2, method, **FAST.get(method, {}))
     same(before, traces(net))
-    assert not x.requires_grad and x.grad is None
+    assert x.requires_grad and x.grad is None and torch.equal(x, pictures(2))
     torch.testing.assert_close(maps, explain(net.eval(), x, 2, method, **FAST.get(method, {})), rtol=0, atol=1e-5)
     with torch.no_grad(): a = explain(net, x, 2, method, **FAST.get(method, {}))
     with torch.inference_mode(): b = explain(net, x*1, 2, method, **FAST.get(method, {}))
@@ -394,9 +420,10 @@ def test_leaves_no_trace_in_a_vit():
     for method in ('grad-cam', 'grad-cam++', 'group-cam'): explain(net, x, 2, method)
     same(before, traces(net))
     handle = net.head.register_forward_hook(lambda *args: 1/0)
-    before = traces(net)
+    before, held = traces(net), []  # the exceptions are held, so that nothing is cleaned up by their going out of scope
     for method in ('grad-cam', 'group-cam'):
-        with pytest.raises(ZeroDivisionError): explain(net, x, 2, method)
+        with pytest.raises(ZeroDivisionError) as error: explain(net, x, 2, method)
+        held.append(error)
     same(before, traces(net))
     handle.remove()
 
