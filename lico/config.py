@@ -59,6 +59,7 @@ OPTIONS = dict(
     ot_value=('transport', 'regularised'), hidden=(int, 1, 10**5), dropout=(float, 0, 0.99),
     n_context=(int, 0, 10**3), prompt=('tokens', 'rolled'), context=('shared', 'class'), class_position=('end', 'front'), dynamic=bool,
     init=str, trainable=bool,
+    cgc_weight=(float, 0, float('inf')), cgc_temperature=(float, 1e-3, float('inf')), gcc_weight=(float, 0, float('inf')),
     epochs=(int, 1, 10**6), batch_size=(int, 1, 10**6), lr=(float, *_positive), momentum=(float, 0, 0.9999), weight_decay=(float, 0, 1),
     schedule=('cos7/16', 'cosine', 'constant'), ema=(float, 0, 0.999999), bn_momentum=(float, 1e-6, 1), noise=(float, 0, 10))
 
@@ -148,7 +149,7 @@ def _as_options(value):
     return check_options(**{name: text if _is_choice(name) else parse_value(text) for name, _, text in pairs})
 
 # %% ../nbs/00_config.ipynb #b528da75
-_lists = ('datasets', 'backbones', 'labels', 'methods', 'presets', 'seeds')
+_lists = ('datasets', 'backbones', 'labels', 'methods', 'presets', 'seeds', 'saliency', 'metrics')
 
 def _injected(cells):
     "The names in the newest of the `cells` that papermill injected, none if it injected nothing."

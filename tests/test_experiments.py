@@ -1,17 +1,19 @@
-import json, time
+import functools, json, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, pytest
+import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, strategies as st
 from scipy import stats
 
 import lico
-from lico import experiments
-from lico.experiments import Run, load_data, read_record, run, run_id, runs_folder, spec, sweep, trained_code
+from lico import config, experiments
+from lico.backbones import create_backbone
+from lico.experiments import (METHODS, RIVALS, Run, code_hash, frame, load_backbone, load_data, more_roots, read_record, run, run_id, runs_folder, spec, start,
+                              sweep, trained_code)
 from lico.paper import collect, compare, interval, paper_dataset, pairs_of, printed_table, read_results, results, save_results, verdict
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
@@ -28,6 +30,23 @@ def test_identity_is_what_the_method_reads():
     lico = replace(TINY, method='LICO')
     assert len({key(r) for r in (lico, replace(lico, text_encoder='clip'), replace(lico, options=dict(tau='fixed')), replace(lico, method='CE+MM'))}) == 4
     assert data.digest == spec(TINY, data)['data']
+
+
+def test_a_rival_reads_its_own_options_only():
+    data = load_data(TINY)
+    key = lambda **o: json.dumps(spec(replace(TINY, **o), data), sort_keys=True)
+    for method, own in (('CGC', dict(cgc_temperature=0.1)), ('GCC', dict(gcc_weight=1))):
+        assert key(method=method) == key(method=method, text_encoder='clip', preset='studied', options=dict(alpha=3, tau='fixed')) != key(method=method, options=own)
+        for other in set(METHODS) - {method, 'LICO', 'CE+MM', 'CE+OT'}: assert key(method=other, options=own) == key(method=other) != key(method=method)
+    assert all(set(arguments.values()) <= set(config.OPTIONS) for arguments in RIVALS.values())
+
+
+@pytest.mark.parametrize('method, preset, expected', [
+    ('CE', 'paper', '0a5fb31ff5fa'), ('LICO', 'paper', '483cabc929d1'), ('LICO', 'studied', '46487a847795'), ('CE+MM', 'paper', 'e302ec066a43'), ('CE+OT', 'released', '165270e7996c')])
+def test_identities_of_finished_runs(method, preset, expected):
+    "Committed results are found by these, which were computed before rivals and pretrained starts existed."
+    r = Run(labels=40, backbone='wrn_16_1', method=method, preset=preset, seed=3, steps=120, evaluations=3)
+    assert run_id(r).split('-')[0] == expected
 
 
 def test_repr_is_the_command():
@@ -48,11 +67,108 @@ def test_code_hash_covers_what_a_weight_depends_on(module, before, after, counts
     assert (trained_code(changed) != trained_code(SOURCES)) == counts
 
 
+@functools.cache
+def present_code(more): return trained_code(SOURCES, more)
+
+
+OLD = ('CE', 'LICO', 'CE+MM', 'CE+OT')
+
+
+def test_code_of_what_was_there_before_has_nothing_of_what_came_later():
+    for method in OLD: assert more_roots(Run(method=method)) == ()
+    old = trained_code(SOURCES)
+    assert not {m for m, _ in old} & {'rivals', 'cams', 'codehash'} and ('experiments', 'start') not in old
+    for later in (*(Run(method=m) for m in RIVALS), Run(pretrained=True)):
+        code = trained_code(SOURCES, more_roots(later))
+        assert old.items() < code.items() and ('experiments', 'start') in code
+    assert {run_id(replace(TINY, method=m)).split('-')[1] for m in OLD} == {code_hash()} and run_id(replace(TINY, method='GCC')).split('-')[1] != code_hash()
+
+
+@pytest.mark.parametrize('module, before, after, counts', [
+    ('rivals', 'torch.where(own,', 'torch.where(~own,', {'CGC'}), ('rivals', '(seen) - _shares', '(seen) + _shares', {'GCC'}), ('rivals', '(0.08, 1)', '(0.5, 1)', {'CGC'}),
+    ('rivals', 'm.momentum = 0.', 'm.momentum = 1.', {'CGC', 'GCC'}), ('cams', 'maps.sum(1).relu()', 'maps.sum(1)', {'CGC', 'GCC'}),
+    ('rivals', 'in nats (Pillai', 'in nats, (Pillai', set()), ('rivals', 'so all Grad-CAM maps are alike', 'so maps are alike', set()),
+    ('experiments', 'model.backbone.load_state_dict(net', 'model.load_state_dict(net', {'CGC', 'GCC', 'pretrained'}), ('experiments', "temperature='cgc_", "temperature='gcc_", set()),
+    ('losses', 'def cost_matrix', 'def cost_matrix2', {'LICO', 'CGC', 'GCC', 'pretrained'})])
+def test_code_hash_of_later_runs(module, before, after, counts):
+    assert before in SOURCES[module]
+    changed = {**SOURCES, module: SOURCES[module].replace(before, after)}
+    runs = {'LICO': Run(method='LICO'), 'CGC': Run(method='CGC'), 'GCC': Run(method='GCC'), 'pretrained': Run(pretrained=True)}
+    assert {name for name, r in runs.items() if trained_code(changed, more_roots(r)) != present_code(more_roots(r))} == counts
+
+
 def test_roots_exist():
     "A root that was renamed would drop out of the hash without a word."
-    for m, name in experiments._roots + experiments._seeds: assert hasattr(import_module(f'lico.{m}'), name)
+    more = [root for method in METHODS for root in more_roots(Run(method=method, pretrained=True))]
+    for m, name in experiments._roots + experiments._seeds + more: assert hasattr(import_module(f'lico.{m}'), name)
     found = {name for _, name in trained_code(SOURCES)}
     assert {'augment', 'training_batch', 'PreActBlock', 'kl_rows', 'ot_alignment', 'LICO', '_Trainer', 'PromptLearner', 'Average', 'derive_seed'} <= found
+
+
+@pytest.mark.parametrize('method', RIVALS)
+def test_a_rival_is_run_like_any_other(lico_root, monkeypatch, method):
+    r = replace(TINY, method=method)
+    first, ce, lico = sweep([r, TINY, replace(TINY, method='CE+OT')], progress=False)
+    assert first[method.lower()] > 0 and first['spec']['losses'] == {k: config.preset()[k] for k in RIVALS[method].values()}
+    assert not {'mm', 'ot', 'tau', 'entropy_image'} & set(first) and first['degenerate'] is None
+    assert first['code'] == first['id'].split('-')[1] != ce['code'] == lico['code']
+    net = load_backbone(first)
+    assert set(net.state_dict()) == set(create_backbone('wrn_10_1', 10, 16).state_dict()), 'nothing but the classifier is left'
+    both, old = frame([first, ce]), frame([ce, lico])
+    assert both[method.lower()].notna().tolist() == [True, False] and both.text_encoder.isna().all()
+    assert not {'pretrained', 'cgc', 'gcc'} & set(old), 'tables of other runs stay as they are'
+    monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
+    assert run(r, progress=False) == first
+
+
+def test_methods_of_one_seed_start_alike():
+    data = load_data(TINY)
+    starts = [start(replace(TINY, method=m), data).backbone.state_dict() for m in ('CE', *RIVALS)]
+    assert all(torch.equal(a, b) for other in starts[1:] for a, b in zip(starts[0].values(), other.values()))
+    model = start(replace(TINY, method='CGC', options=dict(cgc_weight=2, cgc_temperature=0.1)), data)
+    assert (model.weight, model.temperature) == (2., 0.1)
+
+
+def pretend(monkeypatch, tmp_path, name, classes=1000):
+    "Weights in Hugging Face's cache, as timm finds them where there is no network; the model they came from."
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+    torch.manual_seed(42)
+    net = timm.create_model(name, num_classes=classes)
+    folder = tmp_path/f"models--timm--{experiments.pretrained_weights(name)}"
+    (folder/'snapshots'/'0').mkdir(parents=True)
+    (folder/'refs').mkdir()
+    (folder/'refs'/'main').write_text('0')
+    save_file(net.state_dict(), folder/'snapshots'/'0'/'model.safetensors')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    return net
+
+
+def test_pretrained_start(lico_root, monkeypatch, tmp_path):
+    source = pretend(monkeypatch, tmp_path/'hub', 'test_resnet').state_dict()
+    r = replace(TINY, backbone='test_resnet', image_size=64, pretrained=True)
+    data, head = load_data(r), ('fc.weight', 'fc.bias')
+    for method in ('CE', 'CGC'):
+        net = start(replace(r, method=method), data).backbone.state_dict()
+        assert all(torch.equal(net[k], source[k]) for k in net if k not in head) and net['fc.weight'].shape[0] == 10
+    alike = [start(replace(r, method=m), data, experiments._encoder('minilm')).backbone.state_dict() for m in ('CE', 'CE+OT')]
+    assert all(torch.equal(alike[0][k], alike[1][k]) for k in alike[0]), 'a pair starts from the same head'
+    again, other = (start(o, data).backbone.state_dict() for o in (r, replace(r, seed=1)))
+    assert torch.equal(again['fc.weight'], start(r, data).backbone.state_dict()['fc.weight']) and not torch.equal(again['fc.weight'], other['fc.weight'])
+    first, plain = sweep([r, replace(r, pretrained=False)], progress=False)
+    assert first['spec']['pretrained'] == 'test_resnet.r160_in1k' and 'pretrained' not in plain['spec'] and first['id'] != plain['id']
+    assert first['accuracy_last'] != plain['accuracy_last'] or first['ce'] != plain['ce']
+    df = frame([first, plain])
+    assert df.pretrained.tolist()[0] == 'test_resnet.r160_in1k' and pd.isna(df.pretrained[1]) and df.training[0] != df.training[1], 'they are no pair'
+    assert eval(repr(r)) == r and torch.equal(load_backbone(first).state_dict()['conv1.0.weight'], load_backbone(run(r)).state_dict()['conv1.0.weight'])
+
+
+def test_what_has_no_pretrained_weights_is_said_before_training(lico_root, monkeypatch):
+    monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
+    with pytest.raises(ValueError, match='wrn_10_1 has no pretrained weights'): sweep([replace(TINY, pretrained=True)], progress=False)
+    with pytest.raises(ValueError, match="value of pretrained: 'yes': choose one of True, False"): Run(pretrained='yes')
 
 
 def test_sweep_does_equal_runs_once(lico_root, monkeypatch):
@@ -106,7 +222,7 @@ def test_finished_runs_are_not_done_again(lico_root, monkeypatch):
 
 def test_record_of_older_code(lico_root, monkeypatch):
     first = run(TINY, progress=False)
-    monkeypatch.setattr(experiments, 'code_hash', lambda: 'f'*8)
+    monkeypatch.setattr(experiments, 'code_hash', lambda *more: 'f'*8)
     with pytest.warns(RuntimeWarning, match='1 of 1 records are of older training code'): [old] = sweep([TINY], progress=False)
     assert old['older_code'] and old['id'] == first['id']
     new = run(TINY, again=True, progress=False)

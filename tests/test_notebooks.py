@@ -47,6 +47,24 @@ def test_table3_on_a_folder(tmp_path):
     assert before == {f: f.stat().st_mtime for f in tmp_path.glob('data/runs/*/record.json')} and len(before) == 4
 
 
+@pytest.mark.parametrize('name', ['table1', 'table8'])
+def test_tables_of_maps_smoke(tmp_path, name):
+    p = papermill(f'{name}.ipynb', '-p', 'profile', 'smoke', cwd=tmp_path, lico_root=tmp_path)
+    assert p.returncode == 0, p.stderr[-3000:]
+    out = tmp_path/'data'/'smoke'/name
+    assert sorted(f.name for f in out.iterdir()) == ['figure.png', 'figure.svg', 'results.csv', 'scores.csv', 'table.md']
+    df, per_image = pd.read_csv(out/'results.csv'), pd.read_csv(out/'scores.csv')
+    assert {'CE', 'LICO'} <= set(df.method) and (df.profile == 'smoke').all() and df.measured_by.str.startswith('python -c').all()
+    assert len(per_image) == df.images.sum() and set(df.saliency) == {'grad-cam', 'random'}
+
+
+@pytest.mark.parametrize('n', range(3, 9))
+def test_figures_smoke(tmp_path, n):
+    p = papermill(f'figure{n}.ipynb', '-p', 'profile', 'smoke', cwd=tmp_path, lico_root=tmp_path)
+    assert p.returncode == 0, p.stderr[-3000:]
+    assert {'figure.png', 'figure.svg', 'results.csv', 'table.md'} <= {f.name for f in (tmp_path/'data'/'smoke'/f'figure{n}').iterdir()}
+
+
 def test_study_smoke(tmp_path):
     p = papermill('study.ipynb', '-p', 'profile', 'smoke', cwd=tmp_path, lico_root=tmp_path)
     assert p.returncode == 0, p.stderr[-3000:]

@@ -6,7 +6,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from lico.data import load
 from lico.metrics import pointing_game
-from lico.scenes import coco_scenes, coco_to_imagenet, digit_scenes
+from lico.scenes import coco_scenes, coco_to_imagenet, digit_scenes, scene_dataset, unseen_scenes
 
 # digits on photographs
 
@@ -87,6 +87,42 @@ def test_of_selects_a_class():
     (dict(objects=11, digit_size=8, kind='different'), "there are 10 different digits")])
 def test_refusals_of_digit_scenes(change, message):
     with pytest.raises(ValueError, match=message): digit_scenes(3, **change)
+
+# scenes to train on
+
+def test_the_dataset_is_the_same_everywhere(lico_root):
+    "What `Run` would train on has this digest: pixels, labels and names. A change here makes all records of Figures 3 to 8 records of other data."
+    name = scene_dataset(200)
+    assert name == f'folder:{lico_root}/data/digit-scenes-200' == scene_dataset(200)
+    data = load(name)
+    assert data.digest[:12] == '5ac6fbcec5a5' and (len(data.train), len(data.test), data.image_size) == (160, 40, 32) and data.class_names == tuple('0123456789')
+    train, test = digit_scenes(160, 32, 1, (24, 28), part='train'), digit_scenes(40, 32, 1, (24, 28))
+    for part, scenes in ((data.train, train), (data.test, test)):
+        assert sorted(part.x.flatten(1).tolist()) == sorted(s.image.flatten().tolist() for s in scenes)
+        by_image = {tuple(s.image.flatten().tolist()): int(s.labels[0]) for s in scenes}
+        assert [by_image[tuple(x.flatten().tolist())] for x in part.x] == part.y.tolist()
+
+def test_half_of_a_dataset_is_never_taken_for_the_whole(lico_root, monkeypatch):
+    "A process that dies while writing leaves no dataset behind; the next one writes all of it."
+    import lico.scenes as module
+    def dies(*args, **kwargs): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(module, '_write', lambda folder, n: ((folder/'train'/'0').mkdir(parents=True), dies()))
+        with pytest.raises(KeyboardInterrupt): scene_dataset(60)
+    assert not (lico_root/'data'/'digit-scenes-60').exists() and [f.name for f in (lico_root/'data').iterdir()] in ([], ['digit-scenes-60.lock'])
+    scene_dataset(60)
+    assert len(list((lico_root/'data'/'digit-scenes-60').rglob('*.png'))) == 60
+
+def test_unseen_scenes_are_of_test_digits_in_the_trained_size():
+    for kind, most in (('one', 1), ('different', 4), ('same', 4)):
+        scenes = unseen_scenes(40, kind)
+        numbers = {len(s.labels) for s in scenes}
+        assert numbers == ({1} if kind == 'one' else {2, 3, 4}) and all(s.image.shape == (3, 56, 56) for s in scenes)
+        if kind != 'one': assert all(len(s.labels.unique()) == (1 if kind == 'same' else len(s.labels)) for s in scenes)
+        height = torch.cat([s.boxes[:, 3] - s.boxes[:, 1] for s in scenes])
+        assert 20 < height.min() < height.max() <= 28
+    assert torch.equal(unseen_scenes(3)[1].image, digit_scenes(9, 56, 1, (24, 28), seed=1)[1].image) and unseen_scenes(2, image_size=64)[0].image.shape == (3, 64, 64)
+    with pytest.raises(ValueError, match="unknown kind of scenes 'many': choose one of one, different, same"): unseen_scenes(2, 'many')
 
 # COCO
 
