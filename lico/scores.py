@@ -334,8 +334,9 @@ def against_sentences(
     for name, m, a, sign in _compared(rows, per_image):
         a = a[a.saliency != 'random'].assign(gain=sign*a.difference).sort_values('gain', ascending=False)
         groups = {'better': a[a.gain > a.half_width], 'no different, as far as these images tell': a[a.gain.abs() <= a.half_width], 'worse': a[a.gain < -a.half_width]}
-        text = '; '.join(f"{k}: {', '.join(f'{r.saliency} ({r.difference:+.1f})' for r in g.itertuples())}" for k, g in groups.items() if len(g))
-        out.append(f"* **{name}, {SCORES[m]}**, against random maps of the same images, best first. {text[:1].upper()}{text[1:]}.")
+        few = lambda r: f', {r.n} images' if r.n < a.n.max() else ''
+        text = '; '.join(f"{k}: {', '.join(f'{r.saliency} ({r.difference:+.1f}{few(r)})' for r in g.itertuples())}" for k, g in groups.items() if len(g))
+        out.append(f"* **{name}, {SCORES[m]}**, against random maps of the same images ({a.n.max()} unless said), by size of the difference. {text[:1].upper()}{text[1:]}.")
     return '\n'.join(out)
 
 def plot_against(

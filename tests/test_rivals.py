@@ -259,11 +259,11 @@ def test_training_makes_held_out_maps_more_consistent():
     x, y = data.normalise(data.test.x[:128]), data.test.y[:128]
     for make in (CrossEntropy, *KINDS):
         net = small(2)
-        fit(make(net), data, steps=40, batch_size=32, seed=2, progress=False)
+        fit(make(net), data, steps=80, batch_size=32, seed=2, progress=False)
         for kind in KINDS:
             torch.manual_seed(0)
             found[make, kind] = kind(net.eval())(x, y).stats[kind.name]
-    for kind in KINDS: assert found[kind, kind] < 0.99*found[CrossEntropy, kind]
+    for kind in KINDS: assert found[kind, kind] < 0.98*found[CrossEntropy, kind]
 
 
 def test_refuses_maps_of_one_position():
