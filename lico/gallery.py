@@ -20,7 +20,8 @@ from tqdm import tqdm
 from .config import device, root, stamp, write_atomic
 from .experiments import Run, frame, load_backbone, load_data, sweep
 from .metrics import Curve, deletion, energy_pointing_game, insertion, mosu, pointing_game
-from .paper import grid, interval, verdict
+from .paper import interval, verdict
+from .tables import grid
 from .saliency import explain
 from .scenes import Scenes, coco_scenes, coco_to_imagenet, scene_dataset, unseen_scenes
 from .scores import Cases, on_scenes, saliency_options, trained

@@ -24,7 +24,8 @@ from .config import choose, derive_seed, device, parse_value, stamp, write_atomi
 from .data import test_batches
 from .experiments import Run, frame, load_backbone, load_data, reachable, runs_folder
 from .metrics import deletion, energy_pointing_game, insertion, pointing_game, random_affine, ses
-from .paper import METRICS as SCORES, interval, placed, train
+from .paper import interval, placed, train
+from .tables import METRICS as SCORES
 from .readers import by_hash
 from .saliency import METHODS, explain
 from .scenes import coco_scenes, coco_to_imagenet, unseen_scenes

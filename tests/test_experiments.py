@@ -14,7 +14,8 @@ from lico import config, experiments
 from lico.backbones import create_backbone
 from lico.experiments import (METHODS, RIVALS, Run, code_hash, frame, load_backbone, load_data, more_roots, read_record, run, run_id, runs_folder, spec, start,
                               sweep, trained_code)
-from lico.paper import collect, compare, interval, paper_dataset, pairs_of, printed_table, read_results, results, save_results, verdict
+from lico.paper import collect, compare, interval, pairs_of, read_results, results, save_results, verdict
+from lico.tables import paper_dataset, printed_table
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
 

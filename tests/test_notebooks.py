@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat, pandas as pd, pytest
 
 from lico.config import root
+from lico.tables import TABLES
 
 TOP = root()
 BIN = Path(sys.executable).parent
@@ -56,6 +57,16 @@ def test_tables_of_maps_smoke(tmp_path, name):
     df, per_image = pd.read_csv(out/'results.csv'), pd.read_csv(out/'scores.csv')
     assert {'CE', 'LICO'} <= set(df.method) and (df.profile == 'smoke').all() and df.measured_by.str.startswith('python -c').all()
     assert len(per_image) == df.images.sum() and set(df.saliency) == {'grad-cam', 'random'}
+
+
+@pytest.mark.parametrize('n', [2, 4, 5, 6, 7, 9, 10, 11, 12, 13])
+def test_tables_smoke(tmp_path, n):
+    p = papermill(f'table{n}.ipynb', '-p', 'profile', 'smoke', cwd=tmp_path, lico_root=tmp_path)
+    assert p.returncode == 0, p.stderr[-3000:]
+    out = tmp_path/'data'/'smoke'/f'table{n}'
+    assert {'figure.png', 'figure.svg', 'results.csv', 'table.md'} <= {f.name for f in out.iterdir()} <= {'figure.png', 'figure.svg', 'results.csv', 'table.md', 'scores.csv'}
+    df = pd.read_csv(out/'results.csv')
+    assert TABLES[n].reference in set(df.arm) and df.arm.nunique() > 1 and (df.profile == 'smoke').all() and f'Table {n} on digits' in (out/'table.md').read_text()
 
 
 @pytest.mark.parametrize('n', range(3, 9))
