@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'RIVALS', 'Run', 'load_data', 'pretrained_weights', 'spec', 'build', 'start', 'more_roots', 'trained_code',
-           'code_hash', 'runs_folder', 'run_id', 'read_record', 'find_record', 'run', 'load_backbone', 'sweep', 'frame']
+           'code_hash', 'runs_folder', 'run_id', 'read_record', 'find_record', 'run', 'run_of', 'load_backbone',
+           'sweep', 'frame']
 
 # %% ../nbs/10_experiments.ipynb #e6f4961b
 import functools, hashlib, json, math, numbers, sys, time, warnings
@@ -256,10 +257,14 @@ def run(
     return dict(record, run=asdict(r))  # as it was asked for: a baseline's record may have been made for another preset of the same values
 
 # %% ../nbs/10_experiments.ipynb #b63a15ff
+def run_of(record: dict) -> Run:
+    "The run that a record is of."
+    return Run(**{**record['run'], 'options': tuple(map(tuple, record['run']['options']))})
+
 def load_backbone(record: dict):
     "The plain classifier that a run left, in evaluation mode."
     from safetensors.torch import load_file
-    r = Run(**{**record['run'], 'options': tuple(map(tuple, record['run']['options']))})
+    r = run_of(record)
     data, path = load_data(r), runs_folder()/record['id']/'model.safetensors'
     if not path.exists(): raise FileNotFoundError(f"{path} is missing: the record of {r} is here without its weights; remove the folder and run it again")
     net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'better', 'Explained', 'explained', 'worth', 'Shown', 'save_shown', 'read_shown', 'to_show', 'draw',
-           'scene_runs', 'of_kind', 'run_of', 'network_cases', 'label', 'save_worth', 'read_worth', 'networks',
-           'compared', 'differences', 'differences_table', 'draw_differences', 'reads', 'accuracies', 'machine']
+           'scene_runs', 'of_kind', 'network_cases', 'label', 'save_worth', 'read_worth', 'networks', 'compared',
+           'differences', 'differences_table', 'draw_differences', 'reads', 'accuracies', 'machine']
 
 # %% ../nbs/13_gallery.ipynb #2ef29848
 import functools, io, math
@@ -17,14 +17,15 @@ import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .config import device, root, stamp, write_atomic
-from .experiments import Run, frame, load_backbone, load_data, sweep
+from .cases import Cases, coco_in, on_scenes
+from .config import device, stamp, write_atomic
+from .experiments import frame, load_backbone, load_data, run_of, sweep
 from .metrics import Curve, deletion, energy_pointing_game, insertion, mosu, pointing_game
 from .paper import interval, verdict
 from .tables import grid
 from .saliency import explain
-from .scenes import Scenes, coco_scenes, coco_to_imagenet, scene_dataset, unseen_scenes
-from .scores import Cases, on_scenes, saliency_options, trained
+from .scenes import Scenes, coco_to_imagenet, scene_dataset, unseen_scenes
+from .scores import saliency_options, trained
 
 # %% ../nbs/13_gallery.ipynb #020b74d2
 @dataclass(frozen=True, eq=False)
@@ -182,7 +183,7 @@ def of_kind(scenes: Scenes, kind: str) -> Scenes:
 def _scenes(dataset, kind, n):
     "Scenes for networks trained on a dataset, and for each class name the network's classes."
     if Path(dataset).name.startswith('digit-scenes'): return (s := unseen_scenes(n, kind)), {name: (i,) for i, name in enumerate(s.class_names)}
-    return of_kind(coco_scenes(root()/'data'/'coco', 224, 'annotations/instances_val2017.json', 'val2017'), kind), coco_to_imagenet()
+    return of_kind(coco_in('data/coco'), kind), coco_to_imagenet()
 
 # %% ../nbs/13_gallery.ipynb #8c3ee9c2
 _about = ['dataset', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'image_size', 'steps', 'accuracy_last', 'degenerate', 'id', 'code', 'older_code', 'command']
@@ -193,8 +194,6 @@ def _command(record):
     if not Path(name).name.startswith('digit-scenes'): return record['command']
     n = Path(name).name.removeprefix('digit-scenes').strip('-')
     return record['command'].replace(repr(name), f'scene_dataset({n})').replace('import *;', 'import *; from lico.scenes import *;')
-
-def run_of(record) -> Run: return Run(**{**record['run'], 'options': dict(record['run']['options'])})
 
 def network_cases(
     record: dict,  # of a run, from `sweep`

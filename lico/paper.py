@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd, torch
 
 from .config import choose, dataset_settings, parameters, root, write_atomic
-from .experiments import Run, frame, load_data, sweep
+from .experiments import frame, load_data, run_of, sweep
 from .tables import (LOWER_IS_BETTER, METRICS, OF_MAPS, TABLES, arm_named, arm_of, columns_of, grid, paper_dataset, printed_cells, printed_dataset, printed_key, printed_place,
                          results)
 from .writing import arm_label, data_label, has_maps, network_label, size_label
@@ -115,7 +115,7 @@ def _measured(p, table, records):
     from lico.scores import measured, top5
     metrics, found, once = TABLES[table].metrics, None, {r['id']: r for r in records}
     if 'top5' in metrics:
-        classes = {r['dataset']: len(load_data(Run(**r['run'])).class_names) for r in once.values()}
+        classes = {r['dataset']: len(load_data(run_of(r)).class_names) for r in once.values()}
         found = pd.DataFrame([dict(id=i, top5=top5(r) if classes[r['dataset']] > 5 else math.nan) for i, r in once.items()])
     if set(metrics) & set(OF_MAPS):
         rows, per_image = measured(list(once.values()), p.saliency, p.test_images)
@@ -129,7 +129,7 @@ def _measured(p, table, records):
 def _arms(table, records):
     "The columns that say which arm of a table a run belongs to, and which options it has beside those that make the arms."
     own = {k for a in TABLES[table].arms for k in a.options}
-    return dict(arm=[arm_of(table, SimpleNamespace(**r['run'])).label for r in records],
+    return dict(arm=[arm_of(table, run_of(r)).label for r in records],
                 options=[', '.join(f'{k}={v}' for k, v in r['run']['options'] if k not in own) for r in records])
 
 def collect(

@@ -10,7 +10,7 @@ from lico.experiments import Run, run_id
 from lico.gallery import Explained, Shown, _command, compared, differences, draw, draw_differences, explained, label, of_kind, read_shown, read_worth, reads, save_shown, save_worth, scene_runs, to_show, worth
 from lico.metrics import Curve, deletion, insertion
 from lico.scenes import digit_scenes
-from lico.scores import on_scenes
+from lico.cases import on_scenes
 
 
 SEED = 1

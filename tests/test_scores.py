@@ -5,11 +5,12 @@ import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
 from lico.cams import imagenet_classifier
+from lico.cases import Cases, coco, folded, on_coco, on_digits, pretrained
 from lico.experiments import Run, run
 from lico.metrics import deletion, insertion, pointing_game
 from lico.saliency import explain
-from lico.scenes import scene_dataset
-from lico.scores import (Cases, against, against_sentences, against_table, coco, folded, measured, on_digits, pretrained, read_scores, saliency_options,
+from lico.scenes import coco_to_imagenet, scene_dataset
+from lico.scores import (against, against_sentences, against_table, measured, read_scores, saliency_options,
                          save_scores, score_all, scores, top5, trained)
 
 
@@ -154,3 +155,35 @@ def test_top5_is_sklearns(record):
     cases = trained(record, 500)
     with torch.no_grad(): logits = cases.net(cases.x)
     assert math.isclose(top5(record), 100*top_k_accuracy_score(cases.target, logits, k=5, labels=range(10)))
+
+
+def coco_like(folder):
+    "Three pictures with a cat, a dog and a zebra each, in COCO's own layout."
+    (folder/'annotations').mkdir(parents=True); (folder/'val2017').mkdir()
+    names, rng = {17: 'cat', 18: 'dog', 24: 'zebra'}, np.random.default_rng(0)
+    content = dict(images=[dict(id=i, file_name=f'{i}.jpg', height=64, width=64) for i in range(3)], categories=[dict(id=k, name=v) for k, v in names.items()],
+                   annotations=[dict(id=10*i + k, image_id=i, category_id=c, iscrowd=0, segmentation=[[20*k, 10, 20*k + 15, 10, 20*k + 15, 30, 20*k, 30]]) for i in range(3) for k, c in enumerate(names)])
+    for i in range(3): Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(folder/'val2017'/f'{i}.jpg')
+    (folder/'annotations'/'instances_val2017.json').write_text(json.dumps(content))
+    return folder
+
+
+def test_a_network_of_a_thousand_classes_on_coco(record, tmp_path):
+    "Table 8 on the paper's data: trained pairs are explained for the ImageNet class of the category that they find most probable."
+    for part in ('train', 'test'):
+        for c in range(1000):
+            (tmp_path/'thousand'/part/f'{c:03}').mkdir(parents=True)
+            Image.new('RGB', (32, 32), (c % 256, c//4, 9)).save(tmp_path/'thousand'/part/f'{c:03}'/'x.png')
+    thousand = run(Run(dataset=f"folder:{tmp_path/'thousand'}", backbone='wrn_10_1', steps=1, evaluations=1), progress=False)
+    cases = on_coco(thousand, folder=coco_like(tmp_path/'coco'))
+    assert len(cases) == 9 and len(on_coco(thousand, 4, tmp_path/'coco')) == 4 and cases.id == thousand['id']
+    known = coco_to_imagenet()
+    with torch.no_grad(): logits = cases.net(cases.x)
+    for name, target, row, region in zip(cases.names, cases.target, logits, cases.regions):
+        category = name.split(' ', 1)[1]
+        assert target in known[category] and row[target] == row[list(known[category])].max() and region.shape == (1, 32, 32)
+        columns = region[0].any(0).nonzero()[0]
+        assert columns.min() >= 10*['cat', 'dog', 'zebra'].index(category) - 1 and columns.max() <= 10*['cat', 'dog', 'zebra'].index(category) + 9
+    rows, _ = score_all([cases], ['grad-cam'], ('pointing_game',), progress=False)
+    assert rows.method[0] == 'CE' and 0 <= rows.pointing_game[0] <= 100
+    with pytest.raises(ValueError, match="digits has 10 classes: COCO's categories are found among ImageNet's 1,000"): on_coco(record, folder=tmp_path/'coco')
