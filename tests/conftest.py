@@ -3,6 +3,7 @@ import os
 import pytest
 
 os.environ.setdefault('LICO_DEVICE', 'cpu')  # bit-for-bit claims are made for the CPU
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # pytest-xdist runs a process a core; torch reads it when it is imported, here and in the processes that tests start
 
 
 @pytest.fixture

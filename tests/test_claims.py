@@ -1,0 +1,66 @@
+"The paper's claims: evidence from stored results, verdicts turned round where a claim is a loss, what is kept in figures/paper not stale."
+import io, math
+
+import numpy as np, pandas as pd, pytest
+
+from lico.claims import CLAIMS, draw_evidence, evidence, evidence_sentence, evidence_table
+from lico.config import root
+from lico.paper import verdict
+
+COLUMNS = dict(dataset='digits', data='d', labels='all', backbone='wrn_16_1', image_size=16, validation=None, steps=120, training='t', preset='paper', options=None, text_encoder='minilm',
+               paper_dataset='CIFAR-10', is_stand_in=True, degenerate=None, older_code=False)
+
+
+def store(folder, method, values, **more):
+    path = root()/'figures'/folder/'results.csv'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    n = len(values)
+    df = pd.DataFrame(COLUMNS | dict(method=method, seed=range(n), split=range(n), accuracy_last=values, id=[f'{folder}{method}{more}{i}' for i in range(n)]) | more)
+    df = pd.concat([pd.read_csv(path), df]) if path.exists() else df
+    df.to_csv(path, index=False)
+
+
+def test_a_loss_that_is_claimed_is_supported_by_a_loss(lico_root):
+    "Tables 5 and 10: the arm must lose for the claim to hold."
+    base = np.array([60., 61., 62., 63.])
+    for shift, says in ((-3., 'supported'), (3., 'contradicted')):
+        for f in (lico_root/'figures').glob('*/results.csv'): f.unlink()
+        noise = np.array([.1, -.1, .05, 0])
+        store('table5', 'CE', base, text_encoder=None, arm='CE', paper_dataset='ImageNet-1k'); store('table5', 'CE+OT', base + shift + noise, arm='CE+OT', paper_dataset='ImageNet-1k')
+        store('table10-x', 'LICO', base, arm='DC on'); store('table10-x', 'LICO', base + shift + noise, arm='DC off')
+        e = evidence().set_index('table')
+        assert e.says[5] == e.says[10] == says and e.verdict[5] == verdict(shift + noise, -.15) and e.folder[10] == 'table10-x' and e.difference[5] == pytest.approx(shift + noise.mean())
+        assert e.says[3] == 'not measured' and len(e) == len(CLAIMS)
+
+
+def test_the_larger_of_two_sets_of_pairs_is_taken(lico_root):
+    for folder, n in (('table3', 3), ('table3-more', 5), ('table3-other', 4)):
+        more = dict(labels='40') if folder == 'table3-other' else {}
+        store(folder, 'CE', np.arange(n)*1., text_encoder=None, **more)
+        for preset in ('paper', 'studied'): store(folder, 'LICO', np.arange(n) + np.linspace(1, 2, n), preset=preset, **more)
+    e = evidence()
+    e = e[e.table == 3]
+    assert e.n.tolist() == [5, 5, 4, 4] and e.folder.tolist() == ['table3-more']*2 + ['table3-other']*2 and e.preset.tolist() == ['paper', 'studied']*2
+    table, said = evidence_table(e), evidence_sentence(evidence())
+    assert table.count('\n') == 5 and '| +1.50 ' in table and '0 of 5' in table and 'digits (for CIFAR-10), 40 labels' in table and 'WRN' not in table.splitlines()[2]
+    assert said.startswith('1 of 16 claims have been measured here, in 4 settings and readings: 4 supported; none of them on the paper\'s data') and 'CGC costs accuracy (Table 2)' in said
+    assert evidence_table(pd.read_csv(io.StringIO(e.to_csv(index=False)), dtype=dict(labels=str, options=str))) == table, 'the same from the file'
+    fig = draw_evidence(e)
+    assert [o.get_color() for o in fig.axes[0].lines[:1]] == ['tab:green'] and len(fig.axes[0].get_yticks()) == 4
+
+
+def test_maps_are_asked_for_by_their_method(lico_root):
+    for method, shift in (('CE', 0), ('LICO', 2)):
+        for s, k in (('grad-cam', 1), ('random', 5)):
+            store('table1', method, [50., 60.], saliency=s, saliency_options=None, images=9, insertion=[30. + shift*k, 31. + 1.01*shift*k], text_encoder=None if method == 'CE' else 'minilm', paper_dataset='ImageNet-1k')
+    store('table8', 'pretrained', [math.nan], saliency='grad-cam', saliency_options=None, images=9, pointing_game=[50.])
+    e = evidence().set_index('claim')
+    assert e.difference["LICO's Grad-CAM maps are better at insertion"] == pytest.approx(2.01) and e.says["LICO's Grad-CAM maps are better at insertion and deletion together"] == 'not measured'
+    assert e.says[e.table == 8].tolist() == ['not measured'], 'a network without a pair is evidence of nothing'
+
+
+def test_what_is_kept_is_what_the_results_say():
+    "Run nbs/paper.ipynb again when results below figures/ change."
+    e = pd.read_csv(io.StringIO(evidence().to_csv(index=False, float_format='%.6g')), dtype=dict(labels=str, options=str))
+    kept = pd.read_csv(root()/'figures'/'paper'/'results.csv', dtype=dict(labels=str, options=str))
+    assert evidence_table(e) == evidence_table(kept) and evidence_sentence(e) == evidence_sentence(kept)
