@@ -27,8 +27,9 @@ from .text import PromptLearner, load_text_encoder
 from .training import TrainOptions, fit, load_checkpoint, options_from, save_checkpoint, set_aside
 
 # %% ../nbs/10_experiments.ipynb #0643b12b
-METHODS = {'CE': None, 'LICO': {}, 'CE+MM': dict(beta=0.), 'CE+OT': dict(alpha=0.), 'CGC': None, 'GCC': None}  # method -> what it changes in Eq. 8; `None`: no text at all
-RIVALS = {'CGC': dict(weight='cgc_weight', temperature='cgc_temperature'), 'GCC': dict(weight='gcc_weight')}  # method of `lico.rivals` -> argument -> its option
+METHODS = {'CE': None, 'LICO': {}, 'CE+MM': dict(beta=0.), 'CE+OT': dict(alpha=0.), 'CGC': None, 'GCC': None, 'LICO+CGC': {}}  # method -> what it changes in Eq. 8; `None`: no text at all
+_cgc = dict(weight='cgc_weight', temperature='cgc_temperature')
+RIVALS = {'CGC': ('CGC', _cgc), 'GCC': ('GCC', dict(weight='gcc_weight')), 'LICO+CGC': ('LICOWithCGC', _cgc)}  # method -> its class in `lico.rivals`, and argument -> its option
 
 # %% ../nbs/10_experiments.ipynb #1eb16bb7
 _least = dict(labels=1, shots=1, seed=0, split_seed=0, epochs=1, steps=1, evaluations=1, image_size=1, validation=1)  # field of a `Run` -> its smallest value
@@ -48,7 +49,7 @@ class Run:
     pretrained: bool = False  # start from timm's pretrained weights
     method: str = 'CE'  # a key of `METHODS`
     preset: str = 'paper'  # a reading of the paper: a `[preset.…]` of `settings.ini`
-    text_encoder: str = 'minilm'  # a name `load_text_encoder` knows; not read by CE and the rivals
+    text_encoder: str = 'minilm'  # a name `load_text_encoder` knows; not read by CE, CGC and GCC
     seed: int = 0  # initial weights, order, crops, shuffles
     split_seed: int = None  # which images are labelled; `None`: the same as `seed`
     epochs: int = None  # passes over the labelled images; the preset's if neither is given
@@ -101,9 +102,10 @@ def spec(
                method=r.method, seed=r.seed, steps=steps, evaluations=r.evaluations, train={k: o[k] for k in _names(TrainOptions) if k != 'epochs'})
     if r.validation is not None: out['validation'] = r.validation
     if r.pretrained: out['pretrained'] = pretrained_weights(r.backbone)
-    if r.method in RIVALS: out['losses'] = {name: o[name] for name in RIVALS[r.method].values()}
+    rival = {name: o[name] for name in RIVALS[r.method][1].values()} if r.method in RIVALS else {}
+    if rival: out['losses'] = rival
     if METHODS[r.method] is not None:
-        losses = {**{k: o[k] for k in _names(LossOptions)}, **METHODS[r.method]}
+        losses = {**{k: o[k] for k in _names(LossOptions)}, **METHODS[r.method], **rival}
         out.update(text_encoder=r.text_encoder, losses=losses, prompts={k: o[k] for k in _prompt_options})
     return out
 
@@ -135,8 +137,11 @@ def start(
         net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size, pretrained=True)
         model.backbone.load_state_dict(net.state_dict())
     if r.method not in RIVALS: return model
-    o = _options(r)
-    return getattr(rivals, r.method)(model.backbone, **{k: o[name] for k, name in RIVALS[r.method].items()})
+    (name, options), o = RIVALS[r.method], _options(r)
+    parts = (model.backbone,) if METHODS[r.method] is None else (model.backbone, model.prompts, model.options)
+    rival = getattr(rivals, name)(*parts, **{k: o[option] for k, option in options.items()})
+    rival.load_state_dict(model.state_dict())
+    return rival
 
 # %% ../nbs/10_experiments.ipynb #f978c9cb
 _roots = [('experiments', 'build'), ('training', 'fit'), ('data', 'Data'), ('data', 'Images'), ('data', '_balanced'), ('data', '_hold_out'),
@@ -146,7 +151,7 @@ _seeds = [('config', 'derive_seed'), ('config', 'seed_everything')]
 def more_roots(r: Run) -> tuple:
     "Where a run's code starts besides `_roots`: in `start`, if that does more than `build`, and in the class of a rival."
     rival = r.method in RIVALS
-    return (('experiments', 'start'),)*(rival or r.pretrained) + (('rivals', r.method),)*rival
+    return (('experiments', 'start'),)*(rival or r.pretrained) + ((('rivals', RIVALS[r.method][0]),) if rival else ())
 
 def trained_code(
     sources: dict,  # module name -> Python source

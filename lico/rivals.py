@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['random_views', 'view', 'cgc_loss', 'statistics_kept', 'Consistent', 'refuse_flat', 'CGC', 'tile', 'composites',
-           'gcc_loss', 'GCC']
+           'gcc_loss', 'GCC', 'LICOWithCGC']
 
 # %% ../nbs/09_rivals.ipynb #7c7693f5
 import contextlib
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,8 @@ from torch import nn, Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .cams import grad_cam
-from .model import CrossEntropy, Output
+from .losses import LossOptions
+from .model import CrossEntropy, LICO, Output
 
 # %% ../nbs/09_rivals.ipynb #0f061008
 def random_views(
@@ -78,12 +80,16 @@ class Consistent(CrossEntropy):
         "The classes whose maps are compared, [B]: the labels."
         return y
 
-    def forward(self, x, y):
-        "The loss of a batch; the term is `consistency(x, target, maps)` of the images, their classes and their Grad-CAM maps [B, h, w]."
+    def term(self, x, y) -> tuple:
+        "`consistency(x, target, maps)` of the images, their classes and their Grad-CAM maps [B, h, w], and the logits."
         with sdpa_kernel(SDPBackend.MATH):
             target = self.explained(x, y)
             maps, logits = grad_cam(self.backbone, x, target)
-            with statistics_kept(self.backbone): term = self.consistency(x, target, maps)
+            with statistics_kept(self.backbone): return self.consistency(x, target, maps), logits
+
+    def forward(self, x, y):
+        "The loss of a batch."
+        term, logits = self.term(x, y)
         ce = F.cross_entropy(logits, y)
         return Output(loss=ce + self.weight*term, ce=ce, logits=logits, stats={self.name: term.detach()})
 
@@ -166,3 +172,24 @@ class GCC(Consistent):
         if fixed := getattr(getattr(self.backbone, 'patch_embed', None), 'img_size', None): pictures = F.interpolate(pictures, fixed, mode='bilinear', antialias=True)
         seen, _ = grad_cam(self.backbone, pictures, target)
         return gcc_loss(seen, maps, cell)
+
+# %% ../nbs/09_rivals.ipynb #licocgc1
+class LICOWithCGC(LICO):
+    "LICO and CGC's term: a reading of Table 1's \"CGC\" with LICO, which the paper does not define."
+    name, term, explained, consistency = CGC.name, CGC.term, CGC.explained, CGC.consistency
+
+    def __init__(self,
+        backbone: nn.Module, prompts: nn.Module, options: LossOptions = LossOptions(),  # as in `LICO`
+        weight: float = 0.5, temperature: float = 0.5,  # as in `CGC`
+    ):
+        refuse_flat(backbone)
+        super().__init__(backbone, prompts, options)
+        self.weight, self.temperature = weight, temperature
+
+    def extra_repr(self): return f"weight={self.weight}, temperature={self.temperature}"
+
+    def forward(self, x, y):
+        "The loss of a batch: LICO's, and CGC's term."
+        out = super().forward(x, y)
+        with statistics_kept(self.backbone): term, _ = self.term(x, y)
+        return replace(out, loss=out.loss + self.weight*term, stats={**out.stats, self.name: term.detach()})
