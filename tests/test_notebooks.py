@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat, pandas as pd, pytest
 
 from lico.config import root
+from lico.fidelity import changes
 from lico.tables import TABLES
 
 TOP = root()
@@ -74,6 +75,25 @@ def test_figures_smoke(tmp_path, n):
     p = papermill(f'figure{n}.ipynb', '-p', 'profile', 'smoke', cwd=tmp_path, lico_root=tmp_path)
     assert p.returncode == 0, p.stderr[-3000:]
     assert {'figure.png', 'figure.svg', 'results.csv', 'table.md'} <= {f.name for f in (tmp_path/'data'/'smoke'/f'figure{n}').iterdir()}
+
+
+def test_fidelity_smoke(tmp_path):
+    p = papermill('fidelity.ipynb', '-p', 'profile', 'smoke', cwd=tmp_path, lico_root=tmp_path)
+    assert p.returncode == 0, p.stderr[-3000:]
+    out = tmp_path/'data'/'smoke'/'fidelity'
+    assert sorted(f.name for f in out.iterdir()) == ['figure.png', 'figure.svg', 'results.csv', 'table.md']
+    df = pd.read_csv(out/'results.csv')
+    assert len(df) == 2 + len(changes('studied')) and df.options.isna().sum() == 2, 'cross-entropy, LICO, and LICO with each choice changed'
+    assert all(choice in (out/'table.md').read_text() for choice, _ in changes('studied'))
+
+
+def test_paper_reads_what_is_stored(tmp_path):
+    (tmp_path/'figures').mkdir()
+    shutil.copytree(TOP/'figures'/'table3-digits', tmp_path/'figures'/'table3-digits')
+    p = papermill('paper.ipynb', cwd=tmp_path, lico_root=tmp_path)
+    assert p.returncode == 0, p.stderr[-3000:]
+    df = pd.read_csv(tmp_path/'figures'/'paper'/'results.csv')
+    assert (df.says != 'not measured').sum() == 6 and set(df.folder.dropna()) == {'table3-digits'} and not (tmp_path/'data').exists()
 
 
 def test_study_smoke(tmp_path):
