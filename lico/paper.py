@@ -235,7 +235,7 @@ def _decorate(left, right, c, compact):
     right.set(xlabel='paired difference, points; bars: 95 % interval')
     for ax in (left, right):
         ax.grid(axis='x', alpha=.3)
-        if compact: ax.xaxis.label.set_size(8); ax.tick_params(axis='x', labelsize=8)
+        ax.xaxis.label.set_size(8); ax.tick_params(axis='x', labelsize=8)
 
 def _legend(fig, c, colours):
     "What the colours and the diamonds are."
