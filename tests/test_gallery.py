@@ -7,7 +7,8 @@ from scipy.stats import ttest_rel
 
 from lico.backbones import create_backbone
 from lico.experiments import Run, run_id
-from lico.gallery import Explained, Shown, _command, compared, differences, draw, draw_differences, explained, label, of_kind, read_shown, read_worth, reads, save_shown, save_worth, scene_runs, to_show, worth
+from lico.differences import differences, draw_differences, reads
+from lico.gallery import Explained, Shown, _command, compared, draw, explained, label, of_kind, read_shown, read_worth, save_shown, save_worth, scene_runs, to_show, worth
 from lico.metrics import Curve, deletion, insertion
 from lico.scenes import digit_scenes
 from lico.cases import on_scenes
