@@ -40,6 +40,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lico.cases.Cases.__len__': ('cases.html#cases.__len__', 'lico/cases.py'),
                             'lico.cases._about': ('cases.html#_about', 'lico/cases.py'),
                             'lico.cases._classifier': ('cases.html#_classifier', 'lico/cases.py'),
+                            'lico.cases._found': ('cases.html#_found', 'lico/cases.py'),
                             'lico.cases._labelled_pictures': ('cases.html#_labelled_pictures', 'lico/cases.py'),
                             'lico.cases._photograph_cases': ('cases.html#_photograph_cases', 'lico/cases.py'),
                             'lico.cases._scene_cases': ('cases.html#_scene_cases', 'lico/cases.py'),

@@ -125,12 +125,17 @@ def on_digits(
                      f'on_digits(run({run_of(record)!r}), {images}, {kind!r})')
 
 # %% ../nbs/12_cases.ipynb #cases90
+def _found(folder):
+    "A folder as seen from the working folder, else from the project's root."
+    folder = Path(folder).expanduser()
+    return (folder if folder.exists() else root()/folder).resolve()
+
 def coco_in(
-    folder,  # below the project's root if it is not absolute
+    folder,  # as seen from the working folder, else from the project's root
     image_size: int = 224,  # S, pixels
 ):
     "Scenes of a folder in COCO's own layout of 2017, else with `images` and `annotations/instances.json`."
-    folder = root()/Path(folder).expanduser()
+    folder = _found(folder)
     return coco_scenes(folder, image_size, *(('annotations/instances_val2017.json', 'val2017') if (folder/'val2017').is_dir() else ()))
 
 def coco(
@@ -141,8 +146,8 @@ def coco(
     from torchvision.transforms.v2.functional import normalize, to_dtype
     net, _, id = _classifier()
     prepare = lambda image: normalize(to_dtype(image, torch.float32, scale=True), [127/255]*3, [128/255]*3)
-    name = Path(folder).expanduser().resolve().name
-    return on_scenes(net, f'{id}-{name}', _about(name), coco_in(folder), prepare, coco_to_imagenet(), images, f'coco({folder!r}, {images})')
+    folder = _found(folder)
+    return on_scenes(net, f'{id}-{folder.name}', _about(folder.name), coco_in(folder), prepare, coco_to_imagenet(), images, f'coco({str(folder)!r}, {images})')
 
 def on_coco(
     record: dict,  # of a run on ImageNet-1k
@@ -155,4 +160,4 @@ def on_coco(
         raise ValueError(f"{data.name} has {len(data.class_names)} classes: COCO's categories are found among ImageNet's 1,000, so pairs for COCO are trained on imagenet, others on digit-scenes")
     about = frame([record]).iloc[0].to_dict()
     return on_scenes(load_backbone(record), record['id'], about, coco_in(folder, data.image_size), data.normalise, coco_to_imagenet(), images,
-                     f'on_coco(run({run_of(record)!r}), {images}, {folder!r})')
+                     f'on_coco(run({run_of(record)!r}), {images}, {str(_found(folder))!r})')

@@ -12,8 +12,7 @@ import pandas as pd
 
 from .config import root
 from .paper import compare, pairs_of, read_results
-from .tables import METRICS, TABLES, arm_named
-from .writing import data_label, network_label, size_label, difference_label
+from .writing import data_label, difference_label, network_label, size_label
 
 # %% ../nbs/14_claims.ipynb #claims05
 @dataclass(frozen=True)

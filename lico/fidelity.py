@@ -10,7 +10,7 @@ __all__ = ['CHOICES', 'Choice', 'changes', 'fidelity_runs', 'effects', 'collect_
 import math
 from dataclasses import dataclass
 
-import numpy as np, pandas as pd
+import pandas as pd
 
 from .config import preset
 from .experiments import Run
@@ -40,13 +40,13 @@ CHOICES = (  # of manifold matching, Eqs. 1 and 2
     Choice('first temperature', 'Eq. 1', {'2.66': dict(tau_init=2.6593), '0.1': dict(tau_init=0.1)}, 'not said', 'ln(1/0.07) = 2.66'),
     Choice('what is learned of τ', 'Eq. 1', {'log τ': dict(tau_form='exp'), 'τ': dict(tau_form='raw')}, 'not said', 'τ'),
     Choice('language side of Eq. 2', 'Eq. 2', {'trained': dict(detach_text=False), 'held fixed': dict(detach_text=True)}, '"image approaches language", no stop-gradient', 'trained'),
-    Choice('weight of matching', 'Eq. 8', {'α = 10': dict(alpha=10.), 'α = 1': dict(alpha=1.)}, '10', '10'))
+    Choice('weight of matching', 'Eq. 8', {'α = 10': dict(alpha=10.), 'α = 1': dict(alpha=1.)}, '10', 'no other is known'))
 
 # %% ../nbs/15_fidelity.ipynb #fidel07
 CHOICES += (  # of optimal transport, Eqs. 3 to 7; of the prompts, Sections 3.1 and 3.3; of the mapping net; of training, Section 4.2
     Choice('gradient of transport', 'Eqs. 4, 7', {'plan held fixed': dict(ot_grad='envelope'), 'through the iterations': dict(ot_grad='unrolled'), 'none': dict(ot_grad='none')}, 'not said', 'none: the loss trains nothing'),
     Choice('value of transport', 'Eqs. 4, 5', {'⟨T, C⟩': dict(ot_value='transport'), 'with entropy': dict(ot_value='regularised')}, 'both are called D_OT', '⟨T, C⟩'),
-    Choice('prompt tokens', 'Sec. 3.1', {'of one prompt': dict(prompt='tokens'), 'rolled prompts': dict(prompt='rolled', dynamic=False)}, 'the M outputs of one prompt', 'twelve prompts, rolled'),
+    Choice('prompt tokens', 'Sec. 3.1', {'of one prompt': dict(prompt='tokens'), 'rolled prompts': dict(prompt='rolled')}, 'the M outputs of one prompt', 'twelve prompts, rolled'),
     Choice('context', 'Secs. 1, 3.1', {'shared': dict(context='shared'), 'one a class': dict(context='class')}, 'both', 'shared'),
     Choice('place of the class name', 'Sec. 3.1', _one('class_position', end='end', front='front'), 'end', 'end'),
     Choice('dynamic context', 'Sec. 3.3', {'shuffled': dict(dynamic=True), 'in place': dict(dynamic=False)}, 'shuffled in every iteration', 'written, not called'),
