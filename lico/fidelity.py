@@ -15,6 +15,7 @@ import pandas as pd
 from .config import preset
 from .experiments import Run
 from .paper import interval, save_results, train, verdict
+from .writing import difference_label
 
 # %% ../nbs/15_fidelity.ipynb #fidel05
 @dataclass(frozen=True)
@@ -105,8 +106,7 @@ def effects_table(
     e: pd.DataFrame,  # from `effects`
 ) -> str:
     "Markdown: a row a choice that was changed."
-    pm = lambda r: '' if r.verdict == '' else f'{r.difference:+.2f}' + (f' ± {r.half_width:.2f}' if math.isfinite(r.half_width) else '')
-    rows = [dict(preset=r.preset, choice=r.choice, **{'instead': r.value}, n=r.n, accuracy=f'{r.accuracy:.1f}', difference=pm(r), mm=f'{r.mm:.2g}', τ=f'{r.tau:.3g}', H_F=f'{100*r.entropy_image:.1f}', H_G=f'{100*r.entropy_text:.1f}',
+    rows = [dict(preset=r.preset, choice=r.choice, **{'instead': r.value}, n=r.n, accuracy=f'{r.accuracy:.1f}', difference=difference_label(r) if r.verdict else '', mm=f'{r.mm:.2g}', τ=f'{r.tau:.3g}', H_F=f'{100*r.entropy_image:.1f}', H_G=f'{100*r.entropy_text:.1f}',
                  cosine=f'{r.cosine:.2f}', degenerate=f'{r.degenerate} of {r.n}', time=f'{r.time:.2f}') for r in e.itertuples()]
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 

@@ -25,6 +25,7 @@ from .paper import interval, placed, train
 from .readers import by_hash
 from .saliency import METHODS, explain
 from .tables import METRICS as SCORES
+from .writing import plus_minus
 
 # %% ../nbs/12_scores.ipynb #1842909e
 def _in_turn(y, n):
@@ -190,8 +191,6 @@ def _compared(rows, per_image, baseline='random'):
         for m in SCORES:
             if m in mine and mine[m].notna().any(): yield own.dataset.iloc[0], m, against(mine, m, baseline), -1 if m == 'deletion' else 1
 
-def _pm(mean, std): return f"{mean:.1f}" + ("" if math.isnan(std) else f" ± {std:.1f}")
-
 def against_table(
     rows: pd.DataFrame, per_image: pd.DataFrame,  # as from `collect_scores`, of networks that have no pair
 ) -> str:
@@ -200,7 +199,7 @@ def against_table(
     for name, m, a, _ in _compared(rows, per_image):
         for r in a.itertuples():
             cell = found.setdefault((name, r.saliency), dict(images=0))
-            cell.update({'images': max(cell['images'], r.n), SCORES[m]: _pm(r.mean, r.std) + (f" ({r.difference:+.1f} ± {r.half_width:.1f})" if r.saliency != 'random' and r.n > 1 else '')})
+            cell.update({'images': max(cell['images'], r.n), SCORES[m]: plus_minus(r.mean, r.std) + (f" ({r.difference:+.1f} ± {r.half_width:.1f})" if r.saliency != 'random' and r.n > 1 else '')})
     options = {(r.dataset, r.saliency): r.saliency_options for r in rows.itertuples() if isinstance(r.saliency_options, str)}
     return pd.DataFrame([dict(pictures=d, saliency=f"{s} ({o})" if (o := options.get((d, s))) else s, **cell) for (d, s), cell in found.items()]).to_markdown(index=False, disable_numparse=True)
 
