@@ -26,20 +26,21 @@ class Choice:
     values: dict  # what may be chosen -> the options that say so
     paper: str  # what the paper says
     released: str  # what the released code does
+    reproductions: str = 'not known'  # what Fletcher et al. and Bartak et al. did
 
 # %% ../nbs/15_fidelity.ipynb #fidel06
 def _one(option, **values): return {label: {option: value} for label, value in values.items()}
 
 CHOICES = (  # of manifold matching, Eqs. 1 and 2
     Choice('features compared', 'Eq. 1', _one('mm_features', maps='maps', pooled='pooled'), 'F, flattened maps', 'after global average pooling'),
-    Choice('prompt rows compared', 'Eq. 1', {'all rows': dict(mm_rows='all'), 'class row': dict(mm_rows='class')}, 'G, all tokens', 'one vector a class'),
-    Choice('text compared', 'Eq. 1', _one('mm_text', mapped='mapped', raw='raw'), 'after the mapping net', 'as the encoder gives it'),
+    Choice('prompt rows compared', 'Eq. 1', {'all rows': dict(mm_rows='all'), 'class row': dict(mm_rows='class')}, 'G, all tokens', 'one vector a class', 'Fletcher: one vector a class; Bartak: all tokens'),
+    Choice('text compared', 'Eq. 1', _one('mm_text', mapped='mapped', raw='raw'), 'after the mapping net', 'as the encoder gives it', 'Bartak: projected'),
     Choice('sign in the softmax', 'Eq. 1', _one('mm_sign', minus='minus', plus='plus'), '−D/τ', '+D/τ: far samples get the large entries'),
     Choice('unit length before D', 'Eq. 1', _one('mm_normalise', yes=True, no=False), 'not said', 'yes'),
     Choice('distance D', 'Eq. 1', _one('distance', Euclidean='euclidean', cosine='cosine'), 'both (Table 7)', 'Euclidean'),
-    Choice('temperature', 'Eq. 1', _one('tau', learned='learned', fixed='fixed'), 'learned', 'learned'),
+    Choice('temperature', 'Eq. 1', _one('tau', learned='learned', fixed='fixed'), 'learned', 'learned', 'Bartak: learned, clamped to [1, 100]'),
     Choice('first temperature', 'Eq. 1', {'2.66': dict(tau_init=2.6593), '0.1': dict(tau_init=0.1)}, 'not said', 'ln(1/0.07) = 2.66'),
-    Choice('what is learned of τ', 'Eq. 1', {'log τ': dict(tau_form='exp'), 'τ': dict(tau_form='raw')}, 'not said', 'τ'),
+    Choice('what is learned of τ', 'Eq. 1', {'log τ': dict(tau_form='exp'), 'τ': dict(tau_form='raw')}, 'not said', 'τ', 'Bartak: log τ'),
     Choice('language side of Eq. 2', 'Eq. 2', {'trained': dict(detach_text=False), 'held fixed': dict(detach_text=True)}, '"image approaches language", no stop-gradient', 'trained'),
     Choice('weight of matching', 'Eq. 8', {'α = 10': dict(alpha=10.), 'α = 1': dict(alpha=1.)}, '10', 'no other is known'))
 
@@ -47,14 +48,16 @@ CHOICES = (  # of manifold matching, Eqs. 1 and 2
 CHOICES += (  # of optimal transport, Eqs. 3 to 7; of the prompts, Sections 3.1 and 3.3; of the mapping net; of training, Section 4.2
     Choice('gradient of transport', 'Eqs. 4, 7', {'plan held fixed': dict(ot_grad='envelope'), 'through the iterations': dict(ot_grad='unrolled'), 'none': dict(ot_grad='none')}, 'not said', 'none: the loss trains nothing'),
     Choice('value of transport', 'Eqs. 4, 5', {'⟨T, C⟩': dict(ot_value='transport'), 'with entropy': dict(ot_value='regularised')}, 'both are called D_OT', '⟨T, C⟩'),
-    Choice('prompt tokens', 'Sec. 3.1', {'of one prompt': dict(prompt='tokens'), 'rolled prompts': dict(prompt='rolled')}, 'the M outputs of one prompt', 'twelve prompts, rolled'),
+    Choice('entropic weight', 'Eq. 5', {'λ = 0.1': dict(ot_eps=0.1), 'λ = 1e-4': dict(ot_eps=1e-4)}, 'not said', '0.1', 'Bartak: 1e-4'),
+    Choice('prompt tokens', 'Sec. 3.1', {'of one prompt': dict(prompt='tokens'), 'rolled prompts': dict(prompt='rolled')}, 'the M outputs of one prompt', 'twelve prompts, rolled', 'Bartak: of one prompt'),
     Choice('context', 'Secs. 1, 3.1', {'shared': dict(context='shared'), 'one a class': dict(context='class')}, 'both', 'shared'),
     Choice('place of the class name', 'Sec. 3.1', _one('class_position', end='end', front='front'), 'end', 'end'),
     Choice('dynamic context', 'Sec. 3.3', {'shuffled': dict(dynamic=True), 'in place': dict(dynamic=False)}, 'shuffled in every iteration', 'written, not called'),
     Choice('context vectors', 'Table 13', {'trained': dict(trainable=True), 'frozen': dict(trainable=False)}, 'trained', 'trained'),
     Choice('dropout in the mapping net', 'Sec. 3.1', {'0': dict(dropout=0.), '0.5': dict(dropout=0.5)}, 'not said', '0.5'),
     Choice('optimiser', 'Sec. 4.2', {"the paper's": {k: preset('paper')[k] for k in ('lr', 'weight_decay', 'schedule', 'noise')}, "the released code's": {k: preset('released')[k] for k in ('lr', 'weight_decay', 'schedule', 'noise')}},
-           'lr 0.03, wd 1e-4, cos(7πk/16K)', 'lr 0.1, wd 5e-4, cosine to 0, noise 0.1'))
+           'lr 0.03, wd 1e-4, cos(7πk/16K)', 'lr 0.1, wd 5e-4, cosine to 0, noise 0.1'),
+    Choice('averaged weights', 'Sec. 4.2', {'none': dict(ema=0.), 'EMA 0.999': dict(ema=0.999)}, 'not mentioned', 'EMA 0.999, tested as such'))
 
 # %% ../nbs/15_fidelity.ipynb #fidel10
 def changes(
