@@ -48,7 +48,7 @@ CHOICES = (  # of manifold matching, Eqs. 1 and 2
 CHOICES += (  # of optimal transport, Eqs. 3 to 7; of the prompts, Sections 3.1 and 3.3; of the mapping net; of training, Section 4.2
     Choice('gradient of transport', 'Eqs. 4, 7', {'plan held fixed': dict(ot_grad='envelope'), 'through the iterations': dict(ot_grad='unrolled'), 'none': dict(ot_grad='none')}, 'not said', 'none: the loss trains nothing'),
     Choice('value of transport', 'Eqs. 4, 5', {'⟨T, C⟩': dict(ot_value='transport'), 'with entropy': dict(ot_value='regularised')}, 'both are called D_OT', '⟨T, C⟩'),
-    Choice('entropic weight', 'Eq. 5', {'λ = 0.1': dict(ot_eps=0.1), 'λ = 1e-4': dict(ot_eps=1e-4)}, 'not said', '0.1', 'Bartak: 1e-4'),
+    Choice('entropic weight', 'Eq. 5', {'λ = 0.1': dict(ot_eps=0.1), 'λ = 0.001': dict(ot_eps=1e-3)}, 'not said', '0.1', 'Bartak: 1e-4; here 0.001 is the least'),
     Choice('prompt tokens', 'Sec. 3.1', {'of one prompt': dict(prompt='tokens'), 'rolled prompts': dict(prompt='rolled')}, 'the M outputs of one prompt', 'twelve prompts, rolled', 'Bartak: of one prompt'),
     Choice('context', 'Secs. 1, 3.1', {'shared': dict(context='shared'), 'one a class': dict(context='class')}, 'both', 'shared'),
     Choice('place of the class name', 'Sec. 3.1', _one('class_position', end='end', front='front'), 'end', 'end'),
