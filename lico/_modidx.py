@@ -456,6 +456,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lico.scores.against': ('scores.html#against', 'lico/scores.py'),
                              'lico.scores.against_sentences': ('scores.html#against_sentences', 'lico/scores.py'),
                              'lico.scores.against_table': ('scores.html#against_table', 'lico/scores.py'),
+                             'lico.scores.blurred': ('scores.html#blurred', 'lico/scores.py'),
                              'lico.scores.collect_scores': ('scores.html#collect_scores', 'lico/scores.py'),
                              'lico.scores.measured': ('scores.html#measured', 'lico/scores.py'),
                              'lico.scores.measuring_code': ('scores.html#measuring_code', 'lico/scores.py'),

@@ -23,7 +23,7 @@ from .metrics import Curve, deletion, energy_pointing_game, insertion, mosu, poi
 from .tables import grid
 from .saliency import explain
 from .scenes import Scenes, coco_to_imagenet, scene_dataset, unseen_scenes
-from .scores import saliency_options, trained
+from .scores import blurred, saliency_options, trained
 
 # %% ../nbs/13_gallery.ipynb #020b74d2
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def explained(
     "The maps of a network's cases and their curves."
     net, x, target = cases.net, cases.x.to(device()), cases.target.to(device())
     maps = explain(net, x, target, saliency, batch_size=batch_size, **options)
-    curves = [curve(net, x, maps, target, batch_size=batch_size) for curve in (insertion, deletion)]
+    curves = insertion(net, x, maps, target, baseline=blurred(x), batch_size=batch_size), deletion(net, x, maps, target, batch_size=batch_size)
     return Explained(cases, saliency, maps.cpu(), *(Curve(o.fraction.cpu(), o.curve.cpu()) for o in curves))
 
 # %% ../nbs/13_gallery.ipynb #8e03a4fa

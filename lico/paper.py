@@ -108,7 +108,7 @@ def train(
     with processes(p.workers) as pool: return sweep(runs, executor=pool)
 
 # %% ../nbs/11_paper.ipynb #2ea023aa
-_scores = ('saliency', 'saliency_options', 'images', *OF_MAPS, 'constant', 'measured_by', 'measuring_code')
+_scores = ('saliency', 'saliency_options', 'images', 'probability', 'blurred', *OF_MAPS, 'constant', 'measured_by', 'measuring_code')
 
 def _measured(p, table, records):
     "By `id`, what a table asks for beside accuracy; `None` if nothing. The scores of every image go to `scores.csv`."

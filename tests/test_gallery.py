@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 from scipy.stats import ttest_rel
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from lico.backbones import create_backbone
 from lico.experiments import Run, run_id
@@ -30,8 +31,8 @@ def made(cases, maps): return Explained(cases, 'made', maps, *[Curve(torch.linsp
 
 def test_explained_is_the_metric_of_the_map(cases):
     e = explained(cases, 'grad-cam')
-    for own, metric in ((e.insertion, insertion), (e.deletion, deletion)):
-        assert torch.allclose(own.curve, metric(cases.net, cases.x, e.maps, cases.target).curve, atol=1e-5)
+    for own, metric, baseline in ((e.insertion, insertion, gaussian_blur(cases.x, 11, 5.)), (e.deletion, deletion, 0.)):
+        assert torch.allclose(own.curve, metric(cases.net, cases.x, e.maps, cases.target, baseline=baseline).curve, atol=1e-5)
     df = worth(e)
     assert np.allclose(df.overall, 100*(e.insertion.auc - e.deletion.auc), atol=1e-3) and df.image.tolist() == list(cases.names) and (df.saliency == 'grad-cam').all()
     with torch.no_grad(): p = cases.net(cases.x).softmax(1)[range(len(cases)), cases.target]

@@ -9,7 +9,7 @@ from scipy import stats
 from lico import paper
 from lico.experiments import Run, load_backbone, load_data, sweep
 from lico.paper import compare, collect, coverage, pairs_of, plot_pairs, read_results, save_results
-from lico.tables import TABLES, grid
+from lico.tables import TABLES, columns_of, grid
 
 RNG = np.random.default_rng(0)
 def rows(arm, values, metric='accuracy_last', text='minilm', method='LICO', preset='paper', options=None, **more):
@@ -84,6 +84,7 @@ def test_a_table_from_start_to_end(lico_root):
     df = collect(p, grid(p, 13), 13)
     assert df.arm.tolist() == ['Learnable', 'Learnable', 'Random', 'Random'] and set(df.options) == {'alpha=5.0'} and df.command.str.contains("'trainable', False").tolist() == [False, False, True, True]
     np.testing.assert_allclose(df.overall, df.insertion - df.deletion, atol=1e-3)  # scores are kept with five digits
+    assert columns_of(13) == ['accuracy_last', 'probability', 'insertion', 'deletion'] and (compare(df, 13, columns_of(13)).groupby('metric').n.sum() == 2).all()
     images = pd.read_csv(p.out/'scores.csv', dtype=dict(image=str))
     np.testing.assert_allclose(images.groupby('id').insertion.mean()[df.id], df.insertion, rtol=1e-4)
     assert (df.images == 4).all() and len(images) == 16 and (compare(df, 13, ['accuracy_last', 'insertion', 'deletion']).n == 2).all()

@@ -3,14 +3,15 @@ import json, math
 
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from lico.cams import imagenet_classifier
 from lico.cases import Cases, coco, folded, on_coco, on_digits, pretrained
 from lico.experiments import Run, run
-from lico.metrics import deletion, insertion, pointing_game
+from lico.metrics import blur, deletion, insertion, pointing_game
 from lico.saliency import explain
 from lico.scenes import coco_to_imagenet, scene_dataset
-from lico.scores import (against, against_sentences, against_table, measured, read_scores, saliency_options,
+from lico.scores import (against, against_sentences, against_table, blurred, measured, read_scores, saliency_options,
                          save_scores, score_all, scores, top5, trained)
 
 
@@ -26,11 +27,19 @@ def test_scores_are_those_of_the_metrics(record):
     cases = trained(record, 12)
     df = scores(cases, 'grad-cam++', progress=False)
     maps = explain(cases.net, cases.x, cases.target, 'grad-cam++')
-    for metric in (insertion, deletion):
-        np.testing.assert_allclose(df[metric.__name__], 100*metric(cases.net, cases.x, maps, cases.target).auc, rtol=2e-4)
+    start = gaussian_blur(cases.x, 11, 5.)
+    for name, curve in dict(insertion=insertion(cases.net, cases.x, maps, cases.target, baseline=start), deletion=deletion(cases.net, cases.x, maps, cases.target)).items():
+        np.testing.assert_allclose(df[name], 100*curve.auc, rtol=2e-4)
     np.testing.assert_allclose(df.overall, df.insertion - df.deletion, atol=2e-2)
-    with torch.no_grad(): probability = cases.net(cases.x).softmax(1)[torch.arange(12), cases.target]
-    np.testing.assert_allclose(df.probability, 100*probability, rtol=1e-3)
+    for name, x in dict(probability=cases.x, blurred=start).items():
+        with torch.no_grad(): score = cases.net(x).softmax(1)[torch.arange(12), cases.target]
+        np.testing.assert_allclose(df[name], 100*score, rtol=1e-3)
+
+
+def test_the_blur_does_not_shrink_with_the_image():
+    small, usual, large = (torch.rand(1, 3, s, s, generator=torch.Generator().manual_seed(s)) for s in (16, 224, 448))
+    assert torch.equal(blurred(small), gaussian_blur(small, 11, 5.)) and torch.equal(blurred(usual), blur(usual)) and torch.equal(blurred(large), blur(large))
+    assert blurred(small).std() < .3*blur(small).std(), 'scaled with the size, a blur of 16 pixels is almost none'
 
 
 def test_what_is_kept_is_not_measured_again(record, monkeypatch):
