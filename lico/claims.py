@@ -65,7 +65,7 @@ def evidence() -> pd.DataFrame:
         folders = sorted(p.parent for p in (root()/'figures').glob(f'table{claim.table}*/results.csv') if p.parent.name.split('-')[0] == f'table{claim.table}')
         found = [c for c in (_measured(claim, f) for f in folders) if len(c)]
         rows.append(pd.concat(found) if found else pd.DataFrame([dict(table=claim.table, claim=claim.says, arm=claim.arm, metric=claim.metric, says='not measured')]))
-    df = pd.concat([pd.DataFrame(columns=[*_same, 'n', 'is_stand_in']), *rows], ignore_index=True).astype(dict(table=int))
+    df = pd.concat([pd.DataFrame(columns=[*_same, 'n', 'is_stand_in', 'confidence']), *rows], ignore_index=True).astype(dict(table=int))
     return df.iloc[df.assign(n=df.n.astype(float).fillna(0)).sort_values('n', ascending=False, kind='stable').drop_duplicates(_same).index.sort_values()].reset_index(drop=True)
 
 # %% ../nbs/14_claims.ipynb #claims14
@@ -74,7 +74,7 @@ def evidence_table(
 ) -> str:
     "Markdown: what was measured of each claim, beside what was printed; a row a setting and reading."
     rows = [{'table': r.table, 'claim': r.claim, 'data': f'{data_label(r)}, {size_label(r)}', 'network': network_label(r), 'reading': r.preset + (f', {r.options}' if isinstance(r.options, str) else ''),
-             'n': int(r.n), 'measured': difference_label(r), 'printed': f'{r.printed_value - r.printed_baseline:+.2f}' if r.printed_value == r.printed_value else '—', 'verdict': r.says,
+             'n': int(r.n), 'measured': difference_label(r) + (f'; confidence {r.confidence:+.2f}' if r.confidence == r.confidence else ''), 'printed': f'{r.printed_value - r.printed_baseline:+.2f}' if r.printed_value == r.printed_value else '—', 'verdict': r.says,
              'degenerate': f'{int(r.degenerate)} of {int(r.n)}' if isinstance(r.text_encoder, str) else '—'}
             for r in e[e.says != 'not measured'].itertuples()]
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)

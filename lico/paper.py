@@ -178,7 +178,8 @@ def _row(pairs, table, metric):
     name = printed_dataset(table, first.paper_dataset, first.is_stand_in)
     place = printed_place(table, name, first.labels, first.backbone, first.is_stand_in)
     p = [printed_cells().get(printed_key(table, arm_named(table, a), name, place, metric, first.get('saliency')), math.nan) for a in (reference, first.arm)]
-    return dict(keys, table=table, metric=metric, reference=reference, n=len(pairs), baseline=b.mean(), baseline_std=b.std(), value=m.mean(), value_std=m.std(), difference=mean, half_width=half,
+    sure = (pairs.probability - pairs.probability_base).mean() if metric in ('insertion', 'deletion', 'overall') and 'probability_base' in pairs else math.nan
+    return dict(keys, table=table, metric=metric, reference=reference, n=len(pairs), confidence=sure, baseline=b.mean(), baseline_std=b.std(), value=m.mean(), value_std=m.std(), difference=mean, half_width=half,
                 verdict=verdict(-(m - b) if metric in LOWER_IS_BETTER else m - b, p[1] - p[0]), printed_for=name, is_stand_in=first.is_stand_in,
                 printed_backbone=None if np.isnan(p).all() else place[1], printed_baseline=p[0], printed_value=p[1],
                 degenerate=int(pairs.degenerate.notna().sum()), older_code=int(pairs.older_code.sum() + pairs.older_code_base.sum()))

@@ -52,10 +52,11 @@ def test_the_larger_of_two_sets_of_pairs_is_taken(lico_root):
 def test_maps_are_asked_for_by_their_method(lico_root):
     for method, shift in (('CE', 0), ('LICO', 2)):
         for s, k in (('grad-cam', 1), ('random', 5)):
-            store('table1', method, [50., 60.], saliency=s, saliency_options=None, images=9, insertion=[30. + shift*k, 31. + 1.01*shift*k], text_encoder=None if method == 'CE' else 'minilm', paper_dataset='ImageNet-1k')
+            store('table1', method, [50., 60.], saliency=s, saliency_options=None, images=9, insertion=[30. + shift*k, 31. + 1.01*shift*k], probability=[90., 80. - 10*shift], text_encoder=None if method == 'CE' else 'minilm', paper_dataset='ImageNet-1k')
     store('table8', 'pretrained', [math.nan], saliency='grad-cam', saliency_options=None, images=9, pointing_game=[50.])
     e = evidence().set_index('claim')
     assert e.difference["LICO's Grad-CAM maps are better at insertion"] == pytest.approx(2.01) and e.says["LICO's Grad-CAM maps are better at insertion and deletion together"] == 'not measured'
+    assert '| +2.01 ± 0.13; confidence -10.00 ' in evidence_table(e.reset_index())
     assert e.says[e.table == 8].tolist() == ['not measured'], 'a network without a pair is evidence of nothing'
 
 
