@@ -24,7 +24,7 @@ from .metrics import blur, deletion, energy_pointing_game, insertion, pointing_g
 from .paper import interval, placed, train
 from .readers import by_hash
 from .saliency import METHODS, explain
-from .tables import METRICS as SCORES
+from .tables import METRICS as SCORES, OF_MAPS
 from .writing import plus_minus
 
 # %% ../nbs/12_scores.ipynb #1842909e
@@ -197,7 +197,7 @@ def _compared(rows, per_image, baseline='random'):
     "For each network and metric, `against` the baseline; with the signs of what is better."
     for id, own in rows.groupby('id', sort=False):
         mine = per_image[(per_image.id == id) & per_image.saliency.isin(own.saliency)]
-        for m in SCORES:
+        for m in OF_MAPS:
             if m in mine and mine[m].notna().any(): yield own.dataset.iloc[0], m, against(mine, m, baseline), -1 if m == 'deletion' else 1
 
 def against_table(

@@ -138,10 +138,10 @@ def test_against_random_is_scipys_paired_t(record):
     a, b = (per_image[per_image.saliency == s].insertion.to_numpy() for s in ('edges', 'random'))
     interval = ttest_rel(a, b).confidence_interval()
     np.testing.assert_allclose([row.difference - row.half_width, row.difference + row.half_width], [interval.low, interval.high])
-    made = pd.DataFrame(dict(image=[str(i) for i in range(9)]*3, saliency=['random']*9 + ['good']*9 + ['bad']*9, id='net', deletion=[*np.arange(9.), *(np.arange(9) - 5 + np.arange(9)/9), *(np.arange(9) + 5 + np.arange(9)/9)]))
+    made = pd.DataFrame(dict(image=[str(i) for i in range(9)]*3, saliency=['random']*9 + ['good']*9 + ['bad']*9, id='net', probability=50., deletion=[*np.arange(9.), *(np.arange(9) - 5 + np.arange(9)/9), *(np.arange(9) + 5 + np.arange(9)/9)]))
     rows = pd.DataFrame(dict(id='net', dataset='toys', saliency=['random', 'good', 'bad'], saliency_options=None))
     said = against_sentences(rows, made)
-    assert 'Better: good (-4.6); worse: bad (+5.4)' in said, 'a smaller area is a better deletion'
+    assert 'Better: good (-4.6); worse: bad (+5.4)' in said and 'confidence' not in said, 'a smaller area is a better deletion; confidence is not of maps'
     assert '| toys       | good       | 9        | -0.6' in against_table(rows, made)
 
 
