@@ -125,6 +125,7 @@ def looked_at(
 ) -> tuple:
     "The record's row of results with what its features say, and its points with their names."
     data = load_data(r)
+    if images is not None and images < 10: raise ValueError(f"images = {images}: expected at least 10 test images, fewer make no picture")
     test = data.test[torch.randperm(len(data.test), generator=torch.Generator().manual_seed(derive_seed(0, 'test')))[:images]]
     says, points = describe(pooled(load_backbone(record), data, test), test.y, data.class_names, r.seed)
     says['ordinal_text'] = text_order(r.text_encoder, data.class_names) if 'text_encoder' in record['spec'] else math.nan

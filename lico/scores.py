@@ -207,8 +207,8 @@ def against_table(
     found = {}
     for name, m, a, _ in _compared(rows, per_image):
         for r in a.itertuples():
-            cell = found.setdefault((name, r.saliency), dict(images=0))
-            cell.update({'images': max(cell['images'], r.n), SCORES[m]: plus_minus(r.mean, r.std) + (f" ({r.difference:+.1f} ± {r.half_width:.1f})" if r.saliency != 'random' and r.n > 1 else '')})
+            cell = found.setdefault((name, r.saliency), dict(n=0))
+            cell.update({'n': max(cell['n'], r.n), SCORES[m]: plus_minus(r.mean, r.std) + (f" ({r.difference:+.1f} ± {r.half_width:.1f})" if r.saliency != 'random' and r.n > 1 else '')})
     options = {(r.dataset, r.saliency): r.saliency_options for r in rows.itertuples() if isinstance(r.saliency_options, str)}
     return pd.DataFrame([dict(pictures=d, saliency=f"{s} ({o})" if (o := options.get((d, s))) else s, **cell) for (d, s), cell in found.items()]).to_markdown(index=False, disable_numparse=True)
 
@@ -219,11 +219,12 @@ def against_sentences(
     "What the table says, one computed sentence a network and metric."
     out = []
     for name, m, a, sign in _compared(rows, per_image):
-        a = a[a.saliency != 'random'].assign(gain=sign*a.difference).sort_values('gain', ascending=False)
+        a = a[a.saliency != 'random'].assign(gain=sign*a.difference, few=a.n < a.n.max()).sort_values(['few', 'gain'], ascending=[True, False])  # other images, another order
         groups = {'better': a[a.gain > a.half_width], 'no different, as far as these images tell': a[a.gain.abs() <= a.half_width], 'worse': a[a.gain < -a.half_width]}
-        few = lambda r: f', {r.n} images' if r.n < a.n.max() else ''
+        what = 'pairs of an image and a class' if m in ('pointing_game', 'energy', 'sch') else 'images'
+        few = lambda r: f', {r.n}' if r.few else ''
         text = '; '.join(f"{k}: {', '.join(f'{r.saliency} ({r.difference:+.1f}{few(r)})' for r in g.itertuples())}" for k, g in groups.items() if len(g))
-        out.append(f"* **{name}, {SCORES[m]}**, against random maps of the same images ({a.n.max()} unless said), by size of the difference. {text[:1].upper()}{text[1:]}.")
+        out.append(f"* **{name}, {SCORES[m]}**, against random maps of the same {what} ({a.n.max()} unless said), by size of the difference, those on fewer last. {text[:1].upper()}{text[1:]}.")
     return '\n'.join(out)
 
 def plot_against(
@@ -237,8 +238,8 @@ def plot_against(
         colour = [sns.color_palette('deep')[2 if sign*d > h else 3 if sign*d < -h else 7] for d, h in zip(a.difference, a.half_width)]
         for y, (d, h, c) in enumerate(zip(a.difference, a.half_width, colour)): ax.errorbar(d, y, xerr=h, fmt='o', capsize=3, color=c)
         ax.axvline(0, color='.6', lw=1, zorder=0)
-        ax.set(yticks=range(len(a)), title=f'{name}: {SCORES[m]}', xlabel=f"points above random; {'right' if sign > 0 else 'left'} is better")
-        ax.set_yticklabels(a.saliency); ax.grid(axis='x', alpha=.3)
+        ax.set(yticks=range(len(a)), title=f'{name}\n{SCORES[m]}', xlabel=f"points above random; {'right' if sign > 0 else 'left'} is better")
+        ax.set_yticklabels([s + f', n = {n}'*(n < a.n.max()) for s, n in zip(a.saliency, a.n)]); ax.title.set_size(9); ax.xaxis.label.set_size(8); ax.grid(axis='x', alpha=.3)
     axes[0][0].invert_yaxis()
     return fig
 

@@ -3,7 +3,7 @@ import io, math
 
 import numpy as np, pandas as pd, pytest
 
-from lico.claims import CLAIMS, draw_evidence, evidence, evidence_sentence, evidence_table
+from lico.claims import CLAIMS, draw_evidence, evidence, evidence_sentence, evidence_table, maps_sentences
 from lico.config import root
 from lico.paper import verdict
 
@@ -42,8 +42,8 @@ def test_the_larger_of_two_sets_of_pairs_is_taken(lico_root):
     e = e[e.table == 3]
     assert e.n.tolist() == [5, 5, 4, 4] and e.folder.tolist() == ['table3-more']*2 + ['table3-other']*2 and e.preset.tolist() == ['paper', 'studied']*2
     table, said = evidence_table(e), evidence_sentence(evidence())
-    assert table.count('\n') == 5 and '| +1.50 ' in table and '0 of 5' in table and 'digits (for CIFAR-10), 40 labels' in table and 'WRN' not in table.splitlines()[2]
-    assert said.startswith('1 of 16 claims have been measured here, in 4 settings and readings: 4 supported; none of them on the paper\'s data') and 'CGC costs accuracy (Table 2)' in said
+    assert table.count('\n') == 3 and '| +1.50 ' in table and table.count('supported: +1.50 ± 0.49 (0 of 5 degenerate)') == 2 and 'digits (for CIFAR-10), 40 labels' in table and 'WRN' not in table.splitlines()[2]
+    assert said.startswith('1 of 16 claims have been measured here, in 4 settings and readings: 4 supported; all on stand-ins for the paper\'s data.') and 'CGC costs accuracy (Table 2)' in said
     assert evidence_table(pd.read_csv(io.StringIO(e.to_csv(index=False)), dtype=dict(labels=str, options=str))) == table, 'the same from the file'
     fig = draw_evidence(e)
     assert [o.get_color() for o in fig.axes[0].lines[:1]] == ['tab:green'] and len(fig.axes[0].get_yticks()) == 4
@@ -56,8 +56,18 @@ def test_maps_are_asked_for_by_their_method(lico_root):
     store('table8', 'pretrained', [math.nan], saliency='grad-cam', saliency_options=None, images=9, pointing_game=[50.])
     e = evidence().set_index('claim')
     assert e.difference["LICO's Grad-CAM maps are better at insertion"] == pytest.approx(2.01) and e.says["LICO's Grad-CAM maps are better at insertion and deletion together"] == 'not measured'
-    assert '| +2.01 ± 0.13; confidence -10.00 ' in evidence_table(e.reset_index())
+    assert 'supported: +2.01 ± 0.13; confidence -10.00 (0 of 2 degenerate)' in evidence_table(e.reset_index())
     assert e.says[e.table == 8].tolist() == ['not measured'], 'a network without a pair is evidence of nothing'
+
+
+def test_no_method_of_maps_is_passed_over(lico_root):
+    for method, shift in (('CE', 0), ('LICO', 2)):
+        for s, k in (('grad-cam', 1), ('rise', -3), ('random', 50)):
+            store('table8-x', method, [50., 60. - shift], saliency=s, saliency_options=None, images=9, pointing_game=[30. + shift*k, 31. + 1.01*shift*k], text_encoder=None if method == 'CE' else 'minilm', paper_dataset='MS-COCO-2017-val')
+    store('table1', 'pretrained', [math.nan], saliency='grad-cam', saliency_options=None, images=9, insertion=[50.])
+    assert maps_sentences().splitlines() == [
+        '* **digits (for MS-COCO-2017-val), all labels, pointing game**: 2 comparisons (2 methods, 1 readings, 2 pairs each), 1 contradicted, 1 supported; from -6.03 ± 0.38 (rise, paper) to +2.01 ± 0.13 (grad-cam, paper) points.',
+        '* The accuracy of these networks changed by -1.00 ± 0.89 (LICO (paper)).']
 
 
 def test_what_is_kept_is_what_the_results_say():
