@@ -208,8 +208,8 @@ def plot_pairs(
     if metric: c = c[c.metric == metric]
     labels, parts = list(dict.fromkeys(map(arm_label, c.itertuples()))), [part for _, part in c.groupby('metric', sort=False)]
     colours = dict(zip(labels, sns.color_palette('deep', len(labels))))
-    compact = len(labels) > 5 or len(parts) > 1  # then a row says its arm, and no more than that
-    fig, axes = plt.subplots(len(parts), 2, figsize=(10, 0.9 + sum(0.7 + (0.35 if compact else 0.7)*len(part) for part in parts)), sharey='row', squeeze=False, layout='constrained', dpi=60 if len(parts) > 3 else None,
+    compact = len(labels) > 5 or len(parts) > 1 or len(c) > 8  # then a row says its arm, and no more than that
+    fig, axes = plt.subplots(len(parts), 2, figsize=(10, 0.9 + sum(0.7 + (0.35 if compact else 0.7)*len(part) for part in parts)), sharey='row', squeeze=False, layout='constrained', dpi=60 if len(parts) > 3 else 75 if compact else None,
                              width_ratios=(3, 2), height_ratios=[1 + len(part) for part in parts])
     for (left, right), part in zip(axes, parts):
         for y, (r, pairs) in enumerate(zip(part.itertuples(), _pairs(df, part.table.iloc[0], part.metric.iloc[0]))): _draw(left, right, y, r, pairs, colours[arm_label(r)])

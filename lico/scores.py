@@ -239,7 +239,7 @@ def plot_against(
         for y, (d, h, c) in enumerate(zip(a.difference, a.half_width, colour)): ax.errorbar(d, y, xerr=h, fmt='o', capsize=3, color=c)
         ax.axvline(0, color='.6', lw=1, zorder=0)
         ax.set(yticks=range(len(a)), title=f'{name}\n{SCORES[m]}', xlabel=f"points above random; {'right' if sign > 0 else 'left'} is better")
-        ax.set_yticklabels([s + f', n = {n}'*(n < a.n.max()) for s, n in zip(a.saliency, a.n)]); ax.title.set_size(9); ax.xaxis.label.set_size(8); ax.grid(axis='x', alpha=.3)
+        ax.set_yticklabels([s if n == a.n.max() else f'{s}, n = {n}' for s, n in zip(a.saliency, a.n)]); ax.title.set_size(9); ax.xaxis.label.set_size(8); ax.grid(axis='x', alpha=.3)
     axes[0][0].invert_yaxis()
     return fig
 
