@@ -113,8 +113,9 @@ def _of_maps(folder, table):
         verdicts = ', '.join(f'{n} {v}' for v, n in c.verdict.value_counts().items())
         yield (f"* **{data_label(c.iloc[0])}, {size_label(c.iloc[0])}, {METRICS[m]}**: {len(c)} comparisons ({c.saliency.nunique()} methods, {c.preset.nunique()} readings, {c.n.min()} pairs each), "
                f"{verdicts}; from {ends[0]} to {ends[1]} points.")
-    a = compare(df, table)
-    yield f"* The accuracy of these networks changed by {', '.join(f'{difference_label(r)} ({arm_label(r)})' for r in a[a.method == 'LICO'].itertuples())}."
+    changed = lambda m: ', '.join(f'{difference_label(r)} ({arm_label(r)})' for r in compare(df, table, m).query("method == 'LICO'").itertuples())
+    sure = f"; the confidence that insertion and deletion depend on by {changed('probability')}" if 'probability' in df and 'insertion' in df else ''
+    yield f"* The accuracy of these networks changed by {changed('accuracy_last')}{sure}."
 
 def maps_sentences() -> str:
     "What all pairs below `figures` say of LICO's maps against cross-entropy's (Tables 1 and 8)."
