@@ -75,16 +75,21 @@ def _finding(r):
     sure = f'; confidence {r.confidence:+.2f}' if r.confidence == r.confidence else ''
     return f"{r.says}: {difference_label(r)}{sure} ({f'{int(r.degenerate)} of {int(r.n)} degenerate' if isinstance(r.text_encoder, str) else f'n = {int(r.n)}'})"
 
+def _lines(rows, text):
+    "A line a row, with its number of labels before it if there are several."
+    found = list(dict.fromkeys((size_label(r), text(r)) for r in rows))
+    return '<br>'.join(t if len({s for s, _ in found}) == 1 else f'{s}: {t}' for s, t in found) or '—'
+
 def evidence_table(
     e: pd.DataFrame,  # from `evidence`
 ) -> str:
-    "Markdown: what was measured of each claim under each reading, beside what was printed; a row a setting."
+    "Markdown: what was measured of each claim under each reading, beside what was printed; a row a claim, dataset and network."
     done, rows = e[e.says != 'not measured'], []
-    for _, part in done.groupby(['table', *[k for k in _same if k != 'preset']], sort=False, dropna=False):
-        r = next(part.itertuples())
-        rows.append({'table': r.table, 'claim': r.claim, 'data': f'{data_label(r)}, {size_label(r)}', 'network': network_label(r) + (f', {r.options}' if isinstance(r.options, str) else ''),
-                     'printed': f'{r.printed_value - r.printed_baseline:+.2f}' if r.printed_value == r.printed_value else '—'}
-                    | {f'measured, {p}': '; '.join(map(_finding, part[part.preset == p].itertuples())) or '—' for p in dict.fromkeys(done.preset)})
+    for _, part in done.groupby(['table', *[k for k in _same if k not in ('preset', 'labels', 'steps')]], sort=False, dropna=False):
+        r, every = next(part.itertuples()), list(part.itertuples())
+        rows.append({'table': r.table, 'claim': r.claim, 'data': data_label(r) + (f', {size_label(r)}' if part.labels.nunique() == 1 else ''), 'network': network_label(r) + (f', {r.options}' if isinstance(r.options, str) else ''),
+                     'printed': _lines(every, lambda r: f'{r.printed_value - r.printed_baseline:+.2f}' if r.printed_value == r.printed_value else '—')}
+                    | {f'measured, {p}': _lines([o for o in every if o.preset == p], _finding) for p in dict.fromkeys(done.preset)})
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 def evidence_sentence(
@@ -131,13 +136,16 @@ def draw_evidence(
     "Every measured difference with its 95 % interval, coloured by the verdict on its claim; the printed difference as a diamond."
     import matplotlib.pyplot as plt
     done = e[e.says != 'not measured'].reset_index(drop=True)
-    fig, ax = plt.subplots(figsize=(10, 0.8 + 0.3*len(done)), layout='constrained')
+    fig, ax = plt.subplots(figsize=(10, 0.8 + 0.26*len(done)), layout='constrained', dpi=72)
     for y, r in enumerate(done.itertuples()):
         ax.errorbar(r.difference, y, xerr=r.half_width if r.n > 1 else 0, fmt='o', ms=4, capsize=3, color=_colours[r.says])
         if r.printed_value == r.printed_value: ax.plot(r.printed_value - r.printed_baseline, y, 'D', mfc='none', mec='k', ms=6)
     ax.axvline(0, color='.6', lw=1, zorder=0)
-    ax.set_yticks(range(len(done)), [f'{r.table}: {r.claim}\n{data_label(r)}, {size_label(r)}, {r.preset}, n = {int(r.n)}' for r in done.itertuples()], fontsize=7)
-    ax.set(ylim=(len(done) - .5, -.5), xlabel="difference from the table's reference, points; bars: 95 % interval")
+    first = ~done.duplicated(['table', 'claim'])  # a claim is written once, above its settings
+    ax.set_yticks(range(len(done)), [(f'{r.table}: {r.claim}\n' if f else '') + f'{data_label(r)}, {size_label(r)}, {r.preset}, n = {int(r.n)}' for r, f in zip(done.itertuples(), first)], fontsize=7)
+    ax.set_xscale('symlog', linthresh=5, linscale=2)
+    ax.set_xticks([-80, -40, -20, -10, -5, 0, 5, 10, 20, 40], [-80, -40, -20, -10, -5, 0, 5, 10, 20, 40])
+    ax.set(ylim=(len(done) - .5, -.5), xlabel='difference in points (linear to 5, then logarithmic) and its 95 % interval')
     handles = [plt.Line2D([], [], marker='o', color=c, label=v) for v, c in _colours.items()] + [plt.Line2D([], [], marker='D', mfc='none', mec='k', ls='', label='printed')]
     fig.legend(handles=handles, loc='outside upper right', ncols=5, fontsize=8)
     ax.grid(axis='x', alpha=.3)
