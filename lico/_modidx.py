@@ -232,6 +232,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lico.gallery._row': ('gallery.html#_row', 'lico/gallery.py'),
                               'lico.gallery._scenes': ('gallery.html#_scenes', 'lico/gallery.py'),
                               'lico.gallery._where': ('gallery.html#_where', 'lico/gallery.py'),
+                              'lico.gallery.a_row_a_method': ('gallery.html#a_row_a_method', 'lico/gallery.py'),
                               'lico.gallery.compared': ('gallery.html#compared', 'lico/gallery.py'),
                               'lico.gallery.draw': ('gallery.html#draw', 'lico/gallery.py'),
                               'lico.gallery.explained': ('gallery.html#explained', 'lico/gallery.py'),

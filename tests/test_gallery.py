@@ -9,7 +9,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from lico.backbones import create_backbone
 from lico.experiments import Run, run_id
 from lico.differences import differences, draw_differences, reads
-from lico.gallery import Explained, Shown, _command, compared, draw, explained, label, of_kind, read_shown, read_worth, save_shown, save_worth, scene_runs, to_show, worth
+from lico.gallery import Explained, Shown, _command, a_row_a_method, compared, draw, explained, label, of_kind, read_shown, read_worth, save_shown, save_worth, scene_runs, to_show, worth
 from lico.metrics import Curve, deletion, insertion
 from lico.scenes import digit_scenes
 from lico.cases import on_scenes
@@ -150,3 +150,12 @@ def test_compared_measures_each_network_and_reads_it_again(lico_root):
     p.stored = 'only'
     again, stored = compared(p, ('one', 'same'))
     assert again.equals(df) and np.array_equal(stored.maps, maps.maps)
+
+
+def test_a_row_for_each_method():
+    "Two pictures, networks a and b, methods x and y: each map, curve and picture is found again in its own row."
+    maps = np.arange(8, dtype=np.uint8).reshape(2, 4, 1, 1)
+    s = Shown(np.arange(2, dtype=np.uint8).reshape(2, 1, 1, 1), np.zeros((2, 1, 4), np.float32), maps, maps[..., 0]/1., maps[..., 0]/2., np.zeros(1), np.array(['p', 'q']), np.array(['a\nx', 'b\nx', 'a\ny', 'b\ny']))
+    r = a_row_a_method(s)
+    assert r.columns.tolist() == ['a', 'b'] and r.rows.tolist() == ['p\nx', 'p\ny', 'q\nx', 'q\ny'] and r.images.flatten().tolist() == [0, 0, 1, 1]
+    assert r.maps[..., 0, 0].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] and (r.insertion[..., 0] == r.maps[..., 0, 0]).all() and (2*r.deletion == r.insertion).all()
