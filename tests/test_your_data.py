@@ -36,15 +36,20 @@ def test_guide_from_start_to_end(tmp_path):
     assert 'lico imported: False' in outputs(tmp_path) and about['class_names'][0] == 'brick wall' and about['mean'] == [0.5]*3
 
 
-def test_guide_on_a_folder_of_ones_own(tmp_path):
-    "Other images, classes with underscores, another network, two seeds, another place to write to."
+def squares(folder):
+    "Images of 32 pixels, three classes."
     rng = np.random.default_rng(0)
     for c, name in enumerate(('red_square', 'green_square', 'blue_square')):
-        (tmp_path/'mine'/name).mkdir(parents=True)
+        (folder/name).mkdir(parents=True)
         for i in range(10):
             image = rng.integers(0, 60, (32, 32, 3), np.uint8)
             image[8:24, 8:24, c] = 220
-            Image.fromarray(image).save(tmp_path/'mine'/name/f'{i}.png')
+            Image.fromarray(image).save(folder/name/f'{i}.png')
+
+
+def test_guide_on_a_folder_of_ones_own(tmp_path):
+    "Other images, classes with underscores, another network, two seeds, another place to write to."
+    squares(tmp_path/'mine')
     p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'), '-p', 'backbone', 'wrn_10_1', '-p', 'seeds', '0,1', '-p', 'epochs', '1', '-p', 'out', str(tmp_path/'out'))
     assert p.returncode == 0, p.stderr[-3000:]
     df, text = pd.read_csv(tmp_path/'out'/'results.csv'), outputs(tmp_path)
@@ -56,3 +61,12 @@ def test_guide_on_a_folder_of_ones_own(tmp_path):
 def test_guide_refuses_what_it_does_not_know(tmp_path):
     p = guide(tmp_path, '-p', 'dataset', 'mine')
     assert p.returncode and "unknown parameter of your_data: 'dataset': choose one of profile, out, folder" in p.stderr
+
+
+def test_guide_enlarges_small_images(tmp_path):
+    "Maps of one position are refused before anything is trained, and what the refusal says helps."
+    squares(tmp_path/'mine')
+    p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'))
+    assert p.returncode and 'one position at 32 pixels' in p.stderr and 'such as -p image_size 128' in p.stderr and not (tmp_path/'data'/'your_data'/'results.csv').exists()
+    p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'), '-p', 'image_size', '128', '-p', 'steps', '1')
+    assert p.returncode == 0, p.stderr[-3000:]
