@@ -136,7 +136,7 @@ def draw_evidence(
     "Every measured difference with its 95 % interval, coloured by the verdict on its claim; the printed difference as a diamond."
     import matplotlib.pyplot as plt
     done = e[e.says != 'not measured'].reset_index(drop=True)
-    fig, ax = plt.subplots(figsize=(10, 0.8 + 0.26*len(done)), layout='constrained', dpi=72)
+    fig, ax = plt.subplots(figsize=(10, 0.8 + 0.26*len(done)), layout='constrained', dpi=48)
     for y, r in enumerate(done.itertuples()):
         ax.errorbar(r.difference, y, xerr=r.half_width if r.n > 1 else 0, fmt='o', ms=4, capsize=3, color=_colours[r.says])
         if r.printed_value == r.printed_value: ax.plot(r.printed_value - r.printed_baseline, y, 'D', mfc='none', mec='k', ms=6)
