@@ -422,7 +422,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lico.saliency.input_gradient': ('saliency.html#input_gradient', 'lico/saliency.py'),
                                'lico.saliency.integrated_gradients': ('saliency.html#integrated_gradients', 'lico/saliency.py'),
                                'lico.saliency.noise': ('saliency.html#noise', 'lico/saliency.py'),
-                               'lico.saliency.refuse_one_place': ('saliency.html#refuse_one_place', 'lico/saliency.py'),
                                'lico.saliency.rise': ('saliency.html#rise', 'lico/saliency.py'),
                                'lico.saliency.rise_masks': ('saliency.html#rise_masks', 'lico/saliency.py'),
                                'lico.saliency.smoothgrad': ('saliency.html#smoothgrad', 'lico/saliency.py'),

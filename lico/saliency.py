@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'rise_masks', 'rise', 'input_gradient', 'guided_backprop', 'smoothgrad', 'integrated_gradients',
-           'guided_path_attribution', 'guided_ig', 'xrai', 'noise', 'edges', 'refuse_one_place', 'explain']
+           'guided_path_attribution', 'guided_ig', 'xrai', 'noise', 'edges', 'explain']
 
 # %% ../nbs/07_saliency.ipynb #bcded3c9
 import inspect
@@ -216,13 +216,6 @@ def _classes(net, x, target, batch_size):
     return target.long().expand(len(x))
 
 # %% ../nbs/07_saliency.ipynb #544d9cd8
-def refuse_one_place(net, x, method):
-    "A CAM of one position tells no place from another."
-    if 'cam' not in method: return
-    with torch.no_grad(): out = net.forward_features(x[:1])
-    if out.ndim == 4 and out.numel() == out.shape[-1 if getattr(net, 'output_fmt', 'NCHW') == 'NHWC' else 1]:
-        raise ValueError(f"{type(net).__name__} has feature maps of one position at {x.shape[-1]} pixels, so a CAM marks all pixels alike: give larger images, or another method")
-
 def explain(
     net: nn.Module,  # a classifier with timm's protocol, on the device of x; left as it was found
     x: torch.Tensor,  # images [B, 3, H, W] as the network takes them, normalised
@@ -237,6 +230,5 @@ def explain(
     shared = {k: v for k, v in (('batch_size', batch_size), ('seed', seed)) if k in names}
     with undisturbed(net, x.device):
         x = x.detach()
-        refuse_one_place(net, x, method)
         batches = zip(x.split(batch_size), _classes(net, x, target, batch_size).split(batch_size))
         return to_unit(torch.cat([METHODS[method](net, *batch, **shared, **options) for batch in batches]).float())

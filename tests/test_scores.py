@@ -142,7 +142,7 @@ def test_against_random_is_scipys_paired_t(record):
     rows = pd.DataFrame(dict(id='net', dataset='toys', saliency=['random', 'good', 'bad'], saliency_options=None))
     said = against_sentences(rows, made)
     assert 'Better: good (-4.6); worse: bad (+5.4)' in said and 'confidence' not in said, 'a smaller area is a better deletion; confidence is not of maps'
-    assert '| toys       | good       | 9        | -0.6' in against_table(rows, made)
+    assert '| toys       | good       | 9   | -0.6' in against_table(rows, made)
 
 
 @pytest.mark.parametrize('call, sentence', [
