@@ -53,6 +53,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lico.cases.pretrained': ('cases.html#pretrained', 'lico/cases.py')},
             'lico.claims': { 'lico.claims.Claim': ('claims.html#claim', 'lico/claims.py'),
                              'lico.claims._finding': ('claims.html#_finding', 'lico/claims.py'),
+                             'lico.claims._folders': ('claims.html#_folders', 'lico/claims.py'),
                              'lico.claims._lines': ('claims.html#_lines', 'lico/claims.py'),
                              'lico.claims._measured': ('claims.html#_measured', 'lico/claims.py'),
                              'lico.claims._of_maps': ('claims.html#_of_maps', 'lico/claims.py'),

@@ -12,7 +12,7 @@ import pandas as pd
 
 from .config import root
 from .paper import compare, pairs_of, read_results
-from .tables import METRICS
+from .tables import METRICS, OF_MAPS
 from .writing import arm_label, data_label, difference_label, network_label, size_label
 
 # %% ../nbs/14_claims.ipynb #claims05
@@ -59,12 +59,15 @@ def _measured(claim, folder):
     c = c[c.arm == claim.arm]
     return c.assign(claim=claim.says, folder=folder.name, says=c.verdict.map(lambda v: v if claim.sign > 0 else _turned.get(v, v)))
 
+def _folders(table):
+    "Where results of a table are kept."
+    return sorted(p.parent for p in (root()/'figures').glob(f'table{table}*/results.csv') if p.parent.name.split('-')[0] == f'table{table}')
+
 def evidence() -> pd.DataFrame:
     "What the results below `figures` say of every claim: one row a claim, setting and reading; a claim that was not measured has one row without numbers."
     rows = []
     for claim in CLAIMS:
-        folders = sorted(p.parent for p in (root()/'figures').glob(f'table{claim.table}*/results.csv') if p.parent.name.split('-')[0] == f'table{claim.table}')
-        found = [c for c in (_measured(claim, f) for f in folders) if len(c)]
+        found = [c for c in (_measured(claim, f) for f in _folders(claim.table)) if len(c)]
         rows.append(pd.concat(found) if found else pd.DataFrame([dict(table=claim.table, claim=claim.says, arm=claim.arm, metric=claim.metric, says='not measured')]))
     df = pd.concat([pd.DataFrame(columns=[*_same, 'n', 'is_stand_in', 'confidence']), *rows], ignore_index=True).astype(dict(table=int))
     return df.iloc[df.assign(n=df.n.astype(float).fillna(0)).sort_values('n', ascending=False, kind='stable').drop_duplicates(_same).index.sort_values()].reset_index(drop=True)
@@ -73,7 +76,7 @@ def evidence() -> pd.DataFrame:
 def _finding(r):
     "What one reading was measured to do."
     sure = f'; confidence {r.confidence:+.2f}' if r.confidence == r.confidence else ''
-    return f"{r.says}: {difference_label(r)}{sure} ({f'{int(r.degenerate)} of {int(r.n)} degenerate' if isinstance(r.text_encoder, str) else f'n = {int(r.n)}'})"
+    return f"{r.says}: {difference_label(r)} from {r.baseline:.1f}{sure} ({f'{int(r.degenerate)} of {int(r.n)} degenerate' if isinstance(r.text_encoder, str) else f'n = {int(r.n)}'})"
 
 def _lines(rows, text):
     "A line a row, with its number of labels before it if there are several."
@@ -110,7 +113,7 @@ def _of_maps(folder, table):
     df = read_results(folder)
     if 'saliency' in df: df = df[(df.method != 'pretrained') & ~df.saliency.isin(['random', 'edges'])]
     if 'saliency' not in df or df.empty or not pairs_of(df, table): return
-    for m in ('insertion', 'deletion', 'overall', 'pointing_game', 'sch', 'ses'):
+    for m in OF_MAPS:
         if m not in df or df[m].isna().all(): continue
         c = compare(df, table, m)
         c = c[c.method == 'LICO'].sort_values('difference')
@@ -124,8 +127,7 @@ def _of_maps(folder, table):
 
 def maps_sentences() -> str:
     "What all pairs below `figures` say of LICO's maps against cross-entropy's (Tables 1 and 8)."
-    found = [(p.parent, int(p.parent.name.split('-')[0][5:])) for p in sorted((root()/'figures').glob('table*/results.csv'))]
-    return '\n'.join(s for folder, table in found if table in (1, 8) for s in _of_maps(folder, table))
+    return '\n'.join(s for table in (1, 8) for folder in _folders(table) for s in _of_maps(folder, table))
 
 # %% ../nbs/14_claims.ipynb #claims15
 _colours = dict(supported='tab:green', contradicted='tab:red', equivalent='tab:blue', inconclusive='.5')

@@ -42,7 +42,7 @@ def test_the_larger_of_two_sets_of_pairs_is_taken(lico_root):
     e = e[e.table == 3]
     assert e.n.tolist() == [5, 5, 4, 4] and e.folder.tolist() == ['table3-more']*2 + ['table3-other']*2 and e.preset.tolist() == ['paper', 'studied']*2
     table, said = evidence_table(e), evidence_sentence(evidence())
-    assert table.count('\n') == 2 and '| all labels: supported: +1.50 ± 0.49 (0 of 5 degenerate)<br>40 labels: supported: +1.50 ± ' in table and table.count('supported: +1.50 ± 0.49 (0 of 5 degenerate)') == 2 and '| digits (for CIFAR-10) | wrn_16_1  | all labels: +0.20<br>40 labels: +1.50 |' in table and 'WRN' not in table.splitlines()[2]
+    assert table.count('\n') == 2 and '| all labels: supported: +1.50 ± 0.49 from 2.0 (0 of 5 degenerate)<br>40 labels: supported: +1.50 ± ' in table and table.count('supported: +1.50 ± 0.49 from 2.0 (0 of 5 degenerate)') == 2 and '| digits (for CIFAR-10) | wrn_16_1  | all labels: +0.20<br>40 labels: +1.50 |' in table and 'WRN' not in table.splitlines()[2]
     assert said.startswith('1 of 16 claims have been measured here, in 4 settings and readings: 4 supported; all on stand-ins for the paper\'s data.') and 'CGC costs accuracy (Table 2)' in said
     assert evidence_table(pd.read_csv(io.StringIO(e.to_csv(index=False)), dtype=dict(labels=str, options=str))) == table, 'the same from the file'
     fig = draw_evidence(e)
@@ -56,7 +56,7 @@ def test_maps_are_asked_for_by_their_method(lico_root):
     store('table8', 'pretrained', [math.nan], saliency='grad-cam', saliency_options=None, images=9, pointing_game=[50.])
     e = evidence().set_index('claim')
     assert e.difference["LICO's Grad-CAM maps are better at insertion"] == pytest.approx(2.01) and e.says["LICO's Grad-CAM maps are better at insertion and deletion together"] == 'not measured'
-    assert 'supported: +2.01 ± 0.13; confidence -10.00 (0 of 2 degenerate)' in evidence_table(e.reset_index())
+    assert 'supported: +2.01 ± 0.13 from 30.5; confidence -10.00 (0 of 2 degenerate)' in evidence_table(e.reset_index())
     assert e.says[e.table == 8].tolist() == ['not measured'], 'a network without a pair is evidence of nothing'
 
 

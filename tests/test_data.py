@@ -180,6 +180,7 @@ def test_stray_files_hidden_files_and_deeper_images(tree):
 # refusals
 
 def test_labels_and_names_are_refused_by_number():
+    assert refusal('/my/images') == "dataset '/my/images' looks like a path: a folder of images is folder:/my/images"
     assert refusal('digits', labels=39) == 'labels = 39 cannot be shared evenly by 10 classes: ask for 30 or 40'
     assert refusal('digits', labels=4) == 'labels = 4 cannot be shared evenly by 10 classes: ask for 10'
     assert refusal('digits', labels=40, shots=4) == 'labels = 40 and shots = 4 were both given: give one of them'
