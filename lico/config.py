@@ -161,8 +161,10 @@ def parameters(
     namespace: dict,  # its `globals()`, right after the cell tagged `parameters`
     declared: tuple,  # the names that cell declares
 ) -> SimpleNamespace:
-    "The notebook's parameters with every empty one filled in from the profile; `.out` is the folder to write to. Undeclared names are refused."
+    "The notebook's parameters with every empty one filled in from the profile; `.out` is the folder to write to. Undeclared names are refused, and those that would change nothing."
     for name in _injected(namespace.get('In', [])): choose(f'parameter of {notebook}:', name, declared)
+    idle = [name for name in declared if name not in ('profile', 'out', 'stored') and namespace[name] != ''] if namespace.get('stored') == 'only' else []
+    if idle: raise ValueError(f"stored=only draws all that results.csv holds, whatever {', '.join(idle)} says: leave that out, or run with stored=add")
     profile = namespace.get('profile') or 'laptop'
     values = profile_settings(profile, notebook)
     for name in declared:

@@ -89,7 +89,7 @@ def test_runs_of_a_table():
             runs = grid(p_of(n, profile), n)
             assert {arm_of(n, r).label for r in runs} >= {TABLES[n].reference} and len({arm_of(n, r).label for r in runs}) > 1
     kinds = lambda n, **given: {(r.dataset, r.backbone, r.shots or r.labels) for r in grid(p_of(n, **given), n)}
-    assert kinds(7) == {('cifar10', 'wrn_28_2', None), ('cifar100', 'wrn_28_8', None), ('svhn', 'wrn_28_2', None), ('cub200', 'resnet50', None), ('flowers102', 'resnet50', None)}
+    assert kinds(7) == {('cifar10', 'wrn_28_2', None), ('cifar100', 'wrn_28_8', None), ('svhn', 'wrn_28_2', None), ('cub200', 'resnet50.tv_in1k', None), ('flowers102', 'resnet50.tv_in1k', None)}
     assert kinds(9) == {('imagenet', 'vit_base_patch16_224', None)} and kinds(2) == {('imagenet', 'resnet18', None), ('imagenet', 'resnet50', None)}
     assert kinds(13) == {('imagenet', 'resnet50', None), ('cifar10', 'wrn_28_2', None), ('cifar10', 'wrn_28_2', 4000)}
     assert kinds(7, backbones='parn_18', labels='123', datasets='svhn') == {('svhn', 'parn_18', 123)} and kinds(12, labels='40') == {('cifar10', 'wrn_28_2', 40)}
