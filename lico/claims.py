@@ -56,7 +56,7 @@ def _measured(claim, folder):
     if claim.saliency: df = df[df.saliency == claim.saliency]
     if df.empty or not pairs_of(df, claim.table): return df[:0]
     c = compare(df, claim.table, claim.metric)
-    c = c[c.arm == claim.arm]
+    c = c[c.arm == claim.arm].drop_duplicates(['dataset', 'labels', 'backbone', 'steps', 'baseline', 'difference', 'half_width'])  # readings that differ in what the arm does not do
     return c.assign(claim=claim.says, folder=folder.name, says=c.verdict.map(lambda v: v if claim.sign > 0 else _turned.get(v, v)))
 
 def _folders(table):
@@ -76,7 +76,8 @@ def evidence() -> pd.DataFrame:
 def _finding(r):
     "What one reading was measured to do."
     sure = f'; confidence {r.confidence:+.2f}' if r.confidence == r.confidence else ''
-    return f"{r.says}: {difference_label(r)} from {r.baseline:.1f}{sure} ({f'{int(r.degenerate)} of {int(r.n)} degenerate' if isinstance(r.text_encoder, str) else f'n = {int(r.n)}'})"
+    matching = isinstance(r.text_encoder, str) and r.method != 'CE+OT'
+    return f"{r.says}: {difference_label(r)} from {r.baseline:.1f}{sure} ({f'{int(r.degenerate)} of {int(r.n)} degenerate' if matching else f'n = {int(r.n)}'})"
 
 def _lines(rows, text):
     "A line a row, with its number of labels before it if there are several."
@@ -100,11 +101,11 @@ def evidence_sentence(
 ) -> str:
     "How the verdicts fall, and what was not measured, in computed sentences."
     done, left = e[e.says != 'not measured'], e[e.says == 'not measured']
-    counts = done.says.value_counts()
+    about = done.arm.where(done.arm == 'LICO', 'ablations and rivals').mask((done.arm == 'LICO') & done.metric.isin(OF_MAPS), "LICO's Grad-CAM maps").replace('LICO', "LICO's accuracy")
+    fall = '; '.join(f"{what}: {', '.join(f'{n} {v}' for v, n in part.value_counts().items())}" for what, part in done.says.groupby(about, sort=False))
     own = int((done.is_stand_in == False).sum())
     where = "all on stand-ins for the paper's data" if not own else f"{own} of them on the paper's data, the others on stand-ins"
-    said = f"{done.claim.nunique()} of {e.claim.nunique()} claims have been measured here, in {len(done)} settings and readings: " + ', '.join(f'{n} {v}' for v, n in counts.items())
-    said += f"; {where}."
+    said = f"{done.claim.nunique()} of {e.claim.nunique()} claims have been measured here, {where}. Each setting and reading gives a verdict. {fall}."
     return said + (' Not measured: ' + '; '.join(f'{r.claim} (Table {r.table})' for r in left.itertuples()) + '.' if len(left) else '')
 
 # %% ../nbs/14_claims.ipynb #9bac1865

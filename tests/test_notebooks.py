@@ -83,7 +83,8 @@ def test_fidelity_smoke(tmp_path):
     out = tmp_path/'data'/'smoke'/'fidelity'
     assert sorted(f.name for f in out.iterdir()) == ['figure.png', 'figure.svg', 'results.csv', 'table.md']
     df = pd.read_csv(out/'results.csv')
-    assert len(df) == 2 + len(changes('studied')) and df.options.isna().sum() == 2, 'cross-entropy, LICO, and LICO with each choice changed'
+    assert (df.method == 'LICO').sum() == 1 + len(changes('studied')), 'as the preset has it, and with each choice changed'
+    assert (df.method == 'CE').sum() == 7, "as the presets train, with each of five changes, and all of the released code's training"
     assert all(choice in (out/'table.md').read_text() for choice, _ in changes('studied'))
 
 
