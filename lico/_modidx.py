@@ -52,6 +52,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lico.cases.on_scenes': ('cases.html#on_scenes', 'lico/cases.py'),
                             'lico.cases.pretrained': ('cases.html#pretrained', 'lico/cases.py')},
             'lico.claims': { 'lico.claims.Claim': ('claims.html#claim', 'lico/claims.py'),
+                             'lico.claims.Claim.reference': ('claims.html#claim.reference', 'lico/claims.py'),
                              'lico.claims._finding': ('claims.html#_finding', 'lico/claims.py'),
                              'lico.claims._folders': ('claims.html#_folders', 'lico/claims.py'),
                              'lico.claims._lines': ('claims.html#_lines', 'lico/claims.py'),

@@ -42,7 +42,7 @@ CHOICES = (  # of manifold matching, Eqs. 1 and 2
     Choice('temperature', 'Eq. 1', _one('tau', learned='learned', fixed='fixed'), 'learned', 'learned', 'Bartak: learned, clamped to [1, 100]; not clamped here'),
     Choice('first temperature', 'Eq. 1', {'2.66': dict(tau_init=2.6593), '0.1': dict(tau_init=0.1)}, 'not said', 'ln(1/0.07) = 2.66'),
     Choice('what is learned of τ', 'Eq. 1', {'log τ': dict(tau_form='exp'), 'τ': dict(tau_form='raw')}, 'not said', 'τ', 'Bartak: log τ'),
-    Choice('language side of Eq. 2', 'Eq. 2', {'trained': dict(detach_text=False), 'held fixed': dict(detach_text=True)}, '"image approaches language", no stop-gradient', 'trained'),
+    Choice('language side of Eq. 2', 'Eq. 2', {'trained': dict(detach_text=False), 'held fixed': dict(detach_text=True)}, '"image manifold to approach the manifold of language", no stop-gradient', 'trained'),
     Choice('weight of matching', 'Eq. 8', {'α = 10': dict(alpha=10.), 'α = 1': dict(alpha=1.)}, '10', 'no other is known'))
 
 # %% ../nbs/15_fidelity.ipynb #fidel07

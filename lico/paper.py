@@ -150,11 +150,11 @@ _of_maps = ['saliency', 'saliency_options', 'images']  # of results that have th
 
 def pairs_of(
     df: pd.DataFrame,  # from `read_results`
-    table: int = None,  # whose reference is the baseline; `None`: CE is
+    reference: str = 'CE',  # the arm that is the baseline
 ) -> list:
     "For each setting and arm that has any, its pairs: the columns of the arm's run, and with `_base` behind the name those of the reference."
     df = df.assign(arm=df.arm.fillna(df.method) if 'arm' in df else df.method)
-    setting, reference = _setting + [k for k in _of_maps if k in df], TABLES[table].reference if table else 'CE'
+    setting = _setting + [k for k in _of_maps if k in df]
     df = df.iloc[df.groupby(setting, sort=False, dropna=False).ngroup().argsort(kind='stable')]  # settings together, in the order of their first runs
     base = df[df.arm == reference]
     shared = ['preset', 'options', 'text_encoder'] if base.text_encoder.notna().any() else []
@@ -163,17 +163,17 @@ def pairs_of(
     found = [base.merge(group, on=setting + shared + ['seed', 'split'], suffixes=('_base', '')) for _, group in groups]
     return [pairs for pairs in found if len(pairs)]
 
-def _pairs(df, table, metric):
+def _pairs(df, reference, metric):
     "The pairs in which a metric was measured."
     if metric not in OF_MAPS and 'saliency' in df: df = df.drop(columns=_of_maps).drop_duplicates('id')
-    found = [pairs.dropna(subset=[metric, f'{metric}_base']) for pairs in pairs_of(df, table)]
+    found = [pairs.dropna(subset=[metric, f'{metric}_base']) for pairs in pairs_of(df, reference)]
     return [pairs for pairs in found if len(pairs)]
 
 # %% ../nbs/11_paper.ipynb #b30db479
-def _row(pairs, table, metric):
+def _row(pairs, table, metric, reference):
     "One line of the comparison."
     b, m = pairs[f'{metric}_base'], pairs[metric]
-    first, (mean, half), reference = pairs.iloc[0], interval(m - b), TABLES[table].reference
+    first, (mean, half) = pairs.iloc[0], interval(m - b)
     keys = {k: first[k] for k in ('dataset', 'labels', 'backbone', 'steps', *_treatment, *_of_maps) if k in first}
     name = printed_dataset(table, first.paper_dataset, first.is_stand_in)
     place = printed_place(table, name, first.labels, first.backbone, first.is_stand_in)
@@ -188,13 +188,14 @@ def compare(
     df: pd.DataFrame,  # from `read_results`
     table: int,  # the paper's table to compare with
     metric='accuracy_last',  # which column, a key of `METRICS`; or a list of them
+    reference: str = None,  # the arm that is the baseline, if not the table's own
 ) -> pd.DataFrame:
     "The reference of a table against its other arms, paired on seeds and splits, beside what the paper prints; one row a metric, setting and arm."
-    metrics = [metric] if isinstance(metric, str) else list(metric)
+    metrics, reference = [metric] if isinstance(metric, str) else list(metric), reference or TABLES[table].reference
     for m in metrics: choose('metric', m, METRICS)
     if missing := {*metrics, *_setting, *_treatment[1:], 'paper_dataset'} - set(df): raise ValueError(f"the results have no {', '.join(sorted(missing))}: expected read_results(folder)")
-    rows = [_row(pairs, table, m) for m in metrics for pairs in _pairs(df, table, m)]
-    if not rows: raise ValueError(f"nothing to compare: the results hold no seed at which both {TABLES[table].reference} and another method were run, all else being equal")
+    rows = [_row(pairs, table, m, reference) for m in metrics for pairs in _pairs(df, reference, m)]
+    if not rows: raise ValueError(f"nothing to compare: the results hold no seed at which both {reference} and another method were run, all else being equal")
     return pd.DataFrame(rows)
 
 # %% ../nbs/11_paper.ipynb #2ed3cb20
@@ -203,7 +204,7 @@ def plot_pairs(
     c: pd.DataFrame,  # its comparison
     metric: str = None,  # only this one
 ):
-    "Left: every pair as a line from the reference to the arm. Right: mean paired difference with its 95 % interval, and the printed gain as a diamond. A row of panels for each metric."
+    "Left: every pair as a line from the reference to the arm. Right: mean paired difference with its 95 % interval, and the printed difference as a diamond. A row of panels for each metric."
     import matplotlib.pyplot as plt, seaborn as sns
     if metric: c = c[c.metric == metric]
     labels, parts = list(dict.fromkeys(map(arm_label, c.itertuples()))), [part for _, part in c.groupby('metric', sort=False)]
@@ -212,7 +213,7 @@ def plot_pairs(
     fig, axes = plt.subplots(len(parts), 2, figsize=(10, 0.9 + sum(0.7 + (0.35 if compact else 0.7)*len(part) for part in parts)), sharey='row', squeeze=False, layout='constrained', dpi=60 if len(parts) > 3 else 75 if compact else None,
                              width_ratios=(3, 2), height_ratios=[1 + len(part) for part in parts])
     for (left, right), part in zip(axes, parts):
-        for y, (r, pairs) in enumerate(zip(part.itertuples(), _pairs(df, part.table.iloc[0], part.metric.iloc[0]))): _draw(left, right, y, r, pairs, colours[arm_label(r)])
+        for y, (r, pairs) in enumerate(zip(part.itertuples(), _pairs(df, part.reference.iloc[0], part.metric.iloc[0]))): _draw(left, right, y, r, pairs, colours[arm_label(r)])
         _decorate(left, right, part, compact)
     _legend(fig, c, {} if compact else colours)
     return fig
@@ -242,7 +243,7 @@ def _legend(fig, c, colours):
     "What the colours and the diamonds are."
     from matplotlib.lines import Line2D
     handles = [Line2D([], [], marker='o', color=v, label=k) for k, v in colours.items()]
-    if c.printed_value.notna().any(): handles.append(Line2D([], [], marker='D', mfc='none', mec='k', ls='', label="the paper's gain"))
+    if c.printed_value.notna().any(): handles.append(Line2D([], [], marker='D', mfc='none', mec='k', ls='', label=f"the paper's {'gain' if (c.reference == 'CE').all() else 'difference'}"))
     if handles: fig.legend(handles=handles, fontsize=8, loc='outside upper right', ncols=len(handles))
 
 # %% ../nbs/11_paper.ipynb #4e883026

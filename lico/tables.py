@@ -142,7 +142,7 @@ def arms_of(
     return [arm_named(table, n) for n in names] if names else [a for a in TABLES[table].arms if a.printed and not a.stands_for]
 
 # %% ../nbs/10_tables.ipynb #c8d1c4c5
-_families = {'wrn': 'WRN', 'parn': 'PARN-18', 'resnet18': 'ResNet-18', 'resnet50': 'ResNet-50', 'vgg19': 'VGG-19', 'vit': 'ViT-B/16', 'test_vit': 'ViT-B/16'}
+_families = {'wrn': 'WRN', 'parn': 'PARN-18', 'resnet18': 'ResNet-18', 'resnet50': 'ResNet-50', 'vgg19': 'VGG-19', 'vit_base': 'ViT-B/16'}
 
 def family(backbone: str):
     "The paper's name of a network; `None` if it has none."
