@@ -195,7 +195,7 @@ def _annotated(path, size, height, width, objects):
 # %% ../nbs/08_scenes.ipynb #eb329ff1
 def _instances(file):
     "The content of an annotation file, checked as far as reading needs."
-    if not file.is_file(): raise FileNotFoundError(f"no annotations at {file}: expected COCO's format there, or name the file with annotations=")
+    if not file.is_file(): raise FileNotFoundError(f"no annotations at {file}: expected COCO's, annotations/instances_val2017.json beside val2017/ (cocodataset.org), or another file named with annotations=")
     try: content = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{file} is not JSON ({e}): fetch it again") from None
     missing = [k for k in ('images', 'annotations', 'categories') if k not in (content if isinstance(content, dict) else ())]

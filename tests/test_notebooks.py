@@ -151,6 +151,9 @@ def test_notebook_is_fit_to_read(path):
     assert path.stat().st_size < 200_000
     assert not any(o.output_type == 'error' for c in nb.cells if c.cell_type == 'code' for o in c.outputs)
     assert any(c.cell_type == 'markdown' and c.source.startswith('# ') for c in nb.cells)
+    if path.stem.startswith(('table', 'figure')):
+        lines = [line for c in nb.cells if c.cell_type == 'code' and 'parameters' not in c.metadata.get('tags', []) for line in c.source.splitlines() if line.strip()]
+        assert len(lines) <= 40, 'what is not its own belongs into the library'
 
 
 def test_wheel_carries_settings_and_numbers(tmp_path):

@@ -183,7 +183,7 @@ def test_an_image_without_objects(folder):
 def test_names_of_files_are_parameters(folder):
     (folder/'images').rename(folder/'val2017'); (folder/'annotations'/'instances.json').rename(folder/'annotations'/'instances_val2017.json')
     assert len(coco_scenes(folder, 20, 'annotations/instances_val2017.json', 'val2017')) == 2
-    with pytest.raises(FileNotFoundError, match="no annotations at .*instances.json: expected COCO's format there, or name the file with annotations="):
+    with pytest.raises(FileNotFoundError, match="no annotations at .*instances.json: expected COCO's, annotations/instances_val2017.json beside val2017/"):
         coco_scenes(folder)
 
 @pytest.mark.parametrize('change, message', [
