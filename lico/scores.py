@@ -223,8 +223,9 @@ def against_sentences(
         groups = {'better': a[a.gain > a.half_width], 'no different, as far as these images tell': a[a.gain.abs() <= a.half_width], 'worse': a[a.gain < -a.half_width]}
         what = 'pairs of an image and a class' if m in ('pointing_game', 'energy', 'sch') else 'images'
         few = lambda r: f', {r.n}' if r.few else ''
+        of = f" of {per_image.image.str.split(' ').str[0].nunique()} images" if what != 'images' else ''  # a pair is named FILE CATEGORY
         text = '; '.join(f"{k}: {', '.join(f'{r.saliency} ({r.difference:+.1f}{few(r)})' for r in g.itertuples())}" for k, g in groups.items() if len(g))
-        out.append(f"* **{name}, {SCORES[m]}**, against random maps of the same {what} ({a.n.max()} unless said), by size of the difference, those on fewer last. {text[:1].upper()}{text[1:]}.")
+        out.append(f"* **{name}, {SCORES[m]}**, against random maps of the same {what} ({a.n.max()}{of} unless said), by size of the difference, those on fewer last. {text[:1].upper()}{text[1:]}.")
     return '\n'.join(out)
 
 def plot_against(
