@@ -107,6 +107,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lico.curves.ends': ('curves.html#ends', 'lico/curves.py'),
                              'lico.curves.gap': ('curves.html#gap', 'lico/curves.py'),
                              'lico.curves.kept_along': ('curves.html#kept_along', 'lico/curves.py'),
+                             'lico.curves.looking_code': ('curves.html#looking_code', 'lico/curves.py'),
                              'lico.curves.test_maps': ('curves.html#test_maps', 'lico/curves.py'),
                              'lico.curves.view': ('curves.html#view', 'lico/curves.py')},
             'lico.data': { 'lico.data.Data': ('data.html#data', 'lico/data.py'),

@@ -125,7 +125,7 @@ def test_gap_is_eq2(encoder, preset):
 
 
 @pytest.mark.filterwarnings('ignore::lico.training.DegenerateLossWarning')
-def test_curves_exchange_one_thing_at_a_time(encoder):
+def test_curves_exchange_one_thing_at_a_time(encoder, lico_root):
     r = Run(labels=40, backbone='wrn_10_1', method='LICO', steps=4, seed=1, options=dict(tau_init=0.5))
     df, data = curves(r, points=2, images=64), load_data(r)
     assert sorted(df.step.unique()) == [0, 1, 4] and (df.seed == 1).all()
