@@ -191,5 +191,6 @@ def draw_effects(
             ax.errorbar(r.difference, y, xerr=r.half_width if r.n > 1 else 0, fmt='o', ms=5, capsize=3, color=colour, mfc='none' if r.degenerate > r.n/2 else colour)
         ax.axvline(0, color='.6', lw=1, zorder=0); ax.grid(axis='x', alpha=.3)
         ax.set_yticks(range(len(part)), [f'{r.choice}: {r.value}' for r in part.itertuples()], fontsize=8)
-        ax.set(ylim=(len(part) - .5, -.5), title=f'{part.dataset.iloc[0]}, {part.labels.iloc[0]} labels, from {part.preset.iloc[0]}', xlabel='accuracy, points above the preset; bars: 95 % interval')
+        ax.set(ylim=(len(part) - .5, -.5), title=f'{part.dataset.iloc[0]}, {part.labels.iloc[0]} labels, from {part.preset.iloc[0]}', xlabel='accuracy above the preset, points, 95 % interval')
+        ax.title.set_size(9); ax.xaxis.label.set_size(8)
     return fig
