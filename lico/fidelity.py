@@ -184,7 +184,7 @@ def draw_effects(
     "Paired difference in accuracy of every change with its 95 % interval; hollow where matching ended degenerate in most runs."
     parts = [part for _, part in e[e.value != ''].groupby(['dataset', 'labels', 'preset'], sort=False)]
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, len(parts), figsize=(2.5 + 4.5*len(parts), 1 + 0.28*max(map(len, parts))), squeeze=False, layout='constrained')
+    fig, axes = plt.subplots(1, len(parts), figsize=(2.5 + 4.5*len(parts), 1 + 0.28*max(map(len, parts))), squeeze=False, layout='constrained', dpi=75)
     for ax, part in zip(axes[0], parts):
         for y, r in enumerate(part.itertuples()):
             colour = dict(supported='tab:green', contradicted='tab:red').get(r.verdict, '.5')
