@@ -88,9 +88,10 @@ def _finding(r):
     return f"{r.says}: {difference_label(r)} from {r.baseline:.1f}{sure} ({f'{int(r.degenerate)} of {int(r.n)} degenerate' if matching else f'n = {int(r.n)}'})"
 
 def _lines(rows, text):
-    "A line a row, with its number of labels before it if there are several."
+    "A line a row, with its number of labels before it if these are several and it is not the same for all."
     found = list(dict.fromkeys((size_label(r), text(r)) for r in rows))
-    return '<br>'.join(t if len({s for s, _ in found}) == 1 or len({t for _, t in found}) == 1 < len(found) else f'{s}: {t}' for s, t in found) or '—'
+    sizes, texts = (list(dict.fromkeys(o)) for o in zip(*found)) if found else ((), ('—',))
+    return '<br>'.join(f'{s}: {t}' for s, t in found) if len(sizes) > 1 < len(texts) else '<br>'.join(texts)
 
 def evidence_table(
     e: pd.DataFrame,  # from `evidence`

@@ -80,6 +80,6 @@ def test_no_method_of_maps_is_passed_over(lico_root):
 
 def test_what_is_kept_is_what_the_results_say():
     "Run nbs/paper.ipynb again when results below figures/ change."
-    e = pd.read_csv(io.StringIO(evidence().to_csv(index=False, float_format='%.6g')), dtype=dict(labels=str, options=str))
+    e = pd.read_csv(io.StringIO(evidence().to_csv(index=False)), dtype=dict(labels=str, options=str))
     kept = pd.read_csv(root()/'figures'/'paper'/'results.csv', dtype=dict(labels=str, options=str))
     assert evidence_table(e) == evidence_table(kept) and evidence_sentence(e) == evidence_sentence(kept)
