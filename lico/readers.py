@@ -174,7 +174,7 @@ def _folder(path, files):
     return Source(_listed(train), _listed(test), tuple(train), folder=path)
 
 # %% ../nbs/00_readers.ipynb #0a0e8b6d
-_told_apart = dict(n02012849='crane bird', n03126707='construction crane', n03710637='maillot tights', n03710721='maillot tank suit')
+_told_apart = dict(n02012849='crane bird', n02113186='Cardigan Welsh corgi', n03126707='construction crane', n03710637='maillot tights', n03710721='maillot tank suit')
 
 def imagenet_names() -> dict:
     "{WordNet id: class name} of ILSVRC2012 in label order; names are unique."
