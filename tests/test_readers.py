@@ -245,7 +245,7 @@ def test_imagenet_from_its_archives(offline, monkeypatch, tmp_path):
 def test_imagenet_names_are_readable_and_unique():
     from timm.data import ImageNetInfo
     names, info = imagenet_names(), ImageNetInfo('imagenet-1k')
-    assert list(names) == sorted(names) == info.label_names() and len(set(names.values())) == 1000
+    assert list(names) == sorted(names) == info.label_names() and len({name.lower() for name in names.values()}) == 1000
     changed = {i for i, name in names.items() if name != info.label_name_to_description(i).split(',')[0]}
-    assert changed == {'n02012849', 'n03126707', 'n03710637', 'n03710721'}  # crane and maillot, twice each
+    assert changed == {'n02012849', 'n02113186', 'n03126707', 'n03710637', 'n03710721'}  # crane and maillot, twice each, and the Cardigan that is a dog
     assert not any('_' in name or name != name.strip() for name in names.values())
