@@ -116,6 +116,7 @@ def effects(
     df: pd.DataFrame,  # results of `fidelity_runs`
 ) -> pd.DataFrame:
     "One row a setting, preset, choice and value: paired differences in accuracy from the preset as it is and from cross-entropy, diagnostics, time of a step as a multiple."
+    if df.duplicated([*_setting, 'method', 'options', 'seed']).any(): raise ValueError(f"the results hold runs of several lengths ({', '.join(map(str, sorted(set(df.steps))))} steps) of the same seeds: give each length a folder of its own with -p out")
     rows = []
     for where, part in df[df.method == 'LICO'].groupby(_setting, sort=False):
         found, ce = _by_options(part), _by_options(df[(df.method == 'CE') & (df[_setting[:3]] == list(where[:3])).all(axis=1)])
