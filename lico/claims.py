@@ -34,6 +34,7 @@ class Claim:
 CLAIMS = (
     Claim(1, "LICO's Grad-CAM maps are better at insertion", 'LICO', 'insertion', saliency='grad-cam'),
     Claim(1, "LICO's Grad-CAM maps are better at insertion and deletion together", 'LICO', 'overall', saliency='grad-cam'),
+    Claim(1, "and so are those of a network trained with CGC", 'LICO+CGC', 'insertion', saliency='grad-cam', against='CGC'),
     Claim(2, "LICO costs no accuracy on ImageNet, it gains some", 'LICO'),
     Claim(2, "CGC costs accuracy", 'CGC', sign=-1),
     Claim(2, "GCC costs accuracy", 'GCC', sign=-1),
@@ -49,6 +50,7 @@ CLAIMS = (
     Claim(10, "without the dynamic context accuracy is lost", 'DC off', sign=-1),
     Claim(11, "without it accuracy is lost on fine-grained classes too", 'DC off', sign=-1),
     Claim(12, "a text encoder that never saw images (BERT; here MiniLM) gains a little", 'MiniLM'),
+    Claim(12, "word vectors in a frozen random context lose accuracy", 'W2V-P', sign=-1),
     Claim(12, "CLIP gains more", 'CLIP'),
     Claim(13, "frozen random prompts lose accuracy", 'Random', sign=-1),
     Claim(13, "frozen words lose a little", 'Fixed', sign=-1))

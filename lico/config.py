@@ -150,6 +150,7 @@ def _as_options(value):
 
 # %% ../nbs/00_config.ipynb #b528da75
 _lists = ('datasets', 'backbones', 'labels', 'methods', 'presets', 'seeds', 'saliency', 'metrics')
+_protocol = ('options', 'steps', 'epochs', 'image_size', 'pretrained', 'images', 'test_images', 'saliency_options', 'points')  # parameters that change what a number is of, where the others say of what there are any
 
 def _injected(cells):
     "The names in the newest of the `cells` that papermill injected, none if it injected nothing."
@@ -161,7 +162,7 @@ def parameters(
     namespace: dict,  # its `globals()`, right after the cell tagged `parameters`
     declared: tuple,  # the names that cell declares
 ) -> SimpleNamespace:
-    "The notebook's parameters with every empty one filled in from the profile; `.out` is the folder to write to. Undeclared names are refused, and those that would change nothing."
+    "The notebook's parameters with every empty one filled in from the profile; `.out` is the folder to write to, `.protocol` the profile and what was changed of it. Undeclared names are refused, and those that would change nothing."
     for name in _injected(namespace.get('In', [])): choose(f'parameter of {notebook}:', name, declared)
     idle = [name for name in declared if name not in ('profile', 'out', 'stored') and namespace[name] != ''] if namespace.get('stored') == 'only' else []
     if idle: raise ValueError(f"stored=only draws all that results.csv holds, whatever {', '.join(idle)} says: leave that out, or run with stored=add")
@@ -173,7 +174,8 @@ def parameters(
         if namespace.get(given, '') != '' and namespace.get(other, '') == '': values[other] = ''
     typed = {k: _as_list(v) if k in _lists else _as_options(v) if k == 'options' else parse_value(v) for k, v in values.items()}
     default = root()/('data/smoke' if profile == 'smoke' else 'figures')/notebook
-    return SimpleNamespace(profile=profile, out=Path(namespace['out'] or default).expanduser().resolve(), **typed)
+    changed = ', '.join(f'{k}={namespace[k]}' for k in _protocol if namespace.get(k, '') != '')
+    return SimpleNamespace(profile=profile, protocol=profile + (f' with {changed}' if changed else ''), out=Path(namespace['out'] or default).expanduser().resolve(), **typed)
 
 # %% ../nbs/00_config.ipynb #51a37abd
 def derive_seed(*parts) -> int:

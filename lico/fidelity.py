@@ -130,7 +130,7 @@ def collect_effects(
     p,  # parameters of a notebook
 ) -> pd.DataFrame:
     "Run what is missing, write `results.csv`, read it back."
-    return save_results(train(p, fidelity_runs(p)), p.out, p.stand_in, keep=p.stored == 'add', profile=p.profile)
+    return save_results(train(p, fidelity_runs(p)), p.out, p.stand_in, keep=p.stored == 'add', profile=p.protocol)
 
 def _short(mean, std): return f'{mean:.2g}' + (f' ± {std:.1g}' if math.isfinite(std) else '')
 

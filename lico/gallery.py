@@ -256,4 +256,4 @@ def compared(
     data = load_data(run_of(records[0]))
     asked = [f'"{data.class_names[c]}"' for c in cases.target[:p.shown]]
     save_shown(to_show(found, asked, data.mean, data.std), p.out/'maps.npz')
-    return save_worth(pd.concat(rows), p.out, profile=p.profile), read_shown(p.out/'maps.npz')
+    return save_worth(pd.concat(rows), p.out, profile=p.protocol), read_shown(p.out/'maps.npz')

@@ -61,7 +61,7 @@ def save_results(
     stand_in: str = None,  # the paper's dataset that unknown ones stand in for
     keep: bool = False,  # leave the rows of other runs that the file holds? If not, says how many go
     scores: pd.DataFrame = None,  # further columns by `id`, of which it may hold several rows
-    **more,  # further columns, one value or one a record: the profile
+    **more,  # further columns, one value or one a record: the `profile`
 ) -> pd.DataFrame:
     "Write `results.csv` and read it back."
     df = frame(records).assign(**more)
@@ -141,7 +141,7 @@ def collect(
     if p.stored is not None and choose('value of stored:', p.stored, ('add', 'only')) == 'only': return read_results(p.out)
     records = train(p, runs)
     more = dict(scores=_measured(p, table, records), **_arms(table, records)) if table else {}
-    return save_results(records, p.out, p.stand_in, keep=p.stored == 'add', profile=p.profile, **more)
+    return save_results(records, p.out, p.stand_in, keep=p.stored == 'add', profile=p.protocol, **more)
 
 # %% ../nbs/11_paper.ipynb #862ae393
 _setting = ['dataset', 'data', 'labels', 'backbone', 'image_size', 'validation', 'steps', 'training']
@@ -278,8 +278,8 @@ def _stored(n):
     return rows
 
 def _is_the_papers(n, r):
-    "Whether a stored row is of the paper's data, network and text encoder."
-    if r.is_stand_in or r.backbone not in dataset_settings(r.dataset)['backbones'].replace(' ', '').split(','): return False
+    "Whether a stored row is of the paper's data, protocol, network and text encoder."
+    if r.is_stand_in or r.profile != 'paper' or r.backbone not in dataset_settings(r.dataset)['backbones'].replace(' ', '').split(','): return False
     arm = arm_named(n, r.arm)
     return not arm.stands_for and (pd.isna(r.text_encoder) or bool(arm.text_encoder) or r.text_encoder.startswith('clip'))
 

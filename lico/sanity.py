@@ -33,7 +33,7 @@ def sanity_checked(
     return pd.concat(rows), torch.stack(maps), cases, layers
 
 def collect_sanity(
-    p,  # parameters of a notebook: besides those of `scene_runs` and `sanity_checked`, `seeds`, `out`, `profile`, `stored`
+    p,  # parameters of a notebook: besides those of `scene_runs` and `sanity_checked`, `seeds`, `out`, `protocol`, `stored`
 ) -> tuple:
     "(rows of `results.csv`, what is shown of the first seed): measured now, or as stored if `p.stored` is \"only\"."
     if p.stored == 'only': return read_worth(p.out), read_shown(p.out/'maps.npz')
@@ -45,7 +45,7 @@ def collect_sanity(
     none = np.zeros((len(maps), len(layers) + 1, 0), np.float32)  # no curves beside these maps
     save_shown(Shown(np.stack([x]*len(maps)), np.full((len(maps), 0, 4), np.nan, np.float32), (255*maps).round().byte().numpy(), none, none, np.zeros(0, np.float32),
                      np.array([f"{label(f[2].about)}\n{s}" for f in first for s in SCHEMES]), np.array(['trained', *layers])), p.out/'maps.npz')
-    return save_worth(pd.concat([f[0] for f in found]), p.out, profile=p.profile), read_shown(p.out/'maps.npz')
+    return save_worth(pd.concat([f[0] for f in found]), p.out, profile=p.protocol), read_shown(p.out/'maps.npz')
 
 # %% ../nbs/14_sanity.ipynb #sanity10
 def _means(df): return df.assign(network=[label(r) for r in df.to_dict('records')]).groupby(['kind', 'saliency', 'network', 'seed'], sort=False)[['spearman', 'ssim']].mean().reset_index()

@@ -284,7 +284,7 @@ def read_scores(folder) -> tuple:
 
 # %% ../nbs/12_scores.ipynb #4f4c05b8
 def collect_scores(
-    p,  # parameters of a notebook: `out`, `stored`, `saliency`, `saliency_options`, `metrics`, `test_images`, `batch_size`, `stand_in`, `profile`
+    p,  # parameters of a notebook: `out`, `stored`, `saliency`, `saliency_options`, `metrics`, `test_images`, `batch_size`, `stand_in`, `protocol`
     runs: list,  # of `Run`
     cases=trained,  # (record, images) -> `Cases`
     others=(),  # functions that give further `Cases`
@@ -294,4 +294,4 @@ def collect_scores(
     records = {r['id']: r for r in train(p, runs)}.values()
     every = itertools.chain((make() for make in others), (cases(r, p.test_images) for r in records))
     rows, per_image = score_all(every, p.saliency, p.metrics, saliency_options(p.saliency_options), p.batch_size)
-    return save_scores(placed(rows, p.stand_in), per_image, p.out, keep=p.stored == 'add', profile=p.profile)
+    return save_scores(placed(rows, p.stand_in), per_image, p.out, keep=p.stored == 'add', profile=p.protocol)

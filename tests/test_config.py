@@ -25,7 +25,13 @@ def test_every_profile_fills_every_parameter_of_table3():
     names = tuple(config._assigned(declared[0].source))
     for profile in ('smoke', 'laptop', 'paper'):
         p = config.parameters('table3', {**dict.fromkeys(names, ''), 'profile': profile}, names)
-        assert p.profile == profile and p.seeds and p.datasets and p.methods[0] == 'CE'
+        assert p.profile == p.protocol == profile and p.seeds and p.datasets and p.methods[0] == 'CE'
+
+
+def test_a_changed_protocol_is_said():
+    given = dict(profile='paper', out='', seeds='0', steps='1', image_size='', options='alpha=5, tau=fixed')
+    p = config.parameters('table3', given, tuple(given))
+    assert (p.profile, p.protocol) == ('paper', 'paper with options=alpha=5, tau=fixed, steps=1')
 
 
 def test_root_is_found_in_order(tmp_path, monkeypatch):

@@ -208,7 +208,7 @@ def test_sweep_stops_where_a_run_fails(lico_root, monkeypatch):
 def test_stored_rows(lico_root, monkeypatch):
     "`add` keeps the rows of other runs, `only` runs nothing, neither changes a row; without it the file holds what was asked for."
     out = lico_root/'out'
-    p = lambda stored: SimpleNamespace(stored=stored, out=out, stand_in=None, profile='smoke', workers=1)
+    p = lambda stored: SimpleNamespace(stored=stored, out=out, stand_in=None, protocol='smoke', workers=1)
     with pytest.raises(FileNotFoundError, match='without `stored`'): collect(p('only'), [TINY])
     first = collect(p(None), [TINY])
     both = collect(p('add'), [replace(TINY, seed=1)])

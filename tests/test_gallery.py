@@ -142,7 +142,7 @@ def test_networks_are_shared(lico_root):
 
 
 def test_compared_measures_each_network_and_reads_it_again(lico_root):
-    p = SimpleNamespace(profile='smoke', datasets=['digit-scenes'], backbones=['wrn_10_1'], methods=['CE'], presets=['paper'], seeds=[0, 1], steps=1, epochs=None, image_size=None,
+    p = SimpleNamespace(profile='smoke', protocol='smoke', datasets=['digit-scenes'], backbones=['wrn_10_1'], methods=['CE'], presets=['paper'], seeds=[0, 1], steps=1, epochs=None, image_size=None,
                         text_encoder='minilm', options={}, stand_in=None, saliency=['grad-cam', 'random'], saliency_options=None, images=3, shown=1, stored=None, out=lico_root/'out')
     df, maps = compared(p, ('one', 'same'))
     assert len(df) == 2*2*2*3 and set(df.kind) == {'one', 'same'} and list(maps.columns) == ['CE\ngrad-cam'] and (df[df.kind == 'one'].objects == 1).all()

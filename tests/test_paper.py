@@ -73,7 +73,7 @@ def test_rows_of_before_there_were_arms():
 
 
 def p_of(out, **more): return SimpleNamespace(**dict(
-    profile='smoke', out=out, datasets=['digits'], backbones=['wrn_10_1'], labels=[40], methods=['CE', 'LICO'], arms=None, presets=['paper'], options={}, text_encoder='minilm', seeds=[0, 1], steps=1,
+    protocol='smoke', out=out, datasets=['digits'], backbones=['wrn_10_1'], labels=[40], methods=['CE', 'LICO'], arms=None, presets=['paper'], options={}, text_encoder='minilm', seeds=[0, 1], steps=1,
     epochs=None, evaluations=1, image_size=None, workers=1, stored=None, stand_in='ImageNet-1k', saliency=['grad-cam'], test_images=4) | more)
 
 
@@ -139,9 +139,10 @@ def test_coverage_of_what_was_measured(lico_root):
     out = lico_root/'figures'/'table3-x'
     out.mkdir(parents=True)
     def store(**more):
-        df = pd.concat([rows('CE', [1.], method='CE', text=None), rows('LICO', [1.], text='clip')]).assign(dataset='cifar10', paper_dataset='CIFAR-10', is_stand_in=False, backbone='wrn_28_2', labels='250')
+        df = pd.concat([rows('CE', [1.], method='CE', text=None), rows('LICO', [1.], text='clip')]).assign(dataset='cifar10', paper_dataset='CIFAR-10', is_stand_in=False, backbone='wrn_28_2', labels='250', profile='paper')
         df.assign(**more).to_csv(out/'results.csv', index=False)
         c = coverage().loc[3]
         return c.runnable, c.measured, c.stand_in
     assert store() == (0, 2, 0) and store(text_encoder='minilm') == (0, 0, 2) and store(backbone='wrn_16_1') == (0, 0, 2) and store(labels='251') == (0, 0, 0)
+    assert store(profile='paper with steps=1') == store(profile='laptop') == (0, 0, 2)
     assert store(dataset='digits', is_stand_in=True) == (0, 0, 2) and store(arm='pretrained') == (0, 0, 0) and store(backbone='parn_18') == (0, 2, 0) and store(accuracy_last=math.nan) == (0, 0, 0)
