@@ -122,7 +122,7 @@ def effects(
         found, ce = _by_options(part), _by_options(df[(df.method == 'CE') & (df[_setting[:3]] == list(where[:3])).all(axis=1)])
         for (choice, value), options in {(_as_it_is, ''): {}, **changes(where[-1])}.items():
             if '' not in found or _text(options) not in found: continue
-            rows.append(dict(zip(_setting, where)) | dict(choice=choice, value=value) | _effect(found[_text(options)], found[''], ce.get(_text(_training(where[-1], options)), part[:0].set_index('seed'))))
+            rows.append(dict(zip(_setting, where)) | dict(choice=choice, value=value, steps=part.steps.iloc[0]) | _effect(found[_text(options)], found[''], ce.get(_text(_training(where[-1], options)), part[:0].set_index('seed'))))
     return pd.DataFrame(rows)
 
 # %% ../nbs/15_fidelity.ipynb #fidel14
@@ -165,7 +165,7 @@ def effects_sentences(
         kinds = {}
         for r in changed: kinds.setdefault(_advice(r, base).partition(' (')[0], []).append(f'{r.choice}: {r.value}' + (f' ({difference_label(r)})' if r.verdict in ('supported', 'contradicted') else ''))
         told = [f"{kind}: {'; '.join(names)}" for kind, names in kinds.items() if not kind.startswith('no difference')] + [f"no difference shown: the other {len(names)} of {len(changed)}" for kind, names in kinds.items() if kind.startswith('no difference')]
-        said.append(f"* **{dataset_title(base.dataset)}, {base.labels} labels, {base.backbone}, from `{base.preset}`** (accuracy {_signed(base.above_ce, base.above_ce_half)} from cross-entropy, degenerate in {base.degenerate} of {base.n}). " + '. '.join(t[0].upper() + t[1:] for t in told) + '.')
+        said.append(f"* **{dataset_title(base.dataset)}, {base.labels} labels, {base.backbone}, {base.steps} steps, from `{base.preset}`** (accuracy {_signed(base.above_ce, base.above_ce_half)} from cross-entropy, degenerate in {base.degenerate} of {base.n}). " + '. '.join(t[0].upper() + t[1:] for t in told) + '.')
     return '\n'.join(said)
 
 def advice_table(
