@@ -589,6 +589,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lico.writing.network_label': ('writing.html#network_label', 'lico/writing.py'),
                               'lico.writing.plus_minus': ('writing.html#plus_minus', 'lico/writing.py'),
                               'lico.writing.results_title': ('writing.html#results_title', 'lico/writing.py'),
+                              'lico.writing.room': ('writing.html#room', 'lico/writing.py'),
                               'lico.writing.save_table': ('writing.html#save_table', 'lico/writing.py'),
                               'lico.writing.sentences': ('writing.html#sentences', 'lico/writing.py'),
                               'lico.writing.size_label': ('writing.html#size_label', 'lico/writing.py'),

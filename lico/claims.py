@@ -13,7 +13,7 @@ import pandas as pd
 from .config import root
 from .paper import compare, pairs_of, read_results
 from .tables import METRICS, OF_MAPS, TABLES
-from .writing import arm_label, data_label, difference_label, network_label, size_label
+from .writing import arm_label, data_label, difference_label, network_label, room, size_label
 
 # %% ../nbs/14_claims.ipynb #claims05
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _finding(r):
     "What one reading was measured to do."
     sure = f'; confidence {r.confidence:+.2f}' if r.confidence == r.confidence else ''
     matching = isinstance(r.text_encoder, str) and r.method != 'CE+OT'
-    return f"{r.says}: {difference_label(r)} from {r.baseline:.1f}{sure} ({f'{int(r.degenerate)} of {int(r.n)} degenerate' if matching else f'n = {int(r.n)}'})"
+    return f"{r.says}: {difference_label(r)} from {r.baseline:.1f}{room(r)}{sure} ({f'{int(r.degenerate)} of {int(r.n)} degenerate' if matching else f'n = {int(r.n)}'})"
 
 def _lines(rows, text):
     "A line a row, with its number of labels before it if these are several and it is not the same for all."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plus_minus', 'dataset_title', 'data_label', 'network_label', 'size_label', 'arm_label', 'difference_label',
-           'has_maps', 'markdown_table', 'sentences', 'save_table', 'results_title', 'stamp_table']
+           'has_maps', 'markdown_table', 'room', 'sentences', 'save_table', 'results_title', 'stamp_table']
 
 # %% ../nbs/10_writing.ipynb #65a35813
 import io, math
@@ -73,11 +73,16 @@ def _gain(r):
     "The gain that the paper prints, as text; empty if it prints none."
     return '' if math.isnan(r.printed_value - r.printed_baseline) else f"{round(r.printed_value - r.printed_baseline, 2):+g}"
 
+def room(r) -> str:
+    "Of a verdict of equivalence, how much there was to gain, if that is less than what the paper gained; else an empty text."
+    left = 100 - r.baseline
+    return f", of {left:.1f} that there were to gain" if r.verdict == 'equivalent' and left < r.printed_value - r.printed_baseline else ''
+
 def _clause(r, printed=''):
     "What the pairs of one arm show."
     what = METRICS[r.metric] + (f" of {r.saliency}" if _some(r, 'saliency') else '')
     text = f"{arm_label(r)}{f' with {r.text_encoder}' if _some(r, 'text_encoder') else ''} changes {what} by {difference_label(r)} points "
-    text += f"{'in one pair' if r.n == 1 else f'over {r.n} pairs'}{'' if r.reference == 'CE' else f' against {r.reference}'}, which shows {_means[r.verdict]}"
+    text += f"{'in one pair' if r.n == 1 else f'over {r.n} pairs'}{'' if r.reference == 'CE' else f' against {r.reference}'}, which shows {_means[r.verdict]}{room(r)}"
     if r.metric in LOWER_IS_BETTER and r.verdict in ('supported', 'contradicted'): text += ", lower being better"
     if r.verdict == 'inconclusive' and math.isfinite(r.half_width): text += f" ({r.half_width:.2f} would have been the smallest difference to show)"
     if printed: text += f"; printed: {printed}"

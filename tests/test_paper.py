@@ -10,6 +10,7 @@ from lico import paper
 from lico.experiments import Run, load_backbone, load_data, sweep
 from lico.paper import compare, collect, coverage, pairs_of, plot_pairs, read_results, save_results
 from lico.tables import TABLES, columns_of, grid
+from lico.writing import sentences
 
 RNG = np.random.default_rng(0)
 def rows(arm, values, metric='accuracy_last', text='minilm', method='LICO', preset='paper', options=None, **more):
@@ -31,6 +32,14 @@ def test_verdicts_against_scipy(metric, sign):
         gain = abs(c.printed_value - c.printed_baseline)/2  # not a number for `overall`, which Table 6 does not print
         assert c.verdict == ('supported' if low > 0 else 'contradicted' if high < 0 else 'equivalent' if max(-low, high) < gain else 'inconclusive')
     assert (c.reference, c.arm, c.metric) == ('12 tokens', '8 tokens', metric)
+
+
+@pytest.mark.parametrize('baseline, says', [(96., 'no difference that matters (less than half the printed gain), of 4.0 that there were to gain'), (90., 'no difference that matters (less than half the printed gain)')])
+def test_an_equivalence_near_the_ceiling_says_so(baseline, says):
+    "Table 3 prints +4.8 on CIFAR-10 with 250 labels."
+    of = dict(labels='250', paper_dataset='CIFAR-10')
+    c = compare(pd.concat([rows('CE', [baseline]*3, method='CE', text=None, **of), rows('LICO', [baseline + .1, baseline, baseline - .1], **of)]), 3)
+    assert c.verdict.tolist() == ['equivalent'] and says in sentences(c) and ('to gain' in sentences(c)) == (baseline == 96)
 
 
 def test_pairs_of_an_ablation_share_preset_options_and_encoder():
