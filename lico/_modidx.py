@@ -216,6 +216,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lico.experiments.trained_code': ('experiments.html#trained_code', 'lico/experiments.py')},
             'lico.fidelity': { 'lico.fidelity.Choice': ('fidelity.html#choice', 'lico/fidelity.py'),
                                'lico.fidelity._advice': ('fidelity.html#_advice', 'lico/fidelity.py'),
+                               'lico.fidelity._all': ('fidelity.html#_all', 'lico/fidelity.py'),
                                'lico.fidelity._as_presets': ('fidelity.html#_as_presets', 'lico/fidelity.py'),
                                'lico.fidelity._bases': ('fidelity.html#_bases', 'lico/fidelity.py'),
                                'lico.fidelity._by_options': ('fidelity.html#_by_options', 'lico/fidelity.py'),

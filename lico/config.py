@@ -174,7 +174,7 @@ def parameters(
         if namespace.get(given, '') != '' and namespace.get(other, '') == '': values[other] = ''
     typed = {k: _as_list(v) if k in _lists else _as_options(v) if k == 'options' else parse_value(v) for k, v in values.items()}
     default = root()/('data/smoke' if profile == 'smoke' else 'figures')/notebook
-    changed = ', '.join(f'{k}={namespace[k]}' for k in _protocol if namespace.get(k, '') != '')
+    changed = ', '.join(f'{k}={namespace[k]}' for k in _protocol if k in declared and namespace[k] != '')
     return SimpleNamespace(profile=profile, protocol=profile + (f' with {changed}' if changed else ''), out=Path(namespace['out'] or default).expanduser().resolve(), **typed)
 
 # %% ../nbs/00_config.ipynb #51a37abd

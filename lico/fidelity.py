@@ -150,11 +150,17 @@ def _advice(r, base):
     "What the effect of one change says."
     if r.degenerate > r.n/2: return 'matching dead' if base.degenerate <= base.n/2 else 'matching dead, as with the preset'
     if base.degenerate > base.n/2: return 'brings matching to life'
+    if r.difference == r.half_width == 0: return 'changes no accuracy'
     return dict(supported='better', contradicted='worse').get(r.verdict, f"no difference shown (±{r.half_width:.1f})" if math.isfinite(r.half_width) else 'one seed says nothing')
 
 def _bases(e):
     "For each setting, the preset's row and those of the changes."
     for _, part in e.groupby(_setting, sort=False): yield next(part.itertuples()), list(part.itertuples())[1:]
+
+def _all(names):
+    "All changes; by name those that changed the accuracy."
+    shown = [name for name in names if name.endswith(')')]
+    return f"all {len(names)} changes" + (f"; accuracy differs for {'; '.join(shown)}" if shown else '')
 
 def effects_sentences(
     e: pd.DataFrame,  # from `effects`
@@ -164,7 +170,8 @@ def effects_sentences(
     for base, changed in _bases(e):
         kinds = {}
         for r in changed: kinds.setdefault(_advice(r, base).partition(' (')[0], []).append(f'{r.choice}: {r.value}' + (f' ({difference_label(r)})' if r.verdict in ('supported', 'contradicted') else ''))
-        told = [f"{kind}: {'; '.join(names)}" for kind, names in kinds.items() if not kind.startswith('no difference')] + [f"no difference shown: the other {len(names)} of {len(changed)}" for kind, names in kinds.items() if kind.startswith('no difference')]
+        others = [f"no difference shown: the other {len(kinds.pop(k))} of {len(changed)}" for k in list(kinds) if k.startswith('no difference')]
+        told = [f"{kind}: {'; '.join(names) if len(names) < len(changed) else _all(names)}" for kind, names in kinds.items()] + others
         said.append(f"* **{dataset_title(base.dataset)}, {base.labels} labels, {base.backbone}, {base.steps} steps, from `{base.preset}`** (accuracy {_signed(base.above_ce, base.above_ce_half)} from cross-entropy, degenerate in {base.degenerate} of {base.n}). " + '. '.join(t[0].upper() + t[1:] for t in told) + '.')
     return '\n'.join(said)
 

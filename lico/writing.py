@@ -59,7 +59,7 @@ def _line(r, maps, many):
     return {**({'metric': METRICS[r.metric]} if many else {}), 'data': data_label(r), 'labels': r.labels, 'backbone': network_label(r), 'steps': r.steps,
             **({'saliency': r.saliency if _some(r, 'saliency') else '—'} if maps else {}), 'method': arm_label(r), 'text': r.text_encoder if encoded else '—', 'n': r.n,
             r.reference: plus_minus(r.baseline, r.baseline_std), 'with method': plus_minus(r.value, r.value_std), 'paired difference': difference_label(r), verdict: r.verdict,
-            'printed': '—' if math.isnan(r.printed_value) else f"{r.printed_baseline:g} → {r.printed_value:g}", 'degenerate': f"{r.degenerate} of {r.n}" if encoded else '—'}
+            'printed': '—' if math.isnan(r.printed_value) else ' → '.join('—' if math.isnan(v) else f'{v:g}' for v in (r.printed_baseline, r.printed_value)), 'degenerate': f"{r.degenerate} of {r.n}" if encoded else '—'}
 
 def markdown_table(c: pd.DataFrame) -> str:
     "A comparison as Markdown: values are mean ± std over seeds, differences mean ± half-width of the 95 % interval."

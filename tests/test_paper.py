@@ -10,7 +10,7 @@ from lico import paper
 from lico.experiments import Run, load_backbone, load_data, sweep
 from lico.paper import compare, collect, coverage, pairs_of, plot_pairs, read_results, save_results
 from lico.tables import TABLES, columns_of, grid
-from lico.writing import sentences
+from lico.writing import markdown_table, sentences
 
 RNG = np.random.default_rng(0)
 def rows(arm, values, metric='accuracy_last', text='minilm', method='LICO', preset='paper', options=None, **more):
@@ -40,6 +40,13 @@ def test_an_equivalence_near_the_ceiling_says_so(baseline, says):
     of = dict(labels='250', paper_dataset='CIFAR-10')
     c = compare(pd.concat([rows('CE', [baseline]*3, method='CE', text=None, **of), rows('LICO', [baseline + .1, baseline, baseline - .1], **of)]), 3)
     assert c.verdict.tolist() == ['equivalent'] and says in sentences(c) and ('to gain' in sentences(c)) == (baseline == 96)
+
+
+def test_a_number_that_is_not_printed_is_a_dash():
+    "Table 1 prints LICO's deletion under CGC, and none without LICO."
+    of = dict(metric='deletion', saliency='grad-cam', saliency_options=None, images=9)
+    c = compare(pd.concat([rows('CGC', [20.] * 2, method='CGC', text=None, **of), rows('LICO+CGC', [19., 21.], method='LICO+CGC', **of)]), 1, 'deletion', 'CGC')
+    assert '| — → 15.8 |' in markdown_table(c)
 
 
 def test_pairs_of_an_ablation_share_preset_options_and_encoder():
