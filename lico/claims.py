@@ -34,7 +34,7 @@ class Claim:
 CLAIMS = (
     Claim(1, "LICO's Grad-CAM maps are better at insertion", 'LICO', 'insertion', saliency='grad-cam'),
     Claim(1, "LICO's Grad-CAM maps are better at insertion and deletion together", 'LICO', 'overall', saliency='grad-cam'),
-    Claim(1, "and so are those of a network trained with CGC", 'LICO+CGC', 'insertion', saliency='grad-cam', against='CGC'),
+    Claim(1, "with CGC they are better at insertion than with CGC alone", 'LICO+CGC', 'insertion', saliency='grad-cam', against='CGC'),
     Claim(2, "LICO costs no accuracy on ImageNet, it gains some", 'LICO'),
     Claim(2, "CGC costs accuracy", 'CGC', sign=-1),
     Claim(2, "GCC costs accuracy", 'GCC', sign=-1),
@@ -43,10 +43,12 @@ CLAIMS = (
     Claim(4, "and more than CGC does", 'LICO', against='CGC'),
     Claim(5, "matching without transport gains accuracy", 'CE+MM'),
     Claim(5, "transport without matching loses accuracy", 'CE+OT', sign=-1),
+    Claim(5, "both together gain more than matching alone", 'LICO', against='CE+MM'),
     Claim(6, "without context tokens accuracy is lost", '0 tokens', sign=-1),
     Claim(7, "cosine distance is worse than Euclidean", 'Cosine', sign=-1),
     Claim(8, "LICO's Grad-CAM maps point at the object more often", 'LICO', 'pointing_game', saliency='grad-cam'),
     Claim(9, "LICO gains accuracy with a vision transformer", 'LICO'),
+    Claim(9, "and its Grad-CAM maps are better at insertion", 'LICO', 'insertion', saliency='grad-cam'),
     Claim(10, "without the dynamic context accuracy is lost", 'DC off', sign=-1),
     Claim(11, "without it accuracy is lost on fine-grained classes too", 'DC off', sign=-1),
     Claim(12, "a text encoder that never saw images (BERT; here MiniLM) gains a little", 'MiniLM'),
@@ -79,19 +81,20 @@ def evidence() -> pd.DataFrame:
     for claim in CLAIMS:
         found = [c for c in (_measured(claim, f) for f in _folders(claim.table)) if len(c)]
         rows.append(pd.concat(found) if found else pd.DataFrame([dict(table=claim.table, claim=claim.says, arm=claim.arm, metric=claim.metric, says='not measured')]))
-    df = pd.concat([pd.DataFrame(columns=[*_same, 'n', 'is_stand_in', 'confidence']), *rows], ignore_index=True).astype(dict(table=int))
+    df = pd.concat([pd.DataFrame(columns=[*_same, 'n', 'is_stand_in', 'confidence', 'blurred']), *rows], ignore_index=True).astype(dict(table=int))
     return df.iloc[df.assign(n=df.n.astype(float).fillna(0)).sort_values('n', ascending=False, kind='stable').drop_duplicates(_same).index.sort_values()].reset_index(drop=True)
 
 # %% ../nbs/14_claims.ipynb #claims14
 def _finding(r):
     "What one reading was measured to do."
-    sure = f'; confidence {r.confidence:+.2f}' if r.confidence == r.confidence else ''
+    sure = f'; confidence {r.confidence:+.2f}, when blurred {r.blurred:+.2f}' if r.confidence == r.confidence else ''
     matching = isinstance(r.text_encoder, str) and r.method != 'CE+OT'
     return f"{r.says}: {difference_label(r)} from {r.baseline:.1f}{room(r)}{sure} ({f'{int(r.degenerate)} of {int(r.n)} degenerate' if matching else f'n = {int(r.n)}'})"
 
 def _lines(rows, text):
-    "A line a row, with its number of labels before it if these are several and it is not the same for all."
-    found = list(dict.fromkeys((size_label(r), text(r)) for r in rows))
+    "A line a row, with its number of labels before it if these are several and it is not the same for all; and with its length, if the same labels were trained for several."
+    lengths = {n: {r.steps for r in rows if r.labels == n} for n in {r.labels for r in rows}}
+    found = list(dict.fromkeys((size_label(r) + (f', {r.steps:.0f} steps' if len(lengths[r.labels]) > 1 else ''), text(r)) for r in rows))
     sizes, texts = (list(dict.fromkeys(o)) for o in zip(*found)) if found else ((), ('—',))
     return '<br>'.join(f'{s}: {t}' for s, t in found) if len(sizes) > 1 < len(texts) else '<br>'.join(texts)
 
@@ -112,7 +115,7 @@ def evidence_sentence(
 ) -> str:
     "How the verdicts fall, and what was not measured, in computed sentences."
     done, left = e[e.says != 'not measured'], e[e.says == 'not measured']
-    about = done.arm.where(done.arm == 'LICO', 'ablations and rivals').mask((done.arm == 'LICO') & done.metric.isin(OF_MAPS), "LICO's Grad-CAM maps").replace('LICO', "LICO's accuracy")
+    about = done.arm.where(done.arm == 'LICO', 'ablations and rivals').mask(done.arm.isin(['LICO', 'LICO+CGC']) & done.metric.isin(OF_MAPS), "LICO's Grad-CAM maps").replace('LICO', "LICO's accuracy")
     fall = '; '.join(f"{what}: {', '.join(f'{n} {v}' for v, n in part.value_counts().items())}" for what, part in done.says.groupby(about, sort=False))
     own = int((done.is_stand_in == False).sum())
     where = "all on stand-ins for the paper's data" if not own else f"{own} of them on the paper's data, the others on stand-ins"
@@ -129,9 +132,10 @@ def _of_maps(folder, table):
         if m not in df or df[m].isna().all(): continue
         c = compare(df, table, m)
         c = c[c.method == 'LICO'].sort_values('difference')
+        if c.empty: return
         ends = [f"{difference_label(r)} ({r.saliency}, {r.preset})" for r in (c.iloc[0], c.iloc[-1])]
         verdicts = ', '.join(f'{n} {v}' for v, n in c.verdict.value_counts().items())
-        yield (f"* **{data_label(c.iloc[0])}, {size_label(c.iloc[0])}, {METRICS[m]}**: {len(c)} comparisons ({c.saliency.nunique()} methods, {c.preset.nunique()} readings, {c.n.min()} pairs each), "
+        yield (f"* **{data_label(c.iloc[0])}, {size_label(c.iloc[0])}, {c.steps.iloc[0]} steps, {METRICS[m]}**: {len(c)} comparisons ({c.saliency.nunique()} methods, {c.preset.nunique()} readings, {c.n.min()} pairs each), "
                f"{verdicts}; from {ends[0]} to {ends[1]} points.")
     changed = lambda m: ', '.join(f'{difference_label(r)} ({arm_label(r)})' for r in compare(df, table, m).query("method == 'LICO'").itertuples())
     sure = f"; the confidence that insertion and deletion depend on by {changed('probability')}" if 'probability' in df and 'insertion' in df else ''
@@ -156,7 +160,7 @@ def draw_evidence(
         if r.printed_value == r.printed_value: ax.plot(r.printed_value - r.printed_baseline, y, 'D', mfc='none', mec='k', ms=6)
     ax.axvline(0, color='.6', lw=1, zorder=0)
     first = ~done.duplicated(['table', 'claim'])  # a claim is written once, above its settings
-    ax.set_yticks(range(len(done)), [(f'{r.table}: {r.claim}\n' if f else '') + f'{data_label(r)}, {size_label(r)}, {r.preset}, n = {int(r.n)}' for r, f in zip(done.itertuples(), first)], fontsize=7)
+    ax.set_yticks(range(len(done)), [(f'{r.table}: {r.claim}\n' if f else '') + f'{data_label(r)}, {size_label(r)}, {r.steps:.0f} steps, {r.preset}, n = {int(r.n)}' for r, f in zip(done.itertuples(), first)], fontsize=7)
     ax.set_xscale('symlog', linthresh=5, linscale=2)
     ax.set_xticks([-80, -40, -20, -10, -5, 0, 5, 10, 20, 40], [-80, -40, -20, -10, -5, 0, 5, 10, 20, 40])
     ax.set(ylim=(len(done) - .5, -.5), xlabel='difference in points (linear to 5, then logarithmic) and its 95 % interval')

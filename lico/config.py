@@ -164,6 +164,7 @@ def parameters(
 ) -> SimpleNamespace:
     "The notebook's parameters with every empty one filled in from the profile; `.out` is the folder to write to, `.protocol` the profile and what was changed of it. Undeclared names are refused, and those that would change nothing."
     for name in _injected(namespace.get('In', [])): choose(f'parameter of {notebook}:', name, declared)
+    if stored := namespace.get('stored'): choose('value of stored:', stored, ('add', 'only'))
     idle = [name for name in declared if name not in ('profile', 'out', 'stored') and namespace[name] != ''] if namespace.get('stored') == 'only' else []
     if idle: raise ValueError(f"stored=only draws all that results.csv holds, whatever {', '.join(idle)} says: leave that out, or run with stored=add")
     profile = namespace.get('profile') or 'laptop'

@@ -175,7 +175,7 @@ def paired_measures(
         for k in [k for k in MEASURES if k in df and pairs[k].notna().all()]:
             r, before, after = pairs.iloc[0], pairs[f'{k}_base'], pairs[k]
             difference, half_width = interval(after - before)
-            rows.append(dict(data=dataset_title(r.dataset), labels=r.labels, method=called(r), n=len(pairs), measure=MEASURES[k], digits=1 if '%' in MEASURES[k] else 3, baseline=before.mean(), baseline_std=before.std(),
+            rows.append(dict(data=dataset_title(r.dataset), labels=r.labels, method=called(r), n=len(pairs), degenerate=int(pairs.degenerate.notna().sum()), measure=MEASURES[k], digits=1 if '%' in MEASURES[k] else 3, baseline=before.mean(), baseline_std=before.std(),
                              value=after.mean(), value_std=after.std(), difference=difference, half_width=half_width, verdict=verdict(after - before)))
     return pd.DataFrame(rows)
 
@@ -185,7 +185,7 @@ def measures_table(
 ) -> str:
     "Markdown: mean ± std over seeds, and the paired difference with the half-width of its 95 % interval."
     signed = lambda r: ('+' if r.difference >= 0 else '') + plus_minus(r.difference, r.half_width, r.digits)
-    rows = [dict(data=r.data, labels=r.labels, method=r.method, n=r.n, measure=r.measure, CE=plus_minus(r.baseline, r.baseline_std, r.digits), **{'with method': plus_minus(r.value, r.value_std, r.digits)}, difference=signed(r), verdict=r.verdict)
+    rows = [dict(data=r.data, labels=r.labels, method=r.method, n=r.n, measure=r.measure, CE=plus_minus(r.baseline, r.baseline_std, r.digits), **{'with method': plus_minus(r.value, r.value_std, r.digits)}, difference=signed(r), verdict=r.verdict, degenerate=f'{r.degenerate} of {r.n}')
             for r in c.itertuples()]
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
@@ -199,7 +199,7 @@ def measures_sentences(
     says = []
     for (data, labels, method), o in c.groupby(['data', 'labels', 'method'], sort=False):
         told = {v: ', '.join(f'{r.measure} ({r.baseline:.{r.digits}f} → {r.value:.{r.digits}f})' for r in o[o.verdict == v].itertuples()) for v in _words}
-        says.append(f"* **{data}, {labels} labels, {method}** beside CE, over {o.n.iloc[0]} pairs; {'; '.join(f'{_words[v]}: {text}' for v, text in told.items() if text)}.")
+        says.append(f"* **{data}, {labels} labels, {method}** beside CE, over {o.n.iloc[0]} pairs{f', matching having ended degenerate in {o.degenerate.iloc[0]}' if o.degenerate.iloc[0] else ''}; {'; '.join(f'{_words[v]}: {text}' for v, text in told.items() if text)}.")
     for (dataset, labels), o in df.groupby(['dataset', 'labels'], sort=False):
         if 'ordinal' not in o or o.ordinal.isna().any(): continue
         says += [f"* {dataset_title(dataset)}, {labels} labels, {method}: the order's correlation is {m.ordinal.mean():.2f} in the features; with 0 taken as 10 it changes by {plus_minus(*interval(m.ordinal_0_as_10 - m.ordinal), 2)}. In the pictures "

@@ -21,7 +21,7 @@ from .config import choose, derive_seed, device, parse_value, stamp, write_atomi
 from .data import test_batches
 from .experiments import frame, load_backbone, load_data, reachable, run_of, runs_folder
 from .metrics import blur, deletion, energy_pointing_game, insertion, pointing_game, random_affine, ses
-from .paper import interval, placed, train
+from .paper import interval, placed, say_gone, train
 from .readers import by_hash
 from .saliency import METHODS, explain
 from .tables import METRICS as SCORES, OF_MAPS
@@ -194,8 +194,9 @@ def against(
 
 # %% ../nbs/12_scores.ipynb #0b2dece5
 def _compared(rows, per_image, baseline='random'):
-    "For each network and metric, `against` the baseline; with the signs of what is better."
+    "For each network that has maps of the baseline, and each metric, `against` it; with the signs of what is better."
     for id, own in rows.groupby('id', sort=False):
+        if baseline not in set(own.saliency): continue
         mine = per_image[(per_image.id == id) & per_image.saliency.isin(own.saliency)]
         for m in OF_MAPS:
             if m in mine and mine[m].notna().any(): yield own.dataset.iloc[0], m, against(mine, m, baseline), -1 if m == 'deletion' else 1
@@ -268,6 +269,7 @@ def save_scores(
 ) -> tuple:
     "Write `results.csv` and `scores.csv`, and read them back."
     rows, files = rows.assign(**more), ('results.csv', 'scores.csv')
+    if not keep and (Path(folder)/'results.csv').exists(): say_gone(read_scores(folder)[0], rows, folder)
     for df, name, key in zip((rows, per_image), files, (_key, ['id', 'saliency', 'image'])):
         path = Path(folder)/name
         if keep and path.exists(): df = pd.concat([pd.read_csv(path, dtype=dict(image=str, labels=str), keep_default_na=False, na_values=['']).astype(object), df.astype(object)]).drop_duplicates(key, keep='last')

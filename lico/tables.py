@@ -178,15 +178,15 @@ def printed_place(
 
 # %% ../nbs/10_tables.ipynb #df997c53
 _saliency = {'grad-cam': 'Grad-CAM', 'grad-cam++': 'Grad-CAM++', 'rise': 'RISE', 'score-cam': 'Score-CAM', 'group-cam': 'Group-CAM', 'xrai': 'XRAI'}  # -> as printed
-METRICS = dict(accuracy_last='accuracy', accuracy_best='best test accuracy', top5='top-5 accuracy', probability='confidence', insertion='insertion', deletion='deletion', overall='overall',
+METRICS = dict(accuracy_last='accuracy', accuracy_best='best test accuracy', top5='top-5 accuracy', probability='confidence', blurred='confidence when blurred', insertion='insertion', deletion='deletion', overall='overall',
                pointing_game='pointing game', energy='energy inside the boxes', sch='energy inside the masks', ses='SES')  # column of results -> its name
 OF_MAPS = ('insertion', 'deletion', 'overall', 'pointing_game', 'energy', 'sch', 'ses')  # those that have a value for each method of saliency
 LOWER_IS_BETTER = ('deletion',)
 
 def columns_of(table: int) -> list:
-    "The columns of results in which a table's metrics are found; before insertion the probability of the label, where its curve ends."
+    "The columns of results in which a table's metrics are found; before insertion the probability of the label, where its curve ends, and that in the blurred image, where it begins."
     metrics = ['accuracy_last' if m == 'top1' else m for m in TABLES[table].metrics]
-    return [o for m in metrics for o in (('probability', m) if m == 'insertion' else (m,))]
+    return [o for m in metrics for o in (('probability', 'blurred', m) if m == 'insertion' else (m,))]
 
 def printed_key(
     table: int, arm: Arm, dataset: str,  # the paper's name of the dataset

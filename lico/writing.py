@@ -67,7 +67,7 @@ def markdown_table(c: pd.DataFrame) -> str:
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
 # %% ../nbs/10_writing.ipynb #b820bb0b
-_means = dict(supported="a gain", contradicted="a loss", equivalent="no difference that matters (less than half the printed gain)", inconclusive="nothing either way")
+_means = dict(supported="a gain", contradicted="a loss", equivalent="no difference that matters (less than half the printed difference)", inconclusive="nothing either way")
 
 def _gain(r):
     "The gain that the paper prints, as text; empty if it prints none."
@@ -86,7 +86,8 @@ def _clause(r, printed=''):
     if r.metric in LOWER_IS_BETTER and r.verdict in ('supported', 'contradicted'): text += ", lower being better"
     if r.verdict == 'inconclusive' and math.isfinite(r.half_width): text += f" ({r.half_width:.2f} would have been the smallest difference to show)"
     if printed: text += f"; printed: {printed}"
-    return text + (f", manifold matching having ended degenerate in {r.degenerate} of {r.n} runs" if r.degenerate else '')
+    if r.degenerate: text += f", manifold matching having ended degenerate in {r.degenerate} of {r.n} runs" + (f" and all images alike to {r.collapsed} of the networks" if r.collapsed else '')
+    return text + (f"; {r.constant} of {r.n*r.images} maps are constant" if r.constant else '')
 
 def sentences(c: pd.DataFrame) -> str:
     "What a comparison says, one computed sentence a setting; of several metrics, one each."

@@ -34,6 +34,11 @@ def test_a_changed_protocol_is_said():
     assert (p.profile, p.protocol) == ('paper', 'paper with options=alpha=5, tau=fixed, steps=1')
 
 
+def test_stored_is_checked_before_anything_runs():
+    given = dict(profile='smoke', out='', stored='olny')
+    with pytest.raises(ValueError, match="unknown value of stored: 'olny': choose one of add, only"): config.parameters('table1', given, tuple(given))
+
+
 def test_root_is_found_in_order(tmp_path, monkeypatch):
     checkout = config.root()
     monkeypatch.chdir(tmp_path)

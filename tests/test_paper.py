@@ -34,7 +34,7 @@ def test_verdicts_against_scipy(metric, sign):
     assert (c.reference, c.arm, c.metric) == ('12 tokens', '8 tokens', metric)
 
 
-@pytest.mark.parametrize('baseline, says', [(96., 'no difference that matters (less than half the printed gain), of 4.0 that there were to gain'), (90., 'no difference that matters (less than half the printed gain)')])
+@pytest.mark.parametrize('baseline, says', [(96., 'no difference that matters (less than half the printed difference), of 4.0 that there were to gain'), (90., 'no difference that matters (less than half the printed difference)')])
 def test_an_equivalence_near_the_ceiling_says_so(baseline, says):
     "Table 3 prints +4.8 on CIFAR-10 with 250 labels."
     of = dict(labels='250', paper_dataset='CIFAR-10')
@@ -100,7 +100,7 @@ def test_a_table_from_start_to_end(lico_root):
     df = collect(p, grid(p, 13), 13)
     assert df.arm.tolist() == ['Learnable', 'Learnable', 'Random', 'Random'] and set(df.options) == {'alpha=5.0'} and df.command.str.contains("'trainable', False").tolist() == [False, False, True, True]
     np.testing.assert_allclose(df.overall, df.insertion - df.deletion, atol=1e-3)  # scores are kept with five digits
-    assert columns_of(13) == ['accuracy_last', 'probability', 'insertion', 'deletion'] and (compare(df, 13, columns_of(13)).groupby('metric').n.sum() == 2).all()
+    assert columns_of(13) == ['accuracy_last', 'probability', 'blurred', 'insertion', 'deletion'] and (compare(df, 13, columns_of(13)).groupby('metric').n.sum() == 2).all()
     images = pd.read_csv(p.out/'scores.csv', dtype=dict(image=str))
     np.testing.assert_allclose(images.groupby('id').insertion.mean()[df.id], df.insertion, rtol=1e-4)
     assert (df.images == 4).all() and len(images) == 16 and (compare(df, 13, ['accuracy_last', 'insertion', 'deletion']).n == 2).all()

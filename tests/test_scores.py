@@ -143,6 +143,8 @@ def test_against_random_is_scipys_paired_t(record):
     said = against_sentences(rows, made)
     assert 'Better: good (-4.6); worse: bad (+5.4)' in said and 'confidence' not in said, 'a smaller area is a better deletion; confidence is not of maps'
     assert '| toys       | good       | 9   | -0.6' in against_table(rows, made)
+    few = rows[rows.saliency != 'random']
+    assert against_table(few, made) == against_sentences(few, made) == '', 'nothing to compare with'
 
 
 @pytest.mark.parametrize('call, sentence', [

@@ -9,6 +9,7 @@ import nbformat, pandas as pd, pytest
 import lico
 from lico.config import parameters, profile_settings, root
 from lico.experiments import Run, load_data, run_id
+from lico.fidelity import fidelity_runs
 from lico.tables import (METRICS, OF_MAPS, TABLES, arm_named, arm_of, arms_of, columns_of, grid, printed_cells, printed_key, printed_number, printed_place, printed_table)
 from lico.writing import arm_label, markdown_table, sentences
 
@@ -129,7 +130,7 @@ def test_parameters_of_the_notebooks(n):
 
 ROW = dict(table=13, arm='Fixed', reference='Learnable', metric='accuracy_last', dataset='digits', labels='all', backbone='wrn_16_1', steps=120, method='LICO', preset='studied', options=None,
            text_encoder='minilm', n=4, baseline=60., baseline_std=1.2, value=59., value_std=2., difference=-1., half_width=.5, verdict='contradicted', printed_for='ImageNet-1k', printed_backbone='ResNet-50',
-           is_stand_in=True, printed_baseline=76.27, printed_value=76.2, degenerate=0, older_code=0)
+           is_stand_in=True, printed_baseline=76.27, printed_value=76.2, degenerate=0, collapsed=0, constant=0, older_code=0)
 def written(**more): return pd.DataFrame([ROW | more])
 
 
@@ -150,6 +151,8 @@ def test_arms_with_other_printed_gains_say_theirs():
     assert 'which shows a loss; printed: -0.07; Random (studied)' in sentences(two) and 'printed: -0.39' in sentences(two) and 'the paper prints' not in sentences(two)
     maps = pd.concat([two, written(metric='deletion', saliency='grad-cam', verdict='supported')])
     assert sentences(maps).count('* **') == 2 and 'changes deletion of grad-cam by -1.00 ± 0.50 points over 4 pairs against Learnable, which shows a gain, lower being better' in sentences(maps)
+    dead = sentences(written(metric='deletion', saliency='grad-cam', images=10, constant=7, degenerate=4, collapsed=3))
+    assert 'having ended degenerate in 4 of 4 runs and all images alike to 3 of the networks; 7 of 40 maps are constant' in dead
     assert markdown_table(maps).splitlines()[0].split('|')[1].strip() == 'metric' and '| — ' in markdown_table(maps)
 
 
@@ -157,3 +160,9 @@ def test_printed_tables():
     assert '| ResNet-50 LICO CE+OT    | 75.98 ' in printed_table(5) and '| Grad-CAM' not in printed_table(6) and printed_table(8).count('\n') == 13
     assert printed_table(12).splitlines()[0].split('|')[2:4] == [' CIFAR-10 full   ', ' CIFAR-10 4000   ']
     assert printed_place(3, 'CIFAR-10', '123', 'wrn_28_2', True) == (None, 'WRN'), 'a table with several sizes is not guessed at'
+
+
+@pytest.mark.parametrize('profile', ['smoke', 'laptop', 'paper'])
+def test_every_profile_has_runs_for_fidelity(profile):
+    runs = fidelity_runs(parameters('fidelity', dict(profile=profile, out=''), ('profile', 'out')))
+    assert {'CE', 'LICO'} == {r.method for r in runs} and 'studied' in {r.preset for r in runs}
