@@ -116,8 +116,8 @@ def _effect(one, base, ce, base_ce):
     "What runs with one change add to cross-entropy with the same training, paired on seeds with what the preset adds to its own."
     one = one.loc[one.index.intersection(base.index)]
     above, before = one.accuracy_last - ce.accuracy_last.reindex(one.index), (base.accuracy_last - base_ce.accuracy_last.reindex(base.index))[one.index]
-    d, watched = above - before, one[['accuracy_last', *_watched]]
-    return dict(n=len(one), **watched.mean(), **watched.std().add_suffix('_std'), difference=interval(d)[0], half_width=interval(d)[1], verdict=verdict(d), above_ce=interval(above)[0], above_ce_half=interval(above)[1],
+    d, watched = (above - before).round(6), one[['accuracy_last', *_watched]]  # accuracies are of whole images
+    return dict(n=len(one), **watched.mean(), **watched.std().add_suffix('_std'), difference=interval(d)[0], half_width=interval(d)[1], verdict=verdict(d) if interval(d)[1] > 0 else 'inconclusive', above_ce=interval(above)[0], above_ce_half=interval(above)[1],
                 ce=ce.accuracy_last.mean(),
                 best=(one.accuracy_best - one.accuracy_last).mean(), degenerate=int(one.degenerate.notna().sum()), alive=int(alive(one).sum()), time=(one.seconds/base.seconds[one.index]).median())
 
@@ -165,7 +165,7 @@ def _advice(r, base):
     if r.degenerate > r.n/2: return ('matching dead', "the preset's") if base.degenerate <= base.n/2 else ('matching dead, as with the preset', 'neither')
     if base.degenerate > base.n/2: return 'keeps matching from dying', 'this'
     if base.alive and not r.alive: return 'matching alive in no run', "the preset's"
-    if r.difference == r.half_width == 0: return 'changes no accuracy', 'either'
+    if r.half_width == 0: return (f'the same {r.difference:+.2f} with every seed, hence no interval' if r.difference else 'changes no accuracy'), 'either'
     if r.verdict in _uses: return _uses[r.verdict]
     return (f"no difference shown (±{r.half_width:.1f})" if math.isfinite(r.half_width) else 'one seed says nothing'), 'either'
 

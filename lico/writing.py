@@ -87,7 +87,7 @@ def _clause(r, printed=''):
     if r.verdict == 'inconclusive' and math.isfinite(r.half_width): text += f" ({r.half_width:.2f} would have been the smallest difference to show)"
     if printed: text += f"; printed: {printed}"
     if r.degenerate: text += f", manifold matching having ended degenerate in {r.degenerate} of {r.n} runs" + (f" and all images alike to {r.collapsed} of the networks" if r.collapsed else '')
-    return text + (f"; {r.constant} of {r.n*r.images} maps are constant" if r.constant else '')
+    return text + (f"; {r.constant} of {r.n*r.images:.0f} maps are constant" if r.constant else '')
 
 def sentences(c: pd.DataFrame) -> str:
     "What a comparison says, one computed sentence a setting; of several metrics, one each."
