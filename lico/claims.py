@@ -135,7 +135,7 @@ def _of_maps(folder, table):
         if c.empty: return
         ends = [f"{difference_label(r)} ({r.saliency}, {r.preset})" for r in (c.iloc[0], c.iloc[-1])]
         verdicts = ', '.join(f'{n} {v}' for v, n in c.verdict.value_counts().items())
-        yield (f"* **{data_label(c.iloc[0])}, {size_label(c.iloc[0])}, {c.steps.iloc[0]} steps, {METRICS[m]}**: {len(c)} comparisons ({c.saliency.nunique()} methods, {c.preset.nunique()} readings, {c.n.min()} pairs each), "
+        yield (f"* **{data_label(c.iloc[0])}, {size_label(c.iloc[0])}, {c.steps.iloc[0]:.0f} steps, {METRICS[m]}**: {len(c)} comparisons ({c.saliency.nunique()} methods, {c.preset.nunique()} readings, {c.n.min()} pairs each), "
                f"{verdicts}; from {ends[0]} to {ends[1]} points.")
     changed = lambda m: ', '.join(f'{difference_label(r)} ({arm_label(r)})' for r in compare(df, table, m).query("method == 'LICO'").itertuples())
     sure = f"; the confidence that insertion and deletion depend on by {changed('probability')}" if 'probability' in df and 'insertion' in df else ''
