@@ -87,7 +87,7 @@ def evidence() -> pd.DataFrame:
 # %% ../nbs/14_claims.ipynb #claims14
 def _finding(r):
     "What one reading was measured to do."
-    sure = f'; confidence {r.confidence:+.2f}, when blurred {r.blurred:+.2f}' if r.confidence == r.confidence else ''
+    sure = ''.join(f'{before} {v:+.2f}' for before, v in (('; confidence', r.confidence), (', when blurred', r.blurred)) if v == v)
     matching = isinstance(r.text_encoder, str) and r.method != 'CE+OT'
     return f"{r.says}: {difference_label(r)} from {r.baseline:.1f}{room(r)}{sure} ({f'{int(r.degenerate)} of {int(r.n)} degenerate' if matching else f'n = {int(r.n)}'})"
 

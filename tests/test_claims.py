@@ -65,6 +65,7 @@ def test_maps_are_asked_for_by_their_method(lico_root):
     e = evidence().set_index('claim')
     assert e.difference["LICO's Grad-CAM maps are better at insertion"] == pytest.approx(2.01) and e.says["LICO's Grad-CAM maps are better at insertion and deletion together"] == 'not measured'
     assert 'supported: +2.01 ± 0.13 from 30.5; confidence -10.00 (0 of 2 degenerate)' in evidence_table(e.reset_index())
+    assert '; confidence -10.00, when blurred -4.00 (0 of 2' in evidence_table(e.reset_index().assign(blurred=-4.))
     assert e.says[e.table == 8].tolist() == ['not measured'], 'a network without a pair is evidence of nothing'
 
 
@@ -74,8 +75,11 @@ def test_no_method_of_maps_is_passed_over(lico_root):
             store('table8-x', method, [50., 60. - shift], saliency=s, saliency_options=None, images=9, pointing_game=[30. + shift*k, 31. + 1.01*shift*k], text_encoder=None if method == 'CE' else 'minilm', paper_dataset='MS-COCO-2017-val')
     store('table1', 'pretrained', [math.nan], saliency='grad-cam', saliency_options=None, images=9, insertion=[50.])
     assert maps_sentences().splitlines() == [
-        '* **digits (for MS-COCO-2017-val), all labels, pointing game**: 2 comparisons (2 methods, 1 readings, 2 pairs each), 1 contradicted, 1 supported; from -6.03 ± 0.38 (rise, paper) to +2.01 ± 0.13 (grad-cam, paper) points.',
+        '* **digits (for MS-COCO-2017-val), all labels, 120 steps, pointing game**: 2 comparisons (2 methods, 1 readings, 2 pairs each), 1 contradicted, 1 supported; from -6.03 ± 0.38 (rise, paper) to +2.01 ± 0.13 (grad-cam, paper) points.',
         '* The accuracy of these networks changed by -1.00 ± 0.89 (LICO (paper)).']
+    store('table1-y', 'CE', [50.], saliency='grad-cam', saliency_options=None, images=9, insertion=[50.])
+    store('table1-y', 'CGC', [50.], saliency='grad-cam', saliency_options=None, images=9, insertion=[51.])
+    assert len(maps_sentences().splitlines()) == 2, 'pairs without LICO say nothing of LICO'
 
 
 def test_what_is_kept_is_what_the_results_say():
