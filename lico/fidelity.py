@@ -169,6 +169,7 @@ def _advice(r, base):
     if r.verdict in _uses: return _uses[r.verdict]
     return (f"no difference shown (±{r.half_width:.1f})" if math.isfinite(r.half_width) else 'one seed says nothing'), 'either'
 
+# %% ../nbs/15_fidelity.ipynb #c29b1700
 def _bases(e):
     "For each setting, the preset's row and those of the changes."
     for _, part in e.groupby(_setting, sort=False): yield next(part.itertuples()), list(part.itertuples())[1:]
@@ -191,6 +192,7 @@ def effects_sentences(
         said.append(f"* **{dataset_title(base.dataset)}, {base.labels} labels, {base.backbone}, {base.steps} steps, from `{base.preset}`** (accuracy {_signed(base.above_ce, base.above_ce_half)} from cross-entropy's {base.ce:.1f}, degenerate in {base.degenerate} of {base.n}, alive in {base.alive}). " + '. '.join(t[0].upper() + t[1:] for t in told) + '.')
     return '\n'.join(said)
 
+# %% ../nbs/15_fidelity.ipynb #4b0e4272
 def advice_table(
     e: pd.DataFrame,  # from `effects`
 ) -> str:
@@ -202,6 +204,7 @@ def advice_table(
             rows.append(dict(preset=r.preset, choice=f'{r.choice} ({source.where})', paper=source.paper, **{'released code': source.released}, instead=r.value, effect=_advice(r, base)[0], use=_advice(r, base)[1], **{'step time': _time(r)}))
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
 
+# %% ../nbs/15_fidelity.ipynb #4c58e7e2
 def draw_effects(
     e: pd.DataFrame,  # from `effects`
 ):

@@ -21,7 +21,7 @@ from .config import choose, derive_seed, device, parse_value, stamp, write_atomi
 from .data import test_batches
 from .experiments import frame, load_backbone, load_data, reachable, run_of, runs_folder
 from .metrics import blur, deletion, energy_pointing_game, insertion, pointing_game, random_affine, ses
-from .paper import interval, placed, say_gone, train
+from .paper import interval, placed, read_results, say_gone, train
 from .readers import by_hash
 from .saliency import METHODS, explain
 from .tables import METRICS as SCORES, OF_MAPS
@@ -269,7 +269,7 @@ def save_scores(
 ) -> tuple:
     "Write `results.csv` and `scores.csv`, and read them back."
     rows, files = rows.assign(**more), ('results.csv', 'scores.csv')
-    if not keep and (Path(folder)/'results.csv').exists(): say_gone(read_scores(folder)[0], rows, folder)
+    if not keep and (Path(folder)/'results.csv').exists(): say_gone(read_results(folder), rows, folder)
     for df, name, key in zip((rows, per_image), files, (_key, ['id', 'saliency', 'image'])):
         path = Path(folder)/name
         if keep and path.exists(): df = pd.concat([pd.read_csv(path, dtype=dict(image=str, labels=str), keep_default_na=False, na_values=['']).astype(object), df.astype(object)]).drop_duplicates(key, keep='last')

@@ -11,6 +11,7 @@ from lico.experiments import Run, run
 from lico.metrics import blur, deletion, insertion, pointing_game
 from lico.saliency import explain
 from lico.scenes import coco_to_imagenet, scene_dataset
+from lico.config import root
 from lico.scores import (against, against_sentences, against_table, blurred, measured, read_scores, saliency_options,
                          save_scores, score_all, scores, top5, trained)
 
@@ -198,3 +199,11 @@ def test_a_network_of_a_thousand_classes_on_coco(record, tmp_path):
     rows, _ = score_all([cases], ['grad-cam'], ('pointing_game',), progress=False)
     assert rows.method[0] == 'CE' and 0 <= rows.pointing_game[0] <= 100
     with pytest.raises(ValueError, match="digits has 10 classes: COCO's categories are found among ImageNet's 1,000"): on_coco(record, folder=tmp_path/'coco')
+
+
+def test_results_of_another_notebook_are_said_to_go(tmp_path, capsys):
+    "A folder may hold a results.csv and no scores.csv: what was measured is written all the same."
+    rows, per_image = read_scores(root()/'figures'/'table1-cgc')
+    rows.assign(id='x').to_csv(tmp_path/'results.csv', index=False)
+    assert save_scores(rows, per_image, tmp_path)[0].id.tolist() == rows.id.tolist()
+    assert 'held 1 other runs' in capsys.readouterr().err
