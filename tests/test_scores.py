@@ -1,5 +1,6 @@
 "Scores of maps: kept, nested, redone only where something changed, and equal to what the metrics give."
 import json, math
+from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -11,7 +12,6 @@ from lico.experiments import Run, run
 from lico.metrics import blur, deletion, insertion, pointing_game
 from lico.saliency import explain
 from lico.scenes import coco_to_imagenet, scene_dataset
-from lico.config import root
 from lico.scores import (against, against_sentences, against_table, blurred, measured, read_scores, saliency_options,
                          save_scores, score_all, scores, top5, trained)
 
@@ -203,7 +203,7 @@ def test_a_network_of_a_thousand_classes_on_coco(record, tmp_path):
 
 def test_results_of_another_notebook_are_said_to_go(tmp_path, capsys):
     "A folder may hold a results.csv and no scores.csv: what was measured is written all the same."
-    rows, per_image = read_scores(root()/'figures'/'table1-cgc')
+    rows, per_image = read_scores(Path(__file__).parents[1]/"figures"/"table1-cgc")
     rows.assign(id='x').to_csv(tmp_path/'results.csv', index=False)
     assert save_scores(rows, per_image, tmp_path)[0].id.tolist() == rows.id.tolist()
     assert 'held 1 other runs' in capsys.readouterr().err
