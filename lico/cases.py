@@ -16,7 +16,7 @@ from torch import nn
 from .cams import imagenet_classifier
 from .config import device, root
 from .experiments import frame, load_backbone, load_data, run_of
-from .readers import by_hash
+from .datasets import by_hash
 from .scenes import coco_scenes, coco_to_imagenet, unseen_scenes
 
 # %% ../nbs/12_cases.ipynb #dd337bb3

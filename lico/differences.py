@@ -80,6 +80,6 @@ def accuracies(df: pd.DataFrame) -> str:
 
 def machine(df: pd.DataFrame) -> str:
     "Where the rows were measured, as Markdown."
-    keys = ['profile', 'dataset', 'backbone', 'text_encoder', 'steps', 'accuracy_last', 'code', 'hardware', 'instructions', 'threads', 'torch', 'python', 'commit']
+    keys = ['profile', 'dataset', 'backbone', 'text_encoder', 'steps', 'accuracy_last', 'protocol', 'hardware', 'instructions', 'threads', 'torch', 'python', 'commit']
     values = {k: ', '.join(sorted({f'{v:.3g}' if isinstance(v, float) else str(v) for v in df[k].dropna()})) for k in keys if k in df}
     return pd.Series({**values, 'seeds': ', '.join(map(str, sorted(set(df.seed.dropna().astype(int))))), 'rows': len(df)}).to_frame('value').to_markdown()

@@ -192,7 +192,7 @@ def _scenes(dataset, kind, n):
     return of_kind(coco_in('data/coco'), kind), coco_to_imagenet()
 
 # %% ../nbs/13_gallery.ipynb #8c3ee9c2
-_about = ['dataset', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'image_size', 'steps', 'accuracy_last', 'degenerate', 'id', 'code', 'older_code', 'command']
+_about = ['dataset', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'image_size', 'steps', 'accuracy_last', 'degenerate', 'id', 'protocol', 'command']
 
 def _command(record):
     "How to train it, on any machine."
@@ -232,7 +232,7 @@ def read_worth(folder) -> pd.DataFrame:
     "The rows that `save_worth` wrote."
     path = Path(folder)/'results.csv'
     if not path.exists(): raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder of its results with -p out")
-    return pd.read_csv(path, dtype=dict(image=str, options=str, degenerate=str, commit=str, code=str))
+    return pd.read_csv(path, dtype=dict(image=str, options=str, degenerate=str, commit=str))
 
 # %% ../nbs/13_gallery.ipynb #750711c7
 def networks(runs) -> list:

@@ -112,7 +112,7 @@ def train(
     with processes(p.workers) as pool: return sweep(runs, executor=pool)
 
 # %% ../nbs/11_paper.ipynb #2ea023aa
-_scores = ('saliency', 'saliency_options', 'images', 'probability', 'blurred', *OF_MAPS, 'constant', 'measured_by', 'measuring_code')
+_scores = ('saliency', 'saliency_options', 'images', 'probability', 'blurred', *OF_MAPS, 'constant', 'measured_by', 'measuring_protocol')
 
 def _measured(p, table, records):
     "By `id`, what a table asks for beside accuracy; `None` if nothing. The scores of every image go to `scores.csv`."
@@ -186,7 +186,7 @@ def _row(pairs, table, metric, reference):
     return dict(keys, table=table, metric=metric, reference=reference, n=len(pairs), confidence=sure, blurred=blurred, baseline=b.mean(), baseline_std=b.std(), value=m.mean(), value_std=m.std(), difference=mean, half_width=half,
                 verdict=verdict(-(m - b) if metric in LOWER_IS_BETTER else m - b, p[1] - p[0]), printed_for=name, is_stand_in=first.is_stand_in,
                 printed_backbone=None if np.isnan(p).all() else place[1], printed_baseline=p[0], printed_value=p[1],
-                degenerate=int(pairs.degenerate.notna().sum()), collapsed=int((pairs.degenerate == 'collapsed').sum()), constant=int(pairs.constant.sum()) if metric in OF_MAPS and 'constant' in pairs else 0, older_code=int(pairs.older_code.sum() + pairs.older_code_base.sum()))
+                degenerate=int(pairs.degenerate.notna().sum()), collapsed=int((pairs.degenerate == 'collapsed').sum()), constant=int(pairs.constant.sum()) if metric in OF_MAPS and 'constant' in pairs else 0)
 
 def compare(
     df: pd.DataFrame,  # from `read_results`

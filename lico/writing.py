@@ -124,7 +124,7 @@ def results_title(
 
 def stamp_table(df: pd.DataFrame) -> str:
     "Where the results were made, as Markdown: one row per value found in the stored rows."
-    keys = ['profile', 'text_encoder', 'code', 'measuring_code', 'hardware', 'instructions', 'threads', 'torch', 'python', 'commit']
+    keys = ['profile', 'text_encoder', 'protocol', 'measuring_protocol', 'hardware', 'instructions', 'threads', 'torch', 'python', 'commit']
     values = {k: ', '.join(sorted({str(v) for v in df[k].dropna()})) for k in keys if k in df}
     runs = df.drop_duplicates('id').dropna(subset=['seed'])
     return pd.Series({**values, 'runs': len(runs), 'seeds': ', '.join(map(str, sorted(set(runs.seed.astype(int))))), 'training time': f"{runs.seconds.sum()/60:.1f} min"}).to_frame('value').to_markdown()

@@ -7,7 +7,7 @@ from PIL import Image, ImageFile
 from lico import data as data_module
 from lico.config import derive_seed
 from lico.data import Files, Images, augment, load, test_batches as plain_batches, training_batch, training_batches
-from lico.readers import readers
+from lico.datasets import READERS
 
 seeded = lambda seed=0: torch.Generator().manual_seed(seed)
 
@@ -192,7 +192,7 @@ def test_labels_and_names_are_refused_by_number():
     for bad in (0, -10, 2.5, True, '40'): assert 'expected a whole number' in refusal('digits', labels=bad)
     for bad in (0, -1, 1.5): assert f'shots = {bad}: expected a whole number' in refusal('digits', shots=bad)
     for bad in (0, 16.0, '16'): assert f'image_size = {bad!r}: expected a whole number' in refusal('digits', image_size=bad)
-    assert refusal('cifar') == f"unknown dataset 'cifar': choose one of {', '.join(readers)}, folder:PATH"
+    assert refusal('cifar') == f"unknown dataset 'cifar': choose one of {', '.join(READERS)}, folder:PATH"
 
 def test_trees_are_refused_by_name(tree, bare, tmp_path):
     assert f'no folder {tmp_path}/nowhere' in refusal(f'folder:{tmp_path}/nowhere')

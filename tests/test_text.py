@@ -615,7 +615,7 @@ def test_imports_are_light_and_minilm_loads_in_silence():
 
 def test_imagenet_s_names_are_apart_for_encoders_that_see_no_capitals():
     "A Cardigan is a dog, a cardigan is worn."
-    from lico.readers import imagenet_names
+    from lico.datasets import imagenet_names
     names = list(imagenet_names().values())
     minilm, clip = load_text_encoder("minilm"), open_clip.get_tokenizer("ViT-B-32")
     assert len({tuple(minilm.name_ids(n).tolist()) for n in names}) == len({tuple(clip.encode(n)) for n in names}) == 1000
