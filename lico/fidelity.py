@@ -67,7 +67,7 @@ CHOICES += (  # of optimal transport, Eqs. 3 to 7; of the prompts, Sections 3.1 
     Choice('batch norm momentum', 'Sec. 4.2', {'0.1': dict(bn_momentum=0.1), '0.001': dict(bn_momentum=0.001)}, 'not mentioned', '0.001'),
     Choice('averaged weights', 'Sec. 4.2', {'none': dict(ema=0.), 'EMA 0.999': dict(ema=0.999)}, 'not mentioned', 'EMA 0.999, tested as such'))
 
-CHOICES += (Choice('all of it', 'everywhere', _as_presets(*(k for k in preset('paper') if len({preset(name)[k] for name in ('paper', 'released', 'studied')}) > 1)), 'its text', 'its code'),)
+CHOICES += (Choice('all of it', 'everywhere', _as_presets(*(k for k in preset('paper') if len({preset(name)[k] for name in ('paper', 'released', 'repaired')}) > 1)), 'its text', 'its code'),)
 
 # %% ../nbs/15_fidelity.ipynb #fidel10
 def changes(

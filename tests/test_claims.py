@@ -38,10 +38,10 @@ def test_the_larger_of_two_sets_of_pairs_is_taken(lico_root):
     for folder, n in (('table3', 3), ('table3-more', 5), ('table3-other', 4)):
         more = dict(labels='40') if folder == 'table3-other' else {}
         store(folder, 'CE', np.arange(n)*1., text_encoder=None, **more)
-        for preset, shift in (('paper', 0), ('studied', 1)): store(folder, 'LICO', np.arange(n) + np.linspace(1, 2, n) + shift, preset=preset, **more)
+        for preset, shift in (('paper', 0), ('repaired', 1)): store(folder, 'LICO', np.arange(n) + np.linspace(1, 2, n) + shift, preset=preset, **more)
     e = evidence()
     e = e[e.table == 3]
-    assert e.n.tolist() == [5, 5, 4, 4] and e.folder.tolist() == ['table3-more']*2 + ['table3-other']*2 and e.preset.tolist() == ['paper', 'studied']*2
+    assert e.n.tolist() == [5, 5, 4, 4] and e.folder.tolist() == ['table3-more']*2 + ['table3-other']*2 and e.preset.tolist() == ['paper', 'repaired']*2
     table, said = evidence_table(e), evidence_sentence(evidence())
     assert table.count('\n') == 2 and '| all labels: supported: +1.50 ± 0.49 from 2.0 (0 of 5 degenerate)<br>40 labels: supported: +1.50 ± ' in table and '| all labels: supported: +2.50 ± 0.49 from 2.0 (0 of 5 degenerate)<br>40 labels: supported: +2.50 ± ' in table and '| digits (for CIFAR-10) | wrn_16_1  | all labels: +0.20<br>40 labels: +1.50 |' in table and 'WRN' not in table.splitlines()[2]
     assert said.startswith(f"1 of {len(CLAIMS)} claims have been measured here, all on stand-ins for the paper's data. Each setting and reading gives a verdict. LICO's accuracy: 4 supported. Not measured: ") and 'CGC costs accuracy (Table 2)' in said
@@ -52,7 +52,7 @@ def test_the_larger_of_two_sets_of_pairs_is_taken(lico_root):
 
 def test_readings_of_matching_are_one_where_there_is_none(lico_root):
     store('table5', 'CE', [50., 60., 71.], text_encoder=None)
-    for preset in ('paper', 'studied'): store('table5', 'CE+OT', [51., 60., 70.], preset=preset)
+    for preset in ('paper', 'repaired'): store('table5', 'CE+OT', [51., 60., 70.], preset=preset)
     e = evidence()
     assert len(e) == len(CLAIMS) and 'inconclusive: +0.00 ± 2.48 from 60.3 (n = 3)' in evidence_table(e) and "ablations and rivals: 1 inconclusive" in evidence_sentence(e)
 

@@ -34,14 +34,14 @@ def test_a_rival_reads_its_own_options_only():
     data = load_data(TINY)
     key = lambda **o: json.dumps(spec(replace(TINY, **o), data), sort_keys=True)
     for method, own in (('CGC', dict(cgc_temperature=0.1)), ('GCC', dict(gcc_weight=1))):
-        assert key(method=method) == key(method=method, text_encoder='clip', preset='studied', options=dict(alpha=3, tau='fixed')) != key(method=method, options=own)
+        assert key(method=method) == key(method=method, text_encoder='clip', preset='repaired', options=dict(alpha=3, tau='fixed')) != key(method=method, options=own)
         for other in set(METHODS) - {method, 'LICO', 'CE+MM', 'CE+OT', 'LICO+CGC'}: assert key(method=other, options=own) == key(method=other) != key(method=method)
     assert len({key(method='LICO+CGC', options=o) for o in ({}, dict(alpha=3), dict(cgc_weight=2))}) == 3, 'both together read the options of both'
     assert all(set(arguments.values()) <= set(config.OPTIONS) for _, arguments in RIVALS.values())
 
 
 @pytest.mark.parametrize('method, preset, expected', [
-    ('CE', 'paper', '0a5fb31ff5fa'), ('LICO', 'paper', '483cabc929d1'), ('LICO', 'studied', '46487a847795'), ('CE+MM', 'paper', 'e302ec066a43'), ('CE+OT', 'released', '165270e7996c')])
+    ('CE', 'paper', '0a5fb31ff5fa'), ('LICO', 'paper', '483cabc929d1'), ('LICO', 'repaired', '46487a847795'), ('CE+MM', 'paper', 'e302ec066a43'), ('CE+OT', 'released', '165270e7996c')])
 def test_identities_of_finished_runs(method, preset, expected):
     "Committed results are found by these, which were computed before rivals and pretrained starts existed."
     r = Run(labels=40, backbone='wrn_16_1', method=method, preset=preset, seed=3, steps=120, evaluations=3)
@@ -79,7 +79,7 @@ def test_methods_of_one_seed_start_alike():
 
 def test_lico_and_cgc_together(lico_root):
     "It starts as LICO does, in the backbone, the prompts and the mapping, and logs the terms of both."
-    data, encoder, r = load_data(TINY), load_text_encoder('minilm'), replace(TINY, method='LICO+CGC', preset='studied', options=dict(cgc_weight=2))
+    data, encoder, r = load_data(TINY), load_text_encoder('minilm'), replace(TINY, method='LICO+CGC', preset='repaired', options=dict(cgc_weight=2))
     both, lico = (start(replace(r, method=m), data, encoder) for m in ('LICO+CGC', 'LICO'))
     assert (both.weight, both.options) == (2., lico.options) and both.state_dict().keys() == lico.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(both.state_dict().values(), lico.state_dict().values()))

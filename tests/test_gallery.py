@@ -22,7 +22,7 @@ SEED = 1
 def cases():
     torch.manual_seed(0)
     net, scenes = create_backbone('wrn_10_1', 10, 32).eval(), digit_scenes(4, 48, (1, 2), (18, 24), 'same', seed=SEED)
-    about = dict(method='LICO', preset='studied', seed=0, id='x', kind='same')
+    about = dict(method='LICO', preset='repaired', seed=0, id='x', kind='same')
     return on_scenes(net, 'x', about, scenes, lambda i: i.float()/127.5 - 1, {n: (k,) for k, n in enumerate(scenes.class_names)})
 
 
@@ -134,7 +134,7 @@ def test_kinds_of_scenes():
 
 def test_networks_are_shared(lico_root):
     "Figures and Table 8 ask for the same runs; a baseline is trained once for both readings."
-    p = SimpleNamespace(profile='smoke', datasets=['digit-scenes'], backbones=['wrn_10_1'], labels=[40], methods=['CE', 'LICO'], presets=['paper', 'studied'], seeds=[0], steps=2, epochs=None,
+    p = SimpleNamespace(profile='smoke', datasets=['digit-scenes'], backbones=['wrn_10_1'], labels=[40], methods=['CE', 'LICO'], presets=['paper', 'repaired'], seeds=[0], steps=2, epochs=None,
                         evaluations=3, image_size=None, text_encoder='minilm', options={}, workers=1, stand_in=None)
     runs = scene_runs(p)
     assert len(runs) == 4 and len({run_id(r) for r in runs}) == 3 and all(r.labels is None and r.evaluations == 1 and r.steps == 2 for r in runs)

@@ -83,9 +83,9 @@ def test_fidelity_smoke(tmp_path):
     out = tmp_path/'data'/'smoke'/'fidelity'
     assert sorted(f.name for f in out.iterdir()) == ['figure.png', 'figure.svg', 'results.csv', 'table.md']
     df = pd.read_csv(out/'results.csv')
-    assert (df.method == 'LICO').sum() == 1 + len(changes('studied')), 'as the preset has it, and with each choice changed'
+    assert (df.method == 'LICO').sum() == 1 + len(changes('repaired')), 'as the preset has it, and with each choice changed'
     assert (df.method == 'CE').sum() == 7, "as the presets train, with each of five changes, and all of the released code's training"
-    assert all(choice in (out/'table.md').read_text() for choice, _ in changes('studied'))
+    assert all(choice in (out/'table.md').read_text() for choice, _ in changes('repaired'))
 
 
 def test_paper_reads_what_is_stored(tmp_path):

@@ -50,7 +50,7 @@ def test_a_number_that_is_not_printed_is_a_dash():
 
 
 def test_pairs_of_an_ablation_share_preset_options_and_encoder():
-    kinds = [dict(preset=p, options=o, text=t) for p in ('paper', 'studied') for o in (None, 'alpha=5') for t in ('minilm', 'clip')]
+    kinds = [dict(preset=p, options=o, text=t) for p in ('paper', 'repaired') for o in (None, 'alpha=5') for t in ('minilm', 'clip')]
     df = pd.concat([rows(arm, np.full(3, 10.*i + j), **k) for i, k in enumerate(kinds) for j, arm in enumerate(('DC on', 'DC off'))])
     c = compare(df, 10)
     assert len(c) == 8 and (c.difference == 1).all() and set(c.arm) == {'DC off'}
@@ -60,7 +60,7 @@ def test_pairs_of_an_ablation_share_preset_options_and_encoder():
 
 
 def test_cross_entropy_is_the_partner_of_every_preset():
-    df = pd.concat([rows('CE', [1., 2.], method='CE', text=None), *(rows(m, [2., 3.], method=m, text=None if m == 'CGC' else 'minilm', preset=p) for m in ('CGC', 'LICO') for p in ('paper', 'studied'))])
+    df = pd.concat([rows('CE', [1., 2.], method='CE', text=None), *(rows(m, [2., 3.], method=m, text=None if m == 'CGC' else 'minilm', preset=p) for m in ('CGC', 'LICO') for p in ('paper', 'repaired'))])
     c = compare(df, 4)
     assert len(c) == 4 and (c.difference == 1).all() and len(pairs_of(df)) == 4
 
@@ -84,7 +84,7 @@ def test_what_was_not_measured_is_left_out():
 
 def test_rows_of_before_there_were_arms():
     old = pd.concat([rows('x', [1., 2.], method='CE', text=None), rows('x', [2., 3.])]).drop(columns='arm')
-    new = rows('LICO', [4., 5.], preset='studied')
+    new = rows('LICO', [4., 5.], preset='repaired')
     assert compare(pd.concat([old, new]), 3).difference.tolist() == [1, 3]
 
 

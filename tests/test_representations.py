@@ -108,7 +108,7 @@ def eq2(F, G, tau):
     return rel_entr(np.exp(logs[1]), np.exp(logs[0])).sum(1).mean()
 
 
-@pytest.mark.parametrize('preset', ['paper', 'studied'])
+@pytest.mark.parametrize('preset', ['paper', 'repaired'])
 def test_gap_is_eq2(encoder, preset):
     r = Run(labels=40, backbone='wrn_10_1', method='LICO', preset=preset)
     data = load_data(r)

@@ -28,7 +28,7 @@ def test_guide_from_start_to_end(tmp_path):
     assert not (tmp_path/'figures').exists() and {'images', 'results.csv', 'classifier.safetensors'} <= {f.name for f in out.iterdir()}
     assert len(list((out/'images'/'train').glob('*/*.png'))) == len(list((out/'images'/'test').glob('*/*.png'))) == 96
     df = pd.read_csv(out/'results.csv')
-    assert df.method.tolist() == ['CE', 'paper', 'studied'] and df.tau.notna().sum() == 2
+    assert df.method.tolist() == ['CE', 'paper', 'repaired'] and df.tau.notna().sum() == 2
     with safe_open(out/'classifier.safetensors', 'pt') as f: weights, about = {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in f.metadata().items()}
     net = timm.create_model(about['architecture'], num_classes=len(about['class_names'])).eval()
     net.load_state_dict(weights)
