@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'choose', 'root', 'settings', 'check_option', 'check_options', 'parse_value', 'preset', 'dataset_settings',
-           'profile_settings', 'parameters', 'derive_seed', 'seed_everything', 'device', 'write_atomic', 'stamp']
+           'datasets_of_the_paper', 'profile_settings', 'parameters', 'derive_seed', 'seed_everything', 'device',
+           'write_atomic', 'stamp']
 
 # %% ../nbs/method/00_config.ipynb #dc1872af
 import configparser, contextlib, functools, hashlib, importlib.metadata, numbers, os, platform, random, subprocess
@@ -123,14 +124,19 @@ def dataset_settings(
     own = dict(ini[section]) if ini.has_section(section) else {}
     return {} if name.startswith('folder:') and 'paper_name' in own else own
 
+def datasets_of_the_paper() -> dict:
+    "{a dataset's name in the paper: ours} of all that the paper uses."
+    ini = settings()
+    return {ini[s]['paper_name']: s.removeprefix('dataset.') for s in ini.sections() if s.startswith('dataset.') and 'paper_name' in ini[s]}
+
 def profile_settings(
     name: str,  # a `[profile.…]` section
-    notebook: str = '',  # a notebook's name: its keys, `notebook.key`, win over the general ones
+    notebook: str = '',  # a notebook's name, `table3`: keys `table3.X` win over those of its kind, `table.X`, and these over the general ones
 ) -> dict:
     "What a profile says for a notebook, as text."
-    section = _section('profile', name)
-    own = {k.split('.', 1)[1]: v for k, v in section.items() if k.startswith(f'{notebook}.')}
-    return {**{k: v for k, v in section.items() if '.' not in k}, **own}
+    section = {**settings()['profile'], **_section('profile', name)}
+    of = lambda prefix: {k.split('.', 1)[1]: v for k, v in section.items() if k.startswith(f'{prefix}.')}
+    return {**{k: v for k, v in section.items() if '.' not in k}, **of(notebook.rstrip('0123456789')), **of(notebook)}
 
 # %% ../nbs/method/00_config.ipynb #38f5df9f
 def _assigned(source):
@@ -151,33 +157,43 @@ def _as_options(value):
     return check_options(**{name: text if _is_choice(name) else parse_value(text) for name, _, text in pairs})
 
 # %% ../nbs/method/00_config.ipynb #b528da75
-_lists = ('datasets', 'backbones', 'labels', 'methods', 'presets', 'seeds', 'saliency', 'metrics')
-_protocol = ('options', 'steps', 'epochs', 'image_size', 'pretrained', 'images', 'test_images', 'saliency_options', 'points')  # parameters that change what a number is of, where the others say of what there are any
+_lists = ('datasets', 'backbones', 'labels', 'methods', 'arms', 'presets', 'seeds', 'saliency', 'metrics')
+_protocol = ('options', 'steps', 'epochs', 'image_size', 'pretrained', 'images', 'test_images', 'saliency_options', 'points')  # these change what a number is of
 
-def _injected(cells):
-    "The names in the newest of the `cells` that papermill injected, none if it injected nothing."
-    found = [c for c in cells if c.lstrip().startswith('# Parameters\n')]
-    return _assigned(found[-1]) if found else []
+def _cells(namespace):
+    "What the notebook ran so far: the names that its cell tagged `parameters` declares, and those in the newest cell that papermill put behind it."
+    is_injected = lambda cell: cell.lstrip().startswith('# Parameters\n')
+    ran = [(is_injected(c), _assigned(c)) for c in namespace.get('In', []) if 'profile =' in c and 'out =' in c or is_injected(c)]
+    declared = [names for injected, names in ran if not injected]
+    given = [names for injected, names in ran if injected]
+    return declared[-1] if declared else [k for k in namespace if k != 'In'], given[-1] if given else []
+
+def _refuse_idle(namespace, declared):
+    "With stored=only no parameter that says what to run may be given."
+    choose('value of stored:', namespace['stored'], ('add', 'only'))
+    idle = [name for name in declared if name not in ('profile', 'out', 'stored') and namespace[name] != ''] if namespace['stored'] == 'only' else []
+    if idle: raise ValueError(f"stored=only draws all that results.csv holds, whatever {', '.join(idle)} says: leave that out, or run with stored=add")
+
+def _typed(name, value):
+    "A parameter's value from its text."
+    return _as_list(value) if name in _lists else _as_options(value) if name == 'options' else parse_value(value)
 
 def parameters(
     notebook: str,  # the notebook's name: "table3"
-    namespace: dict,  # its `globals()`, right after the cell tagged `parameters`
-    declared: tuple,  # the names that cell declares
+    namespace: dict,  # its `globals()`, right after the cell tagged `parameters`; or the parameters themselves, `profile` and `out` among them
 ) -> SimpleNamespace:
-    "The notebook's parameters with every empty one filled in from the profile; `.out` is the folder to write to, `.protocol` the profile and what was changed of it. Undeclared names are refused, and those that would change nothing."
-    for name in _injected(namespace.get('In', [])): choose(f'parameter of {notebook}:', name, declared)
-    if stored := namespace.get('stored'): choose('value of stored:', stored, ('add', 'only'))
-    idle = [name for name in declared if name not in ('profile', 'out', 'stored') and namespace[name] != ''] if namespace.get('stored') == 'only' else []
-    if idle: raise ValueError(f"stored=only draws all that results.csv holds, whatever {', '.join(idle)} says: leave that out, or run with stored=add")
+    "The notebook's parameters, each empty one as the profile has it; `.out` is the folder to write to, `.protocol` the profile and what was changed of it."
+    declared, injected = _cells(namespace)
+    for name in injected: choose(f'parameter of {notebook}:', name, declared)
+    if namespace.get('stored'): _refuse_idle(namespace, declared)
     profile = namespace.get('profile') or 'laptop'
-    values = profile_settings(profile, notebook)
-    for name in declared:
-        if name not in ('profile', 'out') and namespace[name] != '': values[choose('parameter', name, values)] = namespace[name]
-    for given, other in (('epochs', 'steps'), ('steps', 'epochs')):  # one duration on the command line replaces the profile's other one
-        if namespace.get(given, '') != '' and namespace.get(other, '') == '': values[other] = ''
-    typed = {k: _as_list(v) if k in _lists else _as_options(v) if k == 'options' else parse_value(v) for k, v in values.items()}
+    given = {k: namespace[k] for k in declared if k not in ('profile', 'out') and namespace[k] != ''}
+    values = {**dict.fromkeys(declared, ''), **profile_settings(profile, notebook), **given}
+    for one, other in (('epochs', 'steps'), ('steps', 'epochs')):  # one duration on the command line replaces the profile's other one
+        if one in given and other not in given: values[other] = ''
     default = root()/('data/smoke' if profile == 'smoke' else 'figures')/notebook
-    changed = ', '.join(f'{k}={namespace[k]}' for k in _protocol if k in declared and namespace[k] != '')
+    changed = ', '.join(f'{k}={given[k]}' for k in _protocol if k in given)
+    typed = {k: _typed(k, v) for k, v in values.items() if k not in ('profile', 'out')}
     return SimpleNamespace(profile=profile, protocol=profile + (f' with {changed}' if changed else ''), out=Path(namespace['out'] or default).expanduser().resolve(), **typed)
 
 # %% ../nbs/method/00_config.ipynb #51a37abd

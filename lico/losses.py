@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log_adjacency', 'adjacency', 'kl_rows', 'manifold_matching', 'row_entropy', 'mean_cosine', 'cost_matrix', 'sinkhorn',
-           'ot_alignment', 'LossOptions']
+           'ot_alignment', 'LossOptions', 'inactive']
 
 # %% ../nbs/method/01_losses.ipynb #ac6ea2a1
 import math, torch
@@ -162,3 +162,10 @@ class LossOptions:
 
     def __post_init__(self):
         for name, value in check_options(**asdict(self)).items(): object.__setattr__(self, name, value)
+
+# %% ../nbs/method/01_losses.ipynb #10b4c6c5
+def inactive(row):
+    "TEMPORARY"
+    if row['cosine'] > .98: return 'collapsed'
+    if max(row['entropy_image'], row['entropy_text']) > .995: return 'uniform'
+    if min(row['entropy_image'], row['entropy_text']) < .005: return 'identity'
