@@ -1,89 +1,121 @@
-"The paper's claims: evidence from stored results, verdicts turned round where a claim is a loss, what is kept in figures/paper not stale."
-import io, math
+"Claims and coverage from stored results, and that what is kept in figures/paper is not stale."
+import math
+from dataclasses import replace
 
 import numpy as np, pandas as pd, pytest
 
-from lico.claims import CLAIMS, draw_evidence, evidence, evidence_sentence, evidence_table, maps_sentences
 from lico.config import root
-from lico.paper import verdict
+from lico.evidence import claims
+from lico.evidence.arms import TABLES
+from lico.evidence.claims import CLAIMS, claim_rows, claims_table, coverage
+from lico.evidence.programme import ARMS, BLOCKS, PRIMARY, arm_name, block_runs, contrast_rows
+from test_stats import rows
 
-COLUMNS = dict(dataset='digits', data='d', labels='all', backbone='wrn_16_1', image_size=16, validation=None, steps=120, training='t', preset='paper', options=None, text_encoder='minilm',
-               paper_dataset='CIFAR-10', is_stand_in=True, degenerate=None, older_code=False)
+BASE = np.array([60., 61., 62., 63., 64.])
+NOISE = np.array([.1, -.1, .05, 0., .02])
 
 
-def store(folder, method, values, **more):
+def store(folder, *frames, **more):
     path = root()/'figures'/folder/'results.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
-    n = len(values)
-    df = pd.DataFrame(COLUMNS | dict(method=method, seed=range(n), split=range(n), accuracy_last=values, id=[f'{folder}{method}{more}{i}' for i in range(n)]) | more)
-    df = pd.concat([pd.read_csv(path), df]) if path.exists() else df
-    df.to_csv(path, index=False)
+    pd.concat(frames).assign(**dict(dataset='cifar10', paper_dataset='CIFAR-10', is_stand_in=False, backbone='wrn_28_2', labels='40', profile='paper') | more).to_csv(path, index=False)
 
 
 def test_a_loss_that_is_claimed_is_supported_by_a_loss(lico_root):
-    "Tables 5 and 10: the arm must lose for the claim to hold."
-    base = np.array([60., 61., 62., 63.])
+    "Table 10 on CIFAR-10: the arm must lose for the claim to hold."
     for shift, says in ((-3., 'supported'), (3., 'contradicted')):
-        for f in (lico_root/'figures').glob('*/results.csv'): f.unlink()
-        noise = np.array([.1, -.1, .05, 0])
-        store('table5', 'CE', base, text_encoder=None, arm='CE', paper_dataset='ImageNet-1k'); store('table5', 'CE+OT', base + shift + noise, arm='CE+OT', paper_dataset='ImageNet-1k')
-        store('table10-x', 'LICO', base, arm='DC on'); store('table10-x', 'LICO', base + shift + noise, arm='DC off')
-        e = evidence().set_index(['table', 'arm'])
-        ot, off = e.loc[(5, 'CE+OT')], e.loc[(10, 'DC off')]
-        assert ot.says == off.says == says and ot.verdict == verdict(shift + noise, -.15) and off.folder == 'table10-x' and ot.difference == pytest.approx(shift + noise.mean())
-        assert e.says[3, 'LICO'] == 'not measured' and len(e) == len(CLAIMS)
+        store('table10-x', rows('DC on', BASE), rows('DC off', BASE + shift + NOISE), labels='all')
+        r = claim_rows().set_index('claim').loc['without the dynamic context accuracy is lost']
+        assert (r['where'], r.verdict, r.n) == ("the paper's data", says, 5) and r.difference == pytest.approx(-shift - NOISE.mean()) and r.printed == pytest.approx(.35)
+    assert (claim_rows()['where'] == 'not testable here').sum() == len(CLAIMS) - 1
 
 
-def test_the_larger_of_two_sets_of_pairs_is_taken(lico_root):
-    for folder, n in (('table3', 3), ('table3-more', 5), ('table3-other', 4)):
-        more = dict(labels='40') if folder == 'table3-other' else {}
-        store(folder, 'CE', np.arange(n)*1., text_encoder=None, **more)
-        for preset, shift in (('paper', 0), ('repaired', 1)): store(folder, 'LICO', np.arange(n) + np.linspace(1, 2, n) + shift, preset=preset, **more)
-    e = evidence()
-    e = e[e.table == 3]
-    assert e.n.tolist() == [5, 5, 4, 4] and e.folder.tolist() == ['table3-more']*2 + ['table3-other']*2 and e.preset.tolist() == ['paper', 'repaired']*2
-    table, said = evidence_table(e), evidence_sentence(evidence())
-    assert table.count('\n') == 2 and '| all labels: supported: +1.50 ± 0.49 from 2.0 (0 of 5 degenerate)<br>40 labels: supported: +1.50 ± ' in table and '| all labels: supported: +2.50 ± 0.49 from 2.0 (0 of 5 degenerate)<br>40 labels: supported: +2.50 ± ' in table and '| digits (for CIFAR-10) | wrn_16_1  | all labels: +0.20<br>40 labels: +1.50 |' in table and 'WRN' not in table.splitlines()[2]
-    assert said.startswith(f"1 of {len(CLAIMS)} claims have been measured here, all on stand-ins for the paper's data. Each setting and reading gives a verdict. LICO's accuracy: 4 supported. Not measured: ") and 'CGC costs accuracy (Table 2)' in said
-    assert evidence_table(pd.read_csv(io.StringIO(e.to_csv(index=False)), dtype=dict(labels=str, options=str))) == table, 'the same from the file'
-    fig = draw_evidence(e)
-    assert [o.get_color() for o in fig.axes[0].lines[:1]] == ['tab:green'] and len(fig.axes[0].get_yticks()) == 4
+def test_settings_are_pooled_and_corrected_for_their_number(lico_root):
+    for labels, gain in (('40', 1.), ('250', 3.)): store(f'table3-{labels}', rows('CE', BASE, text=None, method='CE'), rows('LICO', BASE + gain + 10*NOISE), labels=labels)
+    store('table10', rows('DC on', BASE), rows('DC off', BASE + 20*NOISE), labels='all')
+    df = claim_rows().set_index('claim')
+    r = df.loc['LICO gains accuracy, with few labels and with all']
+    assert (r.settings, r.seeds, r.n) == (2, 5, 10) and r.difference == pytest.approx(2 + 10*NOISE.mean()) and r.p_holm == pytest.approx(2*r.p) and r.verdict == 'supported'
+    assert '5 × 2' in claims_table(claim_rows(), "the paper's data") and '+2.14' in claims_table(claim_rows(), "the paper's data")
 
 
-def test_readings_of_matching_are_one_where_there_is_none(lico_root):
-    store('table5', 'CE', [50., 60., 71.], text_encoder=None)
-    for preset in ('paper', 'repaired'): store('table5', 'CE+OT', [51., 60., 70.], preset=preset)
-    e = evidence()
-    assert len(e) == len(CLAIMS) and 'inconclusive: +0.00 ± 2.48 from 60.3 (n = 3)' in evidence_table(e) and "ablations and rivals: 1 inconclusive" in evidence_sentence(e)
+def test_digits_give_no_verdict(lico_root):
+    store('table3', rows('CE', BASE, text=None, method='CE'), rows('LICO', BASE + 3 + NOISE), dataset='digits', is_stand_in=True, backbone='wrn_16_1')
+    assert (claim_rows()['where'] == 'not testable here').all() and claim_rows().verdict.eq('').all()
+    store('table3', rows('CE', BASE, text=None, method='CE'), rows('LICO', BASE + 3 + NOISE), dataset='folder:mine', is_stand_in=True, backbone='wrn_16_1')
+    assert claim_rows().set_index('claim').verdict['LICO gains accuracy, with few labels and with all'] == 'higher'
 
 
-def test_maps_are_asked_for_by_their_method(lico_root):
-    for method, shift in (('CE', 0), ('LICO', 2)):
-        for s, k in (('grad-cam', 1), ('random', 5)):
-            store('table1', method, [50., 60.], saliency=s, saliency_options=None, images=9, insertion=[30. + shift*k, 31. + 1.01*shift*k], probability=[90., 80. - 10*shift], text_encoder=None if method == 'CE' else 'minilm', paper_dataset='ImageNet-1k')
-    store('table8', 'pretrained', [math.nan], saliency='grad-cam', saliency_options=None, images=9, pointing_game=[50.])
-    e = evidence().set_index('claim')
-    assert e.difference["LICO's Grad-CAM maps are better at insertion"] == pytest.approx(2.01) and e.says["LICO's Grad-CAM maps are better at insertion and deletion together"] == 'not measured'
-    assert 'supported: +2.01 ± 0.13 from 30.5; confidence -10.00 (0 of 2 degenerate)' in evidence_table(e.reset_index())
-    assert '; confidence -10.00, when blurred -4.00 (0 of 2' in evidence_table(e.reset_index().assign(blurred=-4.))
-    assert e.says[e.table == 8].tolist() == ['not measured'], 'a network without a pair is evidence of nothing'
+def test_the_programmes_runs_know_their_arms():
+    for name, b in BLOCKS.items():
+        runs = block_runs(name, b.dataset)
+        assert len(runs) == b.seeds*len(b.arms) and [arm_name(r) for r in runs[:len(b.arms)]] == list(b.arms)
+        assert len({tuple(sorted(r.options)) for r in runs}) <= 3 and all(r.labels == b.labels for r in runs)
+    assert {c.arm for c in PRIMARY} | {c.reference for c in PRIMARY} <= set(ARMS)
 
 
-def test_no_method_of_maps_is_passed_over(lico_root):
-    for method, shift in (('CE', 0), ('LICO', 2)):
-        for s, k in (('grad-cam', 1), ('rise', -3), ('random', 50)):
-            store('table8-x', method, [50., 60. - shift], saliency=s, saliency_options=None, images=9, pointing_game=[30. + shift*k, 31. + 1.01*shift*k], text_encoder=None if method == 'CE' else 'minilm', paper_dataset='MS-COCO-2017-val')
-    store('table1', 'pretrained', [math.nan], saliency='grad-cam', saliency_options=None, images=9, insertion=[50.])
-    assert maps_sentences().splitlines() == [
-        '* **digits (for MS-COCO-2017-val), all labels, 120 steps, pointing game**: 2 comparisons (2 methods, 1 readings, 2 pairs each), 1 contradicted, 1 supported; from -6.03 ± 0.38 (rise, paper) to +2.01 ± 0.13 (grad-cam, paper) points.',
-        '* The accuracy of these networks changed by -1.00 ± 0.89 (LICO (paper)).']
-    store('table1-y', 'CE', [50.], saliency='grad-cam', saliency_options=None, images=9, insertion=[50.])
-    store('table1-y', 'CGC', [50.], saliency='grad-cam', saliency_options=None, images=9, insertion=[51.])
-    assert len(maps_sentences().splitlines()) == 2, 'pairs without LICO say nothing of LICO'
+def programme(block, **gains):
+    base = 50 + np.random.default_rng(1).normal(0, 3, BLOCKS[block].seeds)
+    noise = lambda a: np.random.default_rng(sum(map(ord, a))).normal(0, 1, len(base))
+    make = lambda a: rows(a, base + gains.get(a.replace('-', '_'), 0) + noise(a), text='minilm' if ARMS[a].method == 'LICO' else None, method=ARMS[a].method, preset=ARMS[a].preset)
+    return pd.concat(map(make, BLOCKS[block].arms))
 
 
-def test_what_is_kept_is_what_the_results_say():
-    "Run nbs/paper.ipynb again when results below figures/ change."
-    e = pd.read_csv(io.StringIO(evidence().to_csv(index=False)), dtype=dict(labels=str, options=str))
-    kept = pd.read_csv(root()/'figures'/'paper'/'results.csv', dtype=dict(labels=str, options=str))
-    assert evidence_table(e) == evidence_table(kept) and evidence_sentence(e) == evidence_sentence(kept)
+def test_contrasts():
+    "Names that give two points over wrong names, which give one over cross-entropy: each is found, pooled over blocks, corrected for five."
+    made = {k: programme(k, repaired=3, repaired_shuffled=1) for k in ('A', 'B')}
+    df = contrast_rows(made)
+    whole = df[df.block == 'all'].set_index('contrast')
+    names = whole.loc[PRIMARY[0].says]
+    assert names.verdict == 'supported' and names.n == 30 and names.settings == 2 and abs(names.difference - 2) < 1 and names.p <= names.p_holm
+    assert len(df) == 3*len(PRIMARY) and contrast_rows({'A': made['A']}).block.tolist() == ['A']*5 and contrast_rows({}).empty
+    dead = contrast_rows({'A': made['A'].assign(accuracy_last=lambda d: d.accuracy_last.where(d.arm != 'paper', 10.))}).set_index('contrast')
+    assert dead.verdict['LICO as printed beats cross-entropy'] == 'training failed (100%)'
+
+
+def test_wrong_names_are_no_evidence_for_a_claim(lico_root):
+    store('language-A', programme('A', repaired=3, repaired_shuffled=-30))
+    r = claim_rows().set_index(['claim', 'preset']).loc[('LICO gains accuracy, with few labels and with all', 'repaired')]
+    assert r.seeds == 20 and abs(r.difference - 3) < 1 and r.folders == 'language-A'
+
+
+def without(n, *labels): return replace(TABLES[n], arms=tuple(a for a in TABLES[n].arms if a.label not in labels))
+
+
+def test_coverage_says_what_the_registry_gives(monkeypatch):
+    printed = {1: 34, 2: 16, 3: 38, 4: 48, 5: 16, 6: 24, 7: 10, 8: 12, 9: 6, 10: 8, 11: 32, 12: 12, 13: 15}
+    c = coverage()
+    assert c.printed.to_dict() == printed and c.runnable.to_dict() == printed
+    for n, labels, gone in ((6, ('0 tokens', '20 tokens'), 8), (12, ('W2V',), 2), (13, ('Random',), 5), (10, ('DC off',), 4), (7, ('Cosine',), 5)):
+        with monkeypatch.context() as m:
+            m.setitem(TABLES, n, without(n, *labels))
+            assert len(claims._runnable(n)) == printed[n] - gone
+
+
+@pytest.mark.parametrize('n, key, value, left', [(2, 'methods', 'CE, LICO', 8), (4, 'datasets', 'cub200, cars', 24), (12, 'labels', '4000', 6), (1, 'saliency', 'grad-cam, rise', 16), (7, 'backbones', 'parn_18', 0),
+                                                 (9, 'datasets', 'digits', 0), (6, 'arms', '12 tokens, 4 tokens', 8)])
+def test_coverage_says_what_the_profile_gives(n, key, value, left, monkeypatch):
+    "A profile that runs less makes less runnable."
+    own = claims.parameters
+    monkeypatch.setattr(claims, 'parameters', lambda name, given: own(name, given | {key: value}))
+    assert len(claims._runnable(n)) == left
+
+
+def test_coverage_of_what_was_measured(lico_root):
+    "Counted on the paper's data only with its network and its encoder."
+    def counts(**more):
+        store('table3-x', rows('CE', [1.], text=None, method='CE'), rows('LICO', [1.], text='clip'), **dict(labels='250') | more)
+        c = coverage().loc[3]
+        return c.measured, c.stand_in
+    assert counts() == (2, 0) and counts(text_encoder='minilm') == (0, 2) and counts(backbone='wrn_16_1') == (0, 2) and counts(labels='251') == (0, 0)
+    assert counts(profile='paper with steps=1') == counts(profile='laptop') == (0, 2)
+    assert counts(dataset='digits', is_stand_in=True) == (0, 2) and counts(arm='pretrained') == (0, 0) and counts(backbone='parn_18') == (2, 0) and counts(accuracy_last=math.nan) == (0, 0)
+
+
+def test_what_is_kept_is_not_stale():
+    "figures/paper is what the results below figures say."
+    kept = pd.read_csv(root()/'figures'/'paper'/'results.csv')
+    now = claim_rows()
+    assert kept.claim.tolist() == now.claim.tolist() and kept.verdict.fillna('').tolist() == now.verdict.tolist()
+    np.testing.assert_allclose(kept.difference, now.difference.astype(float), equal_nan=True)
+    pd.testing.assert_frame_equal(pd.read_csv(root()/'figures'/'paper'/'coverage.csv', index_col='table'), coverage())

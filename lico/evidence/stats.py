@@ -35,7 +35,7 @@ METRICS = dict(
     mosu=Metric('MOSU', 'nats', lower_is_better=True, of_maps=True), ses=Metric('SES', **_map),
     spearman=Metric('rank correlation', ''), ssim=Metric('SSIM', ''))
 
-# %% ../../nbs/evidence/16_stats.ipynb #672e254b
+# %% ../../nbs/evidence/16_stats.ipynb #e0b3b9f6
 @dataclass(frozen=True)
 class Estimate:
     "A mean of paired differences, and how sure it is."
@@ -43,6 +43,7 @@ class Estimate:
     se: float  # standard error; not a number below 3 pairs
     df: float  # degrees of freedom of Student's t
     n: int  # pairs, of all settings together
+    least: int  # pairs of the setting with the fewest
 
     @property
     def half_width(self) -> float:
@@ -66,10 +67,10 @@ def estimate(
     "The mean over settings of their mean difference, with its standard error (Welch and Satterthwaite)."
     groups = [np.asarray(d, float) for d in groups]
     mean, sizes = float(np.mean([d.mean() for d in groups])), [len(d) for d in groups]
-    if min(sizes) < 3: return Estimate(mean, math.nan, math.nan, sum(sizes))
+    if min(sizes) < 3: return Estimate(mean, math.nan, math.nan, sum(sizes), min(sizes))
     v = np.array([d.var(ddof=1)/len(d) for d in groups])/len(groups)**2
     df = v.sum()**2/(v**2/(np.array(sizes) - 1)).sum() if v.any() else sum(sizes) - len(groups)
-    return Estimate(mean, float(math.sqrt(v.sum())), float(df), sum(sizes))
+    return Estimate(mean, float(math.sqrt(v.sum())), float(df), sum(sizes), min(sizes))
 
 # %% ../../nbs/evidence/16_stats.ipynb #ff9acebd
 def sign_flip(
@@ -109,13 +110,13 @@ def pairs(
     found = [base.merge(group, on=setting + shared + unit, suffixes=('_base', '')) for _, group in groups]
     return [o for o in found if len(o)]
 
-# %% ../../nbs/evidence/16_stats.ipynb #60590fa2
+# %% ../../nbs/evidence/16_stats.ipynb #1e38147f
 def _row(o, metric, reference, keys):
     "One line of a comparison."
     d, first = (o[metric] - o[f'{metric}_base']).to_numpy(float), o.iloc[0]
     e = estimate(d.round(9))
     row = dict({k: first[k] for k in keys}, metric=metric, reference=reference, n=len(o), baseline=o[f'{metric}_base'].mean(), baseline_std=o[f'{metric}_base'].std(),
-               value=o[metric].mean(), value_std=o[metric].std(), difference=e.mean, half_width=e.half_width, p=e.p(), p_flip=sign_flip(d), differences=tuple(d))
+               value=o[metric].mean(), value_std=o[metric].std(), difference=e.mean, half_width=e.half_width, p=e.p(), p_flip=sign_flip(d), differences=d.tolist())
     for k in ('inactive', 'failed', 'constant'):
         if k in o: row[k] = int(o[k].sum())
     if 'failed' in o: row['failed_base'] = int(o.failed_base.sum())
@@ -150,18 +151,18 @@ def holm(
     p = np.nan_to_num(np.asarray(p, float), nan=1.)
     return multipletests(p, method='holm')[1] if len(p) else p
 
-# %% ../../nbs/evidence/16_stats.ipynb #fc9e7420
+# %% ../../nbs/evidence/16_stats.ipynb #f7e4a425
 def conditions(
     df: pd.DataFrame,  # rows of results, a row a run
 ) -> pd.DataFrame:
     "The rows with `failed`: accuracy within 1 point of chance, or a mean cosine above 0.98 between images; and `inactive`: matching said nothing in the end."
-    cosine = df.cosine if 'cosine' in df else pd.Series(math.nan, df.index)
-    failed = (df.accuracy_last <= 100/df.classes + 1) | (cosine > .98)
-    matching = df.entropy_image.notna() if 'entropy_image' in df else pd.Series(False, df.index)
+    column = lambda name: df[name].astype(float) if name in df else pd.Series(math.nan, df.index)
+    failed = (column('accuracy_last') <= 100/column('classes') + 1) | (column('cosine') > .98)
+    matching = column('entropy_image').notna()
     silent = [bool(m and inactive(r)) for m, r in zip(matching, df.to_dict('records'))]
     return df.assign(failed=failed, inactive=silent)
 
-# %% ../../nbs/evidence/16_stats.ipynb #3ca4a676
+# %% ../../nbs/evidence/16_stats.ipynb #08d993f8
 GRADES = ("the paper's data", 'natural images', 'demonstration')
 _words = {GRADES[0]: ('supported', 'contradicted'), GRADES[1]: ('higher', 'lower')}
 
@@ -170,12 +171,11 @@ def verdict(
     p: float,  # of its difference from zero, corrected for its family
     smallest: float,  # the smallest difference of interest
     grade: str = GRADES[0],  # one of `GRADES`
-    groups: int = 1,  # settings that the estimate is over
     failed: float = 0.,  # share of the method's runs whose training failed
 ) -> str:
     "What a claim's pairs say; empty for a demonstration."
     if choose('grade of evidence', grade, GRADES) == GRADES[2]: return ''
-    if e.n < 5*groups: return 'too few pairs'
+    if e.least < 5: return 'too few pairs'
     if failed > .5: return f'training failed ({failed:.0%})'
     if p < .05: return _words[grade][e.mean < 0]
     return 'equivalent' if e.p_within(smallest) < .05 else 'inconclusive'

@@ -72,18 +72,20 @@ def write_results(
         write_atomic(folder/'results.csv', rows.to_csv(index=False))
         return read_results(folder)
 
-# %% ../../nbs/evidence/20_store.ipynb #35d34acf
+# %% ../../nbs/evidence/20_store.ipynb #84be19f5
 def rows_of(
     records: list,  # from `sweep`
     table: int = None,  # of the paper, whose arms they are
     stand_in: str = None,  # the paper's dataset that one stands in for which the settings do not know
+    arm_name=None,  # a run -> its arm, where that is not the table's
     **more,  # further columns: the `profile`
 ) -> pd.DataFrame:
     "Records as rows of results, each run once."
-    own = {k for a in TABLES[table].arms for k in a.options} if table else set()
+    own = {k for a in TABLES[table].arms for k in a.options} if table else {'class_text'} if arm_name else set()  # options that make the arms
+    name = (lambda r: arm_of(table, r).label) if table else arm_name or (lambda r: r.method)
     df = frame(records)
     df['labels'] = [f"{r['run']['shots']}-shot" if r['run']['shots'] else n for r, n in zip(records, df.labels)]
-    df['arm'] = [arm_of(table, run_of(r)).label for r in records] if table else df.method
+    df['arm'] = [name(run_of(r)) for r in records]
     df['options'] = [', '.join(f'{k}={v}' for k, v in r['run']['options'] if k not in own) for r in records]
     named = [paper_dataset(name, table, stand_in) for name in df.dataset]
     short = df.dataset.map(lambda name: f"folder:{Path(name).name}" if name.startswith('folder:') else name)
@@ -124,7 +126,7 @@ def top5(
         write_atomic(path, json.dumps(100*(best == data.test.y[:, None]).any(1).double().mean().item()))
     return json.loads(path.read_text())
 
-# %% ../../nbs/evidence/20_store.ipynb #c4b7b5a0
+# %% ../../nbs/evidence/20_store.ipynb #16f0e1fb
 def _metrics(p, table):
     "The metrics of maps that are asked for, or that the table has."
     return tuple(getattr(p, 'metrics', None) or [m for m in (*TABLES[table].metrics, *TABLES[table].also) if m in SCORERS] if table else getattr(p, 'metrics', ()))
@@ -145,11 +147,12 @@ def collect(
     table: int = None,  # the table of the paper that they are of: says their arms and what is measured beside accuracy
     cases=None,  # a record -> the `Cases`, or a list of them, on which its maps are scored; `None`: test images
     others=(),  # functions that give `Cases` of further networks
+    arm_name=None,  # a run -> its arm, where that is not the table's
 ) -> pd.DataFrame:
     "The results of runs: run what is missing, measure what is asked for, write the files in `p.out`, read them back."
     if p.stored == 'only': return read_results(p.out)
     records, per_image = train(p, runs), None
-    rows = rows_of(records, table, p.stand_in, profile=p.protocol) if records else pd.DataFrame(columns=['id'])
+    rows = rows_of(records, table, p.stand_in, arm_name, profile=p.protocol) if records else pd.DataFrame(columns=['id'])
     if table and 'top5' in TABLES[table].metrics: rows['top5'] = [top5(r) for r in records]
     if _metrics(p, table):
         scored, per_image = _of_maps(p, table, records, cases or (lambda r: test_images(r, p.test_images)), others)
