@@ -147,6 +147,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'lico.data.load': ('method/data.html#load', 'lico/data.py'),
                            'lico.data.refuse_path': ('method/data.html#refuse_path', 'lico/data.py'),
                            'lico.data.test_batches': ('method/data.html#test_batches', 'lico/data.py'),
+                           'lico.data.test_boxes': ('method/data.html#test_boxes', 'lico/data.py'),
                            'lico.data.training_batch': ('method/data.html#training_batch', 'lico/data.py'),
                            'lico.data.training_batches': ('method/data.html#training_batches', 'lico/data.py')},
             'lico.datasets': { 'lico.datasets.Part': ('method/datasets.html#part', 'lico/datasets.py'),
