@@ -11,7 +11,8 @@ import csv, dataclasses, functools, hashlib, json, numbers, os, sys
 from pathlib import Path
 import numpy as np, torch
 from .config import derive_seed
-from .datasets import by_hash, each_image, file_bytes, find, image_files, image_hashes, no_truncated_images, open_image, reason
+from .datasets import by_hash, each_image, file_bytes, find, image_files, image_hashes
+from .datasets import no_truncated_images, open_image, reason
 
 # %% ../nbs/method/03_data.ipynb #cd132858
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -46,7 +47,7 @@ class Data:
     flip: bool  # may an image be mirrored? A digit may not
     mean: tuple  # per channel, in [0, 1], over the whole training set, before labels are cut; ImageNet's for `Files`
     std: tuple  # the same
-    digest: str  # sha256 of the whole dataset: its pixels (for `Files`: their bytes) in order, labels, names; not of its place or the subset
+    digest: str  # sha256 of the whole dataset: its pixels (for `Files`: their bytes) in order, labels and names
 
     def normalise(self, x):
         "uint8 [B, 3, S, S] to float32 less `mean`, over `std`: mean 0 and variance 1 per channel over the training set."
@@ -78,7 +79,7 @@ def _data(name, train, test, class_names, flip):
 
 # %% ../nbs/method/03_data.ipynb #14dbfc5a
 def _fit(image, size):
-    "An 8-bit PIL image as a uint8 array [3, size, size]: the largest centred square, resized bicubically only if its size differs."
+    "An 8-bit PIL image as uint8 [3, size, size]: the largest centred square, resized bicubically if its size differs."
     from PIL import Image, ImageOps
     image = image.convert('RGB')
     if image.size != (size, size): image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
@@ -107,10 +108,9 @@ def _files_digest(source):
 
 def _on_disk(name, source, size):
     "The `Data` of files: its digest is of their bytes in order, labels and names; of a known dataset, of its content."
-    parts = source.train, source.test
-    train, test = (Files(source.folder, np.array([os.fsencode(f) for f in o.images]), torch.tensor(o.labels)) for o in parts)
-    digest = source.content or _files_digest(source)
-    return Data(name, train, test, source.class_names, size, source.flip, _imagenet_mean, _imagenet_std, digest)
+    def files(o): return Files(source.folder, np.array([os.fsencode(f) for f in o.images]), torch.tensor(o.labels))
+    digest, norm = source.content or _files_digest(source), (_imagenet_mean, _imagenet_std)
+    return Data(name, files(source.train), files(source.test), source.class_names, size, source.flip, *norm, digest)
 
 # %% ../nbs/method/03_data.ipynb #81ffcee2
 def _guess_size(path):
@@ -199,7 +199,7 @@ def _place(name):
 def dataset_name(
     name: str,  # as `load` takes it
 ) -> str:
-    "What a dataset is called in results: a folder with a known dataset's pixels by that dataset's name, all else as it was asked for."
+    "What results call a dataset: a folder with a known dataset's pixels by that name, all else as it was asked for."
     return find(*_place(name)).name or name if name.startswith('folder:') else name
 
 # %% ../nbs/method/03_data.ipynb #d5df4bf2
@@ -231,12 +231,12 @@ def test_boxes(
     "Boxes int64 [n, 4] of the test images of `load(name)`, in pixels of their files, both ends inside."
     source = find(*_place(name))
     if not source.folder or not (file := source.folder/'boxes.csv').is_file():
-        raise FileNotFoundError(f"{name} has no boxes.csv: expected one beside its parts, with columns file, {', '.join(_box)}")
+        raise FileNotFoundError(f"{name} has no boxes.csv: expected one there, with columns file, {', '.join(_box)}")
     with open(file, newline='', encoding='utf-8') as f: rows = {row.get('file'): row for row in csv.DictReader(f)}
     try: return torch.tensor([[int(rows[path][k]) for k in _box] for path in source.test.images])
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file} has no box for every test image ({reason(e)}): "
-                         f"expected a row each, with file (such as {source.test.images[0]}), {', '.join(_box)}") from None
+                         f"expected file (such as {source.test.images[0]}), {', '.join(_box)} of each") from None
 
 # %% ../nbs/method/03_data.ipynb #b244a802
 def augment(

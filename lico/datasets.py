@@ -363,8 +363,9 @@ def content(
 # %% ../nbs/method/02_datasets.ipynb #9a2a998c
 def _known(n_train, n_test):
     "{content: name} of the datasets with so many images in `settings.ini`."
-    sections = {name.removeprefix('dataset.'): o for name, o in settings().items() if name.startswith('dataset.') and 'content' in o}
-    return {o['content']: name for name, o in sections.items() if [int(n) for n in o['images'].split(',')] == [n_train, n_test]}
+    sections = [o for name, o in settings().items() if name.startswith('dataset.') and 'content' in o]
+    of_that_size = [o for o in sections if [int(n) for n in o['images'].split(',')] == [n_train, n_test]]
+    return {o['content']: o.name.removeprefix('dataset.') for o in of_that_size}
 
 def _recognised(source):
     "A folder's source with the name and the order of the dataset that it holds; as it came if that is unknown."
@@ -384,7 +385,8 @@ def find(
     files: tuple = None,  # for a folder: what `image_files` found in it
 ) -> Source:
     "A whole dataset. Underscores in names become spaces, for they are going to be read as text."
-    if in_folder := name.startswith('folder:'): source = _folder(Path(name.removeprefix('folder:')), [f for f, *_ in files])
+    in_folder = name.startswith('folder:')
+    if in_folder: source = _folder(Path(name.removeprefix('folder:')), [f for f, *_ in files])
     else: source = READERS[choose('dataset', name, [*READERS, 'folder:PATH'])]()
     source = replace(source, class_names=tuple(n.replace('_', ' ') for n in source.class_names))
     return _recognised(source) if in_folder else source

@@ -238,7 +238,7 @@ def test_boxes_are_refused_by_name(tree):
     def said(kind):
         with pytest.raises(kind) as e: data_module.test_boxes(f'folder:{tree}')
         return str(e.value)
-    assert 'has no boxes.csv: expected one beside its parts' in said(FileNotFoundError)
+    assert 'has no boxes.csv: expected one there' in said(FileNotFoundError)
     with pytest.raises(FileNotFoundError, match='digits has no boxes.csv'): data_module.test_boxes('digits')
     for content in ('', 'file,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4', 'file,x0,y0,x1\n', 'path,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4'):
         (tree/'boxes.csv').write_text(content)
