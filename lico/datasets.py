@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['patience', 'debian', 'READERS', 'Part', 'Source', 'by_hash', 'reason', 'image_files', 'imagenet_names',
-           'no_truncated_images', 'open_image', 'decode', 'each_image', 'find']
+           'no_truncated_images', 'open_image', 'decode', 'each_image', 'pixel_bytes', 'file_bytes', 'image_hashes',
+           'content', 'find']
 
 # %% ../nbs/method/02_datasets.ipynb #42661a73
-import contextlib, functools, gzip, hashlib, os, socket
+import contextlib, functools, gzip, hashlib, json, os, socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
-from .config import choose, root
+from .config import choose, root, settings, write_atomic
 
 # %% ../nbs/method/02_datasets.ipynb #9f4b51a6
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,8 @@ class Source:
     flip: bool = True  # may an image be mirrored? A digit may not
     size: int = None  # side in pixels at which it is usually used; `None`: look at the images
     folder: Path = None  # where paths begin; `None`: the images are arrays
+    name: str = None  # of the known dataset whose pixels a folder holds; `None`: none, or not a folder
+    content: str = None  # the digest by which it was recognised
 
 # %% ../nbs/method/02_datasets.ipynb #2c2fa9e2
 def by_hash(keys) -> list:
@@ -72,6 +75,15 @@ def _fetching(name, put, deed='could not download it', inside=''):
         raise FileNotFoundError(f"{name} is not in {folder} and torchvision {deed} ({reason(e)}): put {put} into that folder") from None
     finally: socket.setdefaulttimeout(timeout)
 
+# %% ../nbs/method/02_datasets.ipynb #a3afb333
+def _sha(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
+
+def _in_order(part, hashes):
+    "The images of a part by class and by the hash of their pixels: in the same order wherever they were found."
+    order = sorted(range(len(hashes)), key=lambda i: (part.labels[i], hashes[i]))
+    images = part.images[order] if isinstance(part.images, np.ndarray) else [part.images[i] for i in order]
+    return Part(images, [part.labels[i] for i in order])
+
 # %% ../nbs/method/02_datasets.ipynb #1cb2a67a
 def _cifar(name):
     "CIFAR-10 or CIFAR-100."
@@ -79,7 +91,8 @@ def _cifar(name):
     file = {'cifar10': 'cifar-10-python.tar.gz', 'cifar100': 'cifar-100-python.tar.gz'}[name]
     with _fetching(name, file) as folder:
         train, test = [getattr(datasets, name.upper())(folder, train, download=True) for train in (True, False)]
-    return Source(*(Part(o.data, o.targets) for o in (train, test)), tuple(train.classes), size=32)
+    parts = (_in_order(Part(o.data, o.targets), [_sha(x.tobytes()) for x in o.data]) for o in (train, test))
+    return Source(*parts, tuple(train.classes), size=32)
 
 def _svhn():
     "Street View House Numbers: train and extra, and test."
@@ -291,9 +304,77 @@ def each_image(
             with open_image(os.path.join(folder, files[i])) as image: sizes.add(image.size); use(i, image)
         except Exception as e: bad.append(f"{files[i]} ({reason(e).replace(os.path.join(folder, ''), '')})")
     with no_truncated_images(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(pool.map(read, range(len(files))), 'reading images', len(files), leave=False, disable=len(files) <= 2000): pass
+        for _ in tqdm(pool.map(read, range(len(files))), 'reading images', len(files), leave=False, delay=2): pass
     if bad: raise ValueError(f"{len(bad)} of {len(files)} images in {folder} cannot be read: {_some(sorted(bad))}; replace or remove them")
     return sizes
+
+# %% ../nbs/method/02_datasets.ipynb #b2bbc192
+def pixel_bytes(image) -> bytes:
+    "Red, green and blue of each pixel of a PIL image, row by row."
+    return image.convert('RGB').tobytes()
+
+def file_bytes(image) -> bytes:
+    "The file that a PIL image was opened from, as it lies on the disk."
+    return Path(image.filename).read_bytes()
+
+# %% ../nbs/method/02_datasets.ipynb #b30d01e1
+_enough = 1000  # hashes computed at once that are worth keeping
+
+def _kept(file):
+    "{path: [hash, [time, size]]} as it was kept in `data/hashes`; nothing if it is not there or damaged."
+    with contextlib.suppress(OSError, ValueError):
+        seal, _, text = (root()/'data'/'hashes'/file).read_text().partition('\n')
+        if seal == _sha(text.encode()): return json.loads(text)
+    return {}
+
+def _keep(file, known):
+    with contextlib.suppress(OSError):
+        text = json.dumps(known)
+        write_atomic(root()/'data'/'hashes'/file, f'{_sha(text.encode())}\n{text}')
+
+def _time_and_size(path):
+    "What tells that a file was replaced; `None` if it cannot be looked at."
+    with contextlib.suppress(OSError): return [(s := os.stat(path)).st_mtime_ns, s.st_size]
+
+# %% ../nbs/method/02_datasets.ipynb #8accba1a
+def image_hashes(
+    folder: Path,  # where paths begin
+    files: list,  # paths below it
+    of=pixel_bytes,  # what is hashed: `pixel_bytes`, or `file_bytes`, for which nothing is decoded
+) -> list:
+    "The sha256 of each image; of files that have not changed it is looked up."
+    file = f"{_sha(os.fsencode(f'{of.__name__} {folder}'))[:16]}.json"
+    known, now = _kept(file), {f: _time_and_size(os.path.join(folder, f)) for f in files}
+    new = [f for f in files if now[f] is None or known.get(f, (None, None))[1] != now[f]]
+    def put(i, image): known[new[i]] = [_sha(of(image)), now[new[i]]]
+    each_image(folder, new, put)
+    if len(new) >= _enough: _keep(file, {f: known[f] for f in files})
+    return [known[f][0] for f in files]
+
+# %% ../nbs/method/02_datasets.ipynb #b7c01fd0
+def content(
+    source: Source,  # a whole dataset, its class names as they are read
+    hashes: list,  # of the pixels of its images, those for training first
+) -> str:
+    "sha256 of which pixels a dataset has in which part and class: of no file name and no order."
+    where = [(part, source.class_names[y]) for part in ('train', 'test') for y in getattr(source, part).labels]
+    return _sha('\n'.join(sorted(f'{part}/{name}/{sha}' for (part, name), sha in zip(where, hashes))).encode())
+
+# %% ../nbs/method/02_datasets.ipynb #9a2a998c
+def _known(n_train, n_test):
+    "{content: name} of the datasets with so many images in `settings.ini`."
+    sections = [o for name, o in settings().items() if name.startswith('dataset.') and 'content' in o]
+    of_that_size = [o for o in sections if [int(n) for n in o['images'].split(',')] == [n_train, n_test]]
+    return {o['content']: o.name.removeprefix('dataset.') for o in of_that_size}
+
+def _recognised(source):
+    "A folder's source with the name and the order of the dataset that it holds; as it came if that is unknown."
+    n = len(source.train.labels)
+    if not (known := _known(n, len(source.test.labels))): return source
+    hashes = image_hashes(source.folder, source.train.images + source.test.images)
+    if (found := content(source, hashes)) not in known: return source
+    parts = dict(train=_in_order(source.train, hashes[:n]), test=_in_order(source.test, hashes[n:]))
+    return replace(source, name=known[found], content=found, **parts)
 
 # %% ../nbs/method/02_datasets.ipynb #52ea9470
 READERS = dict(digits=_digits, fashion_mnist=_fashion_mnist, cifar10=functools.partial(_cifar, 'cifar10'), cifar100=functools.partial(_cifar, 'cifar100'),
@@ -304,6 +385,8 @@ def find(
     files: tuple = None,  # for a folder: what `image_files` found in it
 ) -> Source:
     "A whole dataset. Underscores in names become spaces, for they are going to be read as text."
-    if name.startswith('folder:'): source = _folder(Path(name.removeprefix('folder:')), [f for f, *_ in files])
+    in_folder = name.startswith('folder:')
+    if in_folder: source = _folder(Path(name.removeprefix('folder:')), [f for f, *_ in files])
     else: source = READERS[choose('dataset', name, [*READERS, 'folder:PATH'])]()
-    return replace(source, class_names=tuple(n.replace('_', ' ') for n in source.class_names))
+    source = replace(source, class_names=tuple(n.replace('_', ' ') for n in source.class_names))
+    return _recognised(source) if in_folder else source

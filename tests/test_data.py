@@ -223,6 +223,29 @@ def test_sixteen_bits_are_refused(tree):
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tree/'train'/'cat'/'0.png')
     assert '1 of 36 images' in (message := refusal(f'folder:{tree}')) and 'train/cat/0.png (mode I;16 has more than 8 bits' in message
 
+# boxes
+
+def test_boxes_come_in_the_order_of_the_test_images(tree):
+    paths = sorted(tree.glob('test/*/*'), key=lambda p: p.name)
+    box = lambda p: (int(p.stem), 1, 10 + int(p.stem), len(p.parent.name))
+    rows = [','.join(map(str, (*box(p)[::-1], 'any', p.relative_to(tree).as_posix()))) for p in paths]
+    (tree/'boxes.csv').write_text('\n'.join(['y1,x1,y0,x0,wnid,file', *rows]))
+    found, d = data_module.test_boxes(f'folder:{tree}'), load(f'folder:{tree}')
+    assert found.dtype == torch.int64 and found[:, 0].tolist() == d.test.x[:, 1, 0, 0].tolist()
+    assert found[:, 3].tolist() == [len(d.class_names[y]) for y in d.test.y] and found[:, 2].tolist() == (found[:, 0] + 10).tolist()
+
+def test_boxes_are_refused_by_name(tree):
+    def said(kind):
+        with pytest.raises(kind) as e: data_module.test_boxes(f'folder:{tree}')
+        return str(e.value)
+    assert 'has no boxes.csv: expected one there' in said(FileNotFoundError)
+    with pytest.raises(FileNotFoundError, match='digits has no boxes.csv'): data_module.test_boxes('digits')
+    for content in ('', 'file,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4', 'file,x0,y0,x1\n', 'path,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4'):
+        (tree/'boxes.csv').write_text(content)
+        assert 'has no box for every test image (' in (message := said(ValueError)) and 'test/cat/0.png' in message
+    (tree/'boxes.csv').write_text('\n'.join(['file,x0,y0,x1,y1', *(f'{p.relative_to(tree).as_posix()},1,2,3,x' for p in tree.glob('test/*/*'))]))
+    assert "'x'" in said(ValueError)
+
 # augmentation
 
 batches = st.tuples(st.integers(1, 5), st.integers(2, 7), st.booleans(), st.integers(0, 2**32)).flatmap(
@@ -415,15 +438,20 @@ def test_a_damaged_file_is_named_at_once_or_when_it_is_met(photos, monkeypatch, 
     assert re.fullmatch(rf'train/dog/1.jpg in {photos} cannot be read \(.*\): replace or remove it', str(e.value)) and ImageFile.LOAD_TRUNCATED_IMAGES is tolerant
     with pytest.raises(ValueError, match='train/dog/1.jpg in '): list(plain_batches(d, d.train, 4))
 
-def test_digest_of_files_is_of_paths_sizes_labels_and_names(photos, tmp_path):
+def test_digest_of_files_is_of_their_bytes_in_order_labels_and_names(photos, tmp_path):
     digest = lambda folder: load(f'folder:{folder}').digest
     first, copies = digest(photos), iter(range(9))
     copy = lambda: shutil.copytree(photos, tmp_path/f'copy{next(copies)}', copy_function=shutil.copyfile)
     assert re.fullmatch('[0-9a-f]{64}', first) and digest(copy()) == first
-    Image.new('RGB', (300, 300)).save((longer := copy())/'test'/'cat'/'0.jpg')
+    renamed = copy()
+    for path in sorted(renamed.rglob('*.jpg')): path.rename(path.with_name(f'photo {path.name}'))
+    assert digest(renamed) == first  # other names, the same order: the same images are drawn
+    (swapped := copy()/'test'/'cat'/'0.jpg').rename(swapped.with_name('9.jpg'))
+    bit = bytearray((flipped := copy()/'test'/'cat'/'0.jpg').read_bytes()); bit[-3] ^= 1
+    flipped.write_bytes(bit)  # as many bytes as before
     (moved := copy()); (moved/'train'/'cat'/'0.jpg').rename(moved/'train'/'dog'/'9.jpg')
     for part in ('train', 'test'): (photos/part/'dog').rename(photos/part/'doh')
-    assert len({first, digest(longer), digest(moved), digest(photos)}) == 4
+    assert len({first, digest(swapped.parents[2]), digest(flipped.parents[2]), digest(moved), digest(photos)}) == 5
 
 def test_images_in_memory_go_through_training_batch():
     d = load('digits', labels=250)

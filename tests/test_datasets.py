@@ -1,11 +1,12 @@
-"lico.datasets: every dataset in a small copy of its own layout, written by the test; Fashion-MNIST itself where Debian put it; every refusal."
-import gzip, io, os, pickle, shutil, socket, struct, tarfile, time
+"lico.datasets: every dataset in a small copy of its layout; Fashion-MNIST where Debian put it, CIFAR-10 where LICO_DATA says; every refusal."
+import gzip, hashlib, io, os, pickle, re, shutil, socket, struct, tarfile, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
 from lico import data as data_module, datasets
-from lico.data import Files, load
-from lico.datasets import find, imagenet_names
+from lico.config import dataset_settings
+from lico.data import Files, dataset_name, load
+from lico.datasets import content, file_bytes, find, image_files, image_hashes, imagenet_names, pixel_bytes
 
 def refusal(name):
     "What `find` says when it refuses: one sentence on one line."
@@ -249,3 +250,171 @@ def test_imagenet_names_are_readable_and_unique():
     changed = {i for i, name in names.items() if name != info.label_name_to_description(i).split(',')[0]}
     assert changed == {'n02012849', 'n02113186', 'n03126707', 'n03710637', 'n03710721'}  # crane and maillot, twice each, and the Cardigan that is a dog
     assert not any('_' in name or name != name.strip() for name in names.values())
+
+# known by their pixels
+
+NAMES = ('apple', 'fire_truck', 'zebra')
+
+def tiny(seed=0, n=7, size=32):
+    "Noise in three classes: {part: (images, labels)}, in an order of no meaning."
+    rng = np.random.RandomState(seed)
+    return {part: (rng.randint(0, 256, (3*n, size, size, 3), np.uint8), rng.permutation(3*n) % 3) for part in ('train', 'test')}
+
+def write_archive(folder, parts, names=NAMES):
+    "The images as CIFAR-10's archive holds them: 1,024 reds, greens and blues each; the training images in five files."
+    folder.mkdir(parents=True)
+    (folder/'batches.meta').write_bytes(pickle.dumps({'label_names': list(names)}))
+    rows = {part: x.transpose(0, 3, 1, 2).reshape(len(x), -1) for part, (x, _) in parts.items()}
+    write = lambda f, part, which: (folder/f).write_bytes(pickle.dumps({'data': rows[part][which], 'labels': parts[part][1][which].tolist()}))
+    for i, which in enumerate(np.array_split(np.arange(len(rows['train'])), 5), 1): write(f'data_batch_{i}', 'train', which)
+    write('test_batch', 'test', slice(None))
+
+def write_folder(folder, parts, seed=0, ending='png', names=NAMES):
+    "The images as an image tree, under names drawn at random."
+    rng = np.random.RandomState(seed)
+    for part, (x, y) in parts.items():
+        for name in names: (folder/part/name).mkdir(parents=True)
+        for image, label, name in zip(x, y, rng.permutation(10*len(x))):
+            Image.fromarray(image).save(folder/part/names[label]/f'{name}.{ending}')
+    return folder
+
+def by_loop(folder):
+    "The content of an image tree by a plain loop over its files."
+    sha = lambda path: hashlib.sha256(np.asarray(Image.open(path).convert('RGB')).tobytes()).hexdigest()
+    rows = [f"{p.parts[-3]}/{p.parts[-2].replace('_', ' ')}/{sha(p)}" for p in folder.glob('*/*/*')]
+    return hashlib.sha256('\n'.join(sorted(rows)).encode()).hexdigest()
+
+@pytest.fixture
+def known(offline, monkeypatch):
+    "A project whose `cifar10` is tiny: its archive and two folders of other names, order and format."
+    trust(monkeypatch)
+    mine = write_folder(offline.parent/'mine', tiny(), 1)
+    ini = (Path(__file__).parents[1]/'settings.ini').read_text()
+    change = lambda key, value, text: re.sub(rf'(\[dataset\.cifar10\][^\[]*\n{key} = ).*', rf'\g<1>{value}', text)
+    (offline.parent/'settings.ini').write_text(change('images', '21, 21', change('content', by_loop(mine), ini)))
+    write_archive(offline/'cifar-10-batches-py', tiny())
+    return mine, write_folder(offline.parent/'cats and dogs', tiny(), 2, 'bmp')
+
+@pytest.mark.parametrize('asked', [dict(), dict(labels=6, seed=3), dict(labels=6, seed=4), dict(shots=2, validation=6), dict(image_size=16)])
+def test_a_folder_of_a_known_datasets_pixels_is_that_dataset(known, asked):
+    archive, *folders = load('cifar10', **asked), *(load(f'folder:{f}', **asked) for f in known)
+    for d in folders:
+        assert (d.name, d.digest, d.class_names, d.flip, d.image_size, d.mean, d.std) == (
+            'cifar10', archive.digest, ('apple', 'fire truck', 'zebra'), True, archive.image_size, archive.mean, archive.std)
+        for part in ('train', 'test'):
+            a, b = getattr(d, part), getattr(archive, part)
+            assert torch.equal(a.x, b.x) and torch.equal(a.y, b.y)
+    assert dataset_settings(d.name)['paper_name'] == 'CIFAR-10'
+    assert [dataset_name(f'folder:{f}') for f in known] == ['cifar10']*2
+
+def test_by_their_names_the_files_would_give_others(known):
+    by_name = [[f.split('/')[-1].split('.')[0] for f, *_ in image_files(o)] for o in known]
+    assert by_name[0] != by_name[1]
+    kinds = [datasets._folder(o, [f for f, *_ in image_files(o)]) for o in known]
+    first = [np.asarray(Image.open(o/s.train.images[0])) for o, s in zip(known, kinds)]
+    assert not np.array_equal(*first)  # so the test above is one
+
+def test_nearly_a_known_dataset_is_a_folder(known):
+    mine, n = known[0], iter(range(99))
+    copy = lambda: shutil.copytree(mine, mine.parent/f'copy{next(n)}')
+    image = next(iter(sorted((pixel := copy()).glob('train/zebra/*'))))
+    other = np.array(Image.open(image)); other[5, 7, 1] ^= 1; Image.fromarray(other).save(image)
+    for part in ('train', 'test'): ((renamed := mine.parent/'renamed')/part).mkdir(parents=True)
+    for o in mine.glob('*/*'): shutil.copytree(o, renamed/o.parent.name/o.name.replace('zebra', 'zebras'))
+    label = copy(); a, b = (sorted(label.glob(f'train/{name}/*'))[0] for name in ('apple', 'zebra'))
+    a.rename(b.parent/'new.png'); b.rename(a.parent/'new.png')
+    parts = copy(); a, b = (sorted(parts.glob(f'{part}/zebra/*'))[0] for part in ('train', 'test'))
+    a.rename(b.parent/'new.png'); b.rename(a.parent/'new.png')
+    fewer = copy(); sorted(fewer.glob('test/zebra/*'))[0].unlink()
+    for name in (f'folder:{folder}' for folder in (pixel, renamed, label, parts, fewer)): assert load(name).name == dataset_name(name) == name
+    assert load(f'folder:{copy()}').name == 'cifar10'
+
+def test_a_known_dataset_on_disk_keeps_its_order_too(known):
+    large = [load(f'folder:{f}', image_size=100, labels=6) for f in known]
+    assert all(isinstance(d.train, Files) and d.name == 'cifar10' for d in large) and large[0].digest == large[1].digest
+    for part in ('train', 'test'):
+        one, other = (getattr(d, part) for d in large)
+        a, b = ([np.asarray(Image.open(o.folder/os.fsdecode(p))) for p in o.paths] for o in (one, other))
+        assert len(a) == (6 if part == 'train' else 21) and all(map(np.array_equal, a, b)) and torch.equal(one.y, other.y)
+
+def test_only_folders_of_the_right_size_are_decoded_to_be_known(known, monkeypatch):
+    other = write_folder(known[0].parent/'other', tiny(n=6))
+    monkeypatch.setattr(datasets, 'image_hashes', lambda *a, **k: 1/0)
+    assert dataset_name(f'folder:{other}') == f'folder:{other}' and dataset_name('cifar10') == 'cifar10'
+    with pytest.raises(ZeroDivisionError): dataset_name(f'folder:{known[0]}')
+
+def test_content_of_settings_is_of_64_digits_and_each_has_its_images():
+    sections = {k: dataset_settings(k) for k in ('cifar10', 'cifar100-part', 'tiny-imagenet-100')}
+    for o in sections.values(): assert re.fullmatch('[0-9a-f]{64}', o['content']) and re.fullmatch(r'\d+, \d+', o['images'])
+    part = sections['cifar100-part']
+    assert 'paper_name' not in part and part['stand_in'] == 'CIFAR-100' and 'content' not in dataset_settings('cifar100')
+
+# hashes that are kept
+
+@pytest.fixture
+def counted(offline, monkeypatch):
+    "A folder of 12 images, and the files that were opened since the last look."
+    opened, read = [], datasets.open_image
+    monkeypatch.setattr(datasets, '_enough', 5)
+    monkeypatch.setattr(datasets, 'open_image', lambda path: (opened.append(os.path.basename(path)), read(path))[1])
+    (folder := offline.parent/'images').mkdir()
+    for i in range(12): Image.new('RGB', (8, 8), (i, 0, 0)).save(folder/f'{i}.png')
+    files = [f'{i}.png' for i in range(12)]
+    def look(of=pixel_bytes):
+        opened.clear()
+        return image_hashes(folder, files, of), sorted(opened)
+    return folder, look, offline/'hashes'
+
+def test_an_unchanged_file_is_read_once(counted):
+    folder, look, kept = counted
+    want = [hashlib.sha256(np.asarray(Image.open(folder/f'{i}.png')).tobytes()).hexdigest() for i in range(12)]
+    assert look() == (want, sorted(f'{i}.png' for i in range(12))) and look() == (want, []) and len(list(kept.iterdir())) == 1
+    os.utime(folder/'3.png', (1, 1)); assert look() == (want, ['3.png'])
+    Image.new('RGB', (8, 8), (200, 0, 0)).save(folder/'4.png')
+    changed, opened = look()
+    assert changed[4] != want[4] and changed[:4] + changed[5:] == want[:4] + want[5:] and '4.png' in opened
+    (folder/'5.png').unlink()
+    with pytest.raises(ValueError, match='1 of 3 images in .* cannot be read: 5.png'): look()
+
+def test_bytes_are_another_matter_than_pixels(counted):
+    folder, look, kept = counted
+    assert look(file_bytes)[0] == [hashlib.sha256((folder/f'{i}.png').read_bytes()).hexdigest() for i in range(12)] != look()[0]
+    assert len(list(kept.iterdir())) == 2 and look(file_bytes)[1] == look()[1] == []
+
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b'', lambda b: b'\xff' + b, lambda b: b.replace(b'a', b'b', 70)])
+def test_a_damaged_store_of_hashes_counts_for_nothing(counted, damage):
+    _, look, kept = counted
+    want, (file,) = look()[0], kept.iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert look() == (want, sorted(f'{i}.png' for i in range(12))) and look() == (want, [])
+
+def test_where_nothing_may_be_written_nothing_is_kept(counted):
+    _, look, kept = counted
+    kept.parent.mkdir(exist_ok=True); kept.write_text('a file where the folder should be')
+    assert look() == look() and len(look()[1]) == 12
+
+def test_few_hashes_are_not_kept(counted, monkeypatch):
+    _, look, kept = counted
+    monkeypatch.setattr(datasets, '_enough', 13)
+    assert look()[0] == look()[0] and not kept.exists()
+
+# CIFAR-10 itself
+
+CIFAR10 = Path(os.environ.get('LICO_DATA', '.'))/'cifar10'
+
+@pytest.mark.skipif(not (CIFAR10/'train').is_dir(), reason='needs CIFAR-10 as images in LICO_DATA/cifar10')
+def test_cifar10_itself_in_a_folder_is_the_archives(offline, monkeypatch):
+    "The archive is written from the folder's pixels in another order."
+    trust(monkeypatch)
+    d = load(f'folder:{CIFAR10}', labels=40, seed=7)
+    assert d.name == 'cifar10' and d.train.y.bincount().tolist() == [4]*10 and d.test.y.bincount().tolist() == [1000]*10
+    assert np.allclose(d.mean, (0.49139968, 0.48215841, 0.44653091), rtol=0, atol=5.1e-9)
+    assert np.allclose(d.std, (0.24703223, 0.24348513, 0.26158784), rtol=0, atol=5.1e-9)
+    whole, parts = load(f'folder:{CIFAR10}'), {}
+    for part in ('train', 'test'):
+        o = getattr(whole, part)
+        order = torch.randperm(len(o), generator=torch.Generator().manual_seed(0))
+        parts[part] = o.x[order].permute(0, 2, 3, 1).numpy(), o.y[order].numpy()
+    write_archive(offline/'cifar-10-batches-py', parts, whole.class_names)
+    archive = load('cifar10', labels=40, seed=7)
+    assert archive.digest == d.digest and torch.equal(archive.train.x, d.train.x) and torch.equal(archive.test.x, d.test.x)
