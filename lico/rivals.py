@@ -227,7 +227,7 @@ def supcon_loss(
     positive = (y[:, None] == y) & ~own
     log_p = log_adjacency(features, temperature, 'cosine')
     log_p = log_p.masked_fill(own, torch.finfo(log_p.dtype).min).log_softmax(1)
-    shares = positive/positive.sum(1, keepdim=True).clamp(min=1)
+    shares = positive.to(log_p)/positive.sum(1, keepdim=True).clamp(min=1)
     return -(shares*log_p).sum()/positive.any(1).sum().clamp(min=1)
 
 class SupCon(CrossEntropy):
