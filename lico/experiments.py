@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from . import rivals
 from .backbones import create_backbone
-from .config import check_options, choose, derive_seed, preset, root, seed_everything, stamp, write_atomic
+from .config import check_options, choose, derive_seed, device, preset, root, seed_everything, stamp, write_atomic
 from .data import load
 from .losses import LossOptions
 from .model import LICO, CrossEntropy
 from .text import PromptLearner, load_text_encoder
-from .training import TrainOptions, fit, load_checkpoint, options_from, save_checkpoint, set_aside
+from .training import TrainOptions, fit, load_checkpoint, options_from, refuse_precision, save_checkpoint, set_aside
 
 # %% ../nbs/method/14_experiments.ipynb #0643b12b
 # method -> what it changes in Eq. 8; `None`: no text at all
@@ -263,6 +263,7 @@ def sweep(
     "The records of many runs, in order; only what is missing is computed."
     runs = list(dict.fromkeys(runs))
     missing = _missing(runs)
+    for r in [] if executor else missing: refuse_precision(_options(r)['precision'], device())  # an executor's machines are others
     jobs = [executor.submit(run, r, progress=False) for r in missing] if executor else []
     try:
         for o in tqdm(jobs or missing, f"{len(missing)} of {len(runs)} runs to do", unit='run', leave=False, disable=not progress):

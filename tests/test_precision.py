@@ -8,13 +8,12 @@ import torch.nn.functional as F
 from lico import experiments, model as models, rivals, training
 from lico.backbones import create_backbone
 from lico.data import load
-from lico.experiments import METHODS, Run, frame, load_data, read_record, run, run_id, runs_folder, spec, start
+from lico.experiments import METHODS, Run, frame, load_data, read_record, run, run_id, runs_folder, spec, start, sweep
 from lico.losses import ot_alignment
 from lico.model import CrossEntropy, exact
 from lico.text import load_text_encoder
 from lico.training import fit, has_bfloat16
 
-TINY = Run(labels=40, backbone='wrn_10_1', steps=1, preset='repaired')
 BF16 = dict(precision='bf16')
 
 
@@ -34,7 +33,9 @@ def test_refused_before_any_work(lico_root, tmp_path, monkeypatch):
     refusal = pytest.raises(ValueError, match='bf16 is slower than fp32 on this cpu.*use precision = fp32')
     with refusal: fit(model, data, steps=1, folder=tmp_path/'fit', progress=False, **BF16)
     assert not (tmp_path/'fit').exists()
-    with refusal: run(Run(labels=40, backbone='wrn_10_1', steps=1, options=BF16), progress=False)
+    half = Run(labels=40, backbone='wrn_10_1', steps=1, options=BF16)
+    with refusal: run(half, progress=False)
+    with refusal: sweep([Run(labels=40, backbone='wrn_10_1', steps=1), half], progress=False)  # not after the first
     assert not list(lico_root.rglob('checkpoint*')) and not list(lico_root.rglob('record*'))
     with pytest.raises(ValueError, match="unknown value of option precision: 'fp16': choose one of fp32, bf16"): Run(options=dict(precision='fp16'))
 
