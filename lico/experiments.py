@@ -16,17 +16,22 @@ from tqdm import tqdm
 
 from . import rivals
 from .backbones import create_backbone
-from .config import check_options, choose, derive_seed, preset, root, seed_everything, stamp, write_atomic
+from .config import check_options, choose, derive_seed, device, preset, root, seed_everything, stamp, write_atomic
 from .data import load
 from .losses import LossOptions
 from .model import LICO, CrossEntropy
 from .text import PromptLearner, load_text_encoder
-from .training import TrainOptions, fit, load_checkpoint, options_from, save_checkpoint, set_aside
+from .training import TrainOptions, fit, load_checkpoint, options_from, refuse_precision, save_checkpoint, set_aside
 
 # %% ../nbs/method/14_experiments.ipynb #0643b12b
-METHODS = {'CE': None, 'LICO': {}, 'CE+MM': dict(beta=0.), 'CE+OT': dict(alpha=0.), 'CGC': None, 'GCC': None, 'LICO+CGC': {}}  # method -> what it changes in Eq. 8; `None`: no text at all
+# method -> what it changes in Eq. 8; `None`: no text at all
+METHODS = {'CE': None, 'LICO': {}, 'CE+MM': dict(beta=0.), 'CE+OT': dict(alpha=0.), 'CGC': None, 'GCC': None, 'LICO+CGC': {},
+           'CE+LS': None, 'CE+SupCon': None}
 _cgc = dict(weight='cgc_weight', temperature='cgc_temperature')
-RIVALS = {'CGC': ('CGC', _cgc), 'GCC': ('GCC', dict(weight='gcc_weight')), 'LICO+CGC': ('LICOWithCGC', _cgc)}  # method -> its class in `lico.rivals`, and argument -> its option
+# method -> its class in `lico.rivals`, and argument -> its option
+RIVALS = {'CGC': ('CGC', _cgc), 'GCC': ('GCC', dict(weight='gcc_weight')), 'LICO+CGC': ('LICOWithCGC', _cgc),
+          'CE+LS': ('LabelSmoothing', dict(label_smoothing='label_smoothing')),
+          'CE+SupCon': ('SupCon', dict(weight='supcon_weight', temperature='supcon_temperature'))}
 
 # %% ../nbs/method/14_experiments.ipynb #1eb16bb7
 _least = dict(labels=1, shots=1, seed=0, split_seed=0, epochs=1, steps=1, evaluations=1, image_size=1, validation=1)  # field of a `Run` -> its smallest value
@@ -96,7 +101,8 @@ def spec(
     o, n = _options(r), len(data.train)
     steps = r.steps or o['epochs']*math.ceil(n/o['batch_size'])
     out = dict(data=data.digest, images=n, split=None if r.labels is None and r.shots is None else r.split, backbone=r.backbone, image_size=data.image_size,
-               method=r.method, seed=r.seed, steps=steps, evaluations=r.evaluations, train={k: o[k] for k in _names(TrainOptions) if k != 'epochs'})
+               method=r.method, seed=r.seed, steps=steps, evaluations=r.evaluations,
+               train={k: o[k] for k in _names(TrainOptions) if k != 'epochs' and (k, o[k]) != ('precision', 'fp32')})
     if r.validation is not None: out['validation'] = r.validation
     if r.pretrained: out['pretrained'] = pretrained_weights(r.backbone)
     rival = {name: o[name] for name in RIVALS[r.method][1].values()} if r.method in RIVALS else {}
@@ -187,7 +193,7 @@ def _outcome(log):
     "The numbers of a finished run: accuracy in percent, last and best of those tested, and how the losses ended."
     tested = [row for row in log if 'test_accuracy' in row]
     best = max(tested, key=lambda row: row['test_accuracy'])
-    last = {k: log[-1][k] for k in ('ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine', 'cgc', 'gcc') if k in log[-1]}
+    last = {k: log[-1][k] for k in ('ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine', 'cgc', 'gcc', 'supcon') if k in log[-1]}
     return dict(accuracy_last=log[-1]['test_accuracy'], accuracy_best=best['test_accuracy'], best_step=best['step'], tests=len(tested), **last,
                 degenerate=log[-1].get('degenerate'), seconds=sum(row['seconds'] for row in log))
 
@@ -204,7 +210,7 @@ def _train(r, data, folder, progress):
     save_checkpoint(folder/'model.safetensors', model.state_dict(), dict(id=folder.name))
     save_checkpoint(folder/'predictions.safetensors', dict(predicted=predicted), dict(id=folder.name))
     write_atomic(folder/'log.csv', pd.DataFrame(log).to_csv(index=False))
-    record = dict(id=folder.name, run=asdict(r), spec=s, dataset=data.name, **_outcome(log), protocol=TRAINING_PROTOCOL, stamp=stamp(),
+    record = dict(id=folder.name, run=asdict(r), spec=s, dataset=data.name, precision=o['precision'], **_outcome(log), protocol=TRAINING_PROTOCOL, stamp=stamp(),
                   finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), command=f'python -c "from lico.experiments import *; run({r!r})"')
     write_atomic(folder/'record.json', json.dumps(dict(record, checksum=_seal(json.loads(json.dumps(record)))), indent=1))
     (folder/'checkpoint.safetensors').unlink(missing_ok=True)
@@ -257,6 +263,7 @@ def sweep(
     "The records of many runs, in order; only what is missing is computed."
     runs = list(dict.fromkeys(runs))
     missing = _missing(runs)
+    for r in [] if executor else missing: refuse_precision(_options(r)['precision'], device())  # an executor's machines are others
     jobs = [executor.submit(run, r, progress=False) for r in missing] if executor else []
     try:
         for o in tqdm(jobs or missing, f"{len(missing)} of {len(runs)} runs to do", unit='run', leave=False, disable=not progress):
@@ -269,7 +276,7 @@ def sweep(
 _shown = ('dataset', 'data', 'labels', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'split', 'validation', 'image_size', 'steps', 'training',
           'accuracy_last', 'accuracy_best', 'best_step', 'tests',
           'degenerate', 'ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine', 'seconds', 'id', 'protocol', 'finished', 'command')
-_where_used = ('pretrained', 'cgc', 'gcc')  # columns of runs that have them
+_where_used = ('precision', 'pretrained', 'cgc', 'gcc', 'supcon')  # columns of runs that have them
 
 def frame(records: list):
     "Records as a data frame, one row a run; `labels` is a number or `all`, `data` and `training` are short hashes of the images and of how the training starts and goes on."

@@ -34,6 +34,12 @@ def test_a_changed_protocol_is_said():
     assert (p.profile, p.protocol) == ('paper', 'paper with options=alpha=5, tau=fixed, steps=1')
 
 
+def test_options_of_training_on_the_command_line():
+    given = dict(profile='smoke', out='', options='precision=bf16, supcon_weight=2, label_smoothing=0')
+    assert config.parameters('table3', given, tuple(given)).options == dict(precision='bf16', supcon_weight=2., label_smoothing=0.)
+    with pytest.raises(ValueError, match="option precision: 'half': choose one of fp32, bf16"): config._as_options('precision=half')
+
+
 def test_stored_is_checked_before_anything_runs():
     given = dict(profile='smoke', out='', stored='olny')
     with pytest.raises(ValueError, match="unknown value of stored: 'olny': choose one of add, only"): config.parameters('table1', given, tuple(given))

