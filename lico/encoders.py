@@ -6,7 +6,7 @@
 __all__ = ['TextEncoder', 'BERTText', 'GloVeText', 'CLIPText']
 
 # %% ../nbs/method/04_encoders.ipynb #5885b381
-import copy, math, re
+import copy, hashlib, json, math, re
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
@@ -37,6 +37,18 @@ class TextEncoder(nn.Module):
         "The input embeddings of token ids, `[..., embed_dim]`."
         return self.table(ids.to(self.table.weight.device))
 
+    def digest(self) -> str:
+        "sha256 of all that the rows depend on: weights, special tokens, vocabulary, and what a family reads besides."
+        read = [type(self).__name__, self.begin.tolist(), self.end.tolist(), *self._reads()]
+        sha = hashlib.sha256(json.dumps(read).encode())
+        for _, p in sorted(self.named_parameters()):
+            sha.update(str((p.dtype, *p.shape)).encode() + p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
+
+    def _reads(self):
+        "What else a family's rows depend on, as JSON can hold it."
+        return []
+
     def encode(
         self,
         context,  # float [n, e], shared, or [P, n, e], each for K/P consecutive names
@@ -51,6 +63,11 @@ class TextEncoder(nn.Module):
         each = context.to(x).repeat_interleave(len(names)//len(context), 0)
         where, sizes = where.to(x.device), sizes.to(x.device)
         return self._encode(x.scatter(1, where[..., None].expand_as(each), each), where, sizes, len(context), front)
+
+def _read_by(encoder, tokenizer):
+    "What a tokenizer makes of text: its vocabulary, and how it cuts a sentence with capitals, accents and stops."
+    words = tokenizer.get_vocab() if hasattr(tokenizer, 'get_vocab') else tokenizer.encoder
+    return [sorted(words.items()), encoder.name_ids("A café, DON'T touch the T-shirt!").tolist()]
 
 def _rows(h, where): return h.gather(1, where[..., None].expand(-1, -1, h.shape[-1]))
 
@@ -77,6 +94,10 @@ class BERTText(TextEncoder):
         "Token ids of a text, without special tokens."
         return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids'], dtype=torch.int64)
 
+    def _reads(self):
+        c = self.model.config
+        return [*_read_by(self, self.tokenizer), c.num_attention_heads, c.hidden_act, c.layer_norm_eps]
+
     def _encode(self, x, where, sizes, P, front):
         n, position = where.shape[1], torch.arange(x.shape[1], device=x.device)
         h = self.model(inputs_embeds=x, attention_mask=(position < sizes[:, None] + n + 2).long()).last_hidden_state
@@ -102,6 +123,8 @@ class GloVeText(TextEncoder):
                 if part not in known: raise ValueError(f"GloVe has no vector for {part!r} of {text!r}: use words that it knows")
                 ids.append(known[part])
         return torch.tensor(ids, dtype=torch.int64)
+
+    def _reads(self): return [list(self.numbers.items())]
 
     def _encode(self, x, where, sizes, P, front):
         return torch.cat([_rows(x, where), _name_mean(x, 0 if front else where.shape[1], sizes)], 1)
@@ -163,6 +186,10 @@ class CLIPText(TextEncoder):
         "Token ids of a text, without special tokens."
         ids = self.tokenizer([text], 1024)[0]
         return ids[1:(ids == self.end).nonzero()[0, 0]]
+
+    def _reads(self):
+        block = self.blocks[0]
+        return [*_read_by(self, getattr(self.tokenizer, 'tokenizer', self.tokenizer)), block.attn.num_heads, type(block.mlp.gelu).__name__]
 
     def _out(self, h):
         h = self.ln_final(h)

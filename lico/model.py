@@ -120,7 +120,8 @@ class LICO(CrossEntropy):
         "The raw and the mapped prompt rows of each image's class, [B, M, d] and [B, M, d']; every class of the batch is encoded once."
         classes, of = torch.unique(y, return_inverse=True)
         raw = wide(self.prompts(classes))
-        return raw[of], exact(self.mapping)(raw)[of]
+        rows = raw, exact(self.mapping)(raw)
+        return tuple(F.embedding(of, o.flatten(1)).unflatten(1, o.shape[1:]) for o in rows)  # o[of], whose gradient adds in whichever order threads arrive
 
     @exact
     def matching(self, maps, rows, raw, mapped):

@@ -231,4 +231,5 @@ class PromptLearner(nn.Module):
         if self.dynamic and self.training: context = context[..., torch.randperm(context.shape[-2]), :]
         if self.per_class: context = context[ids]
         names = [self.ids[i] for i in ids.tolist()]
-        return (self._roll(context, names) if self.rolled else self.enc.encode(context, names, self.front))[back]
+        rows = self._roll(context, names) if self.rolled else self.enc.encode(context, names, self.front)
+        return nn.functional.embedding(back, rows.flatten(1)).unflatten(1, rows.shape[1:])  # rows[back], with a gradient that adds in one order

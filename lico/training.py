@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['TrainOptions', 'options_from', 'learning_rate', 'has_bfloat16', 'refuse_precision', 'Average', 'predict', 'accuracy',
            'save_checkpoint', 'set_aside', 'load_checkpoint', 'DegenerateLossWarning', 'degenerate', 'check_finite',
-           'refuse_bad_call', 'refuse_other_model', 'fit']
+           'refuse_other_run', 'refuse_bad_call', 'fit']
 
 # %% ../nbs/method/08_training.ipynb #a00947c7
 import hashlib, json, math, numbers, time, warnings
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 from .config import check_options, choose, derive_seed, device, preset as read_preset, write_atomic
-from .data import test_batches, training_batches
+from .data import Files, test_batches, training_batches
 from .losses import LossOptions
 
 # %% ../nbs/method/08_training.ipynb #e5aa9080
@@ -243,6 +243,56 @@ def _epoch(t, batches, bar):
     row = {k: v for k, v in _mean(rows).items() if not math.isnan(v)}
     return dict(epoch=len(t.log) + 1, step=t.step, lr=t.optimiser.param_groups[0]['lr'], **row, seconds=time.perf_counter() - began)
 
+# %% ../nbs/method/08_training.ipynb #72f6948c
+def _plain(value): return value is None or isinstance(value, (bool, int, float, str)) or isinstance(value, (list, tuple)) and all(map(_plain, value))
+
+def _settings_of(model):
+    "The kind and every plain attribute of each module, by name: options of the loss, dropout, class names, where the class stands in a prompt."
+    out = {}
+    for path, m in model.named_modules():
+        own = dict(kind=type(m).__name__, **{k: v for k, v in vars(m).items() if k != 'training' and not k.startswith('_') and _plain(v)})
+        for k, v in vars(m).items():
+            if is_dataclass(v): own.update({f'{k}.{field}': value for field, value in asdict(v).items()})
+        out.update({f'{path}.{k}'.lstrip('.'): v for k, v in own.items()})
+    return out
+
+# %% ../nbs/method/08_training.ipynb #e5e49eb2
+def _content(images):
+    "sha256 of pixels and labels, or of paths and labels, in order."
+    first = images.paths.tobytes() if isinstance(images, Files) else images.x.contiguous().numpy()
+    sha = hashlib.sha256(first)
+    sha.update(images.y.contiguous().numpy())
+    return sha.hexdigest()
+
+def _identity(t, evaluations):
+    "Everything that decides where a training ends, by name."
+    data, where = t.data, t.accelerator.device.type
+    out = dict(seed=t.seed, steps=t.steps, evaluations=evaluations, **{k: v for k, v in asdict(t.o).items() if k != 'epochs'},
+               device=where, processes=t.accelerator.num_processes, threads=torch.get_num_threads() if where == 'cpu' else None)
+    out |= {'initial weights': _checksum({k: v.detach().cpu() for k, v in t.plain.state_dict().items()}),
+            'dataset': data.digest, 'labelled images': _content(data.train), 'images to test on': _content(data.test), 'class names': data.class_names,
+            'image size': data.image_size, 'mirroring': data.flip, 'mean and deviation': [data.mean, data.std]}
+    if hasattr(t.plain, 'prompts'): out['text encoder'] = t.plain.prompts.enc.digest()
+    return json.loads(json.dumps(out | _settings_of(t.plain)))
+
+# %% ../nbs/method/08_training.ipynb #0b47781c
+def _differing(there, here):
+    "What two identities differ in, in words; both values where they are short."
+    found = []
+    for k in [*here, *(k for k in there if k not in here)]:
+        a, b = (json.dumps(o.get(k)) for o in (there, here))
+        if a != b: found.append(f'{k} ({a} there, {b} here)' if len(a + b) < 60 else k)
+    return ', '.join(found[:6]) + (f' and {len(found) - 6} more' if len(found) > 6 else '')
+
+def refuse_other_run(
+    path,  # of the checkpoint
+    there: dict,  # whose it is
+    here: dict,  # who would go on from it
+):
+    "Refuse to go on from the checkpoint of another run."
+    if differing := _differing(there, here):
+        raise ValueError(f"{path} is the checkpoint of another run, which differs in {differing}: give this run a folder of its own, or remove that file")
+
 # %% ../nbs/method/08_training.ipynb #ef514cdd
 def _tensors(t):
     "Everything of a run that is a tensor: weights, momentum, average, the newest predictions."
@@ -258,7 +308,7 @@ def _resume(t, path):
     "Go on from a checkpoint, if there is one."
     if (found := load_checkpoint(path)) is None: return
     tensors, state = found
-    if state['run'] != t.run: raise ValueError(f"{path} is the checkpoint of another run ({state['run']}, not {t.run}): give this run a folder of its own")
+    refuse_other_run(path, state['run'], t.run)
     t.plain.load_state_dict(_strip(tensors, 'model.'))
     for i, p in enumerate(t.optimiser.param_groups[0]['params']):
         if f'momentum.{i}' in tensors: t.optimiser.state[p]['momentum_buffer'] = tensors[f'momentum.{i}'].to(p.device)
@@ -279,13 +329,6 @@ def refuse_bad_call(model, data, numbers_given, options):
     for name in options: choose('option of training', name, [f.name for f in fields(TrainOptions) if f.name != 'epochs'])
     has, wanted = getattr(model.backbone, 'num_classes', None), len(data.class_names)
     if has not in (None, wanted): raise ValueError(f"the model tells {has} classes apart and {data.name} has {wanted}: create the backbone with num_classes={wanted}")
-
-def refuse_other_model(folder, model):
-    "Refuse to go on from the checkpoint of another model: what is trained in a folder, if there is one, stands in its `model.txt`."
-    if not folder: return
-    path, text = Path(folder)/'model.txt', f"{model}\n{getattr(model, 'options', '')}\n"
-    if not path.exists(): return write_atomic(path, text)
-    if path.read_text() != text: raise ValueError(f"{path.parent} is the folder of another model (its model.txt says which): give this one a folder of its own")
 
 # %% ../nbs/method/08_training.ipynb #643b7aee
 def _evaluate(t, row, evaluations, progress):
@@ -308,7 +351,7 @@ def fit(
     preset: str = 'paper',  # where the options of the optimiser come from
     seed: int = 0,  # decides order, crops, noise, shuffles and dropout, but not the initial weights, which the model came with
     evaluations: int = 1,  # tests on the whole test set, evenly spread, the last at the end
-    folder=None,  # where to keep `checkpoint.safetensors`, in the end with the predictions; goes on from the one it finds there
+    folder=None,  # where to keep `checkpoint.safetensors`, in the end with the predictions; goes on from the one it finds there, refuses another run's
     checkpoint_seconds: float = 30.,  # at most this much work is lost to a kill (or one epoch, where that is longer)
     progress: bool = True,
     **options,  # fields of `TrainOptions` that replace the preset's, e.g. lr=0.1
@@ -319,13 +362,13 @@ def fit(
     o = options_from(TrainOptions, read_preset(preset, **options, **(dict(epochs=epochs) if epochs else {})))
     refuse_precision(o.precision, device())
     steps = steps or o.epochs*math.ceil(len(data.train)/o.batch_size)
-    refuse_other_model(folder, model)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         t = _Trainer(model, data, o, steps, seed)
-        t.run = dict(seed=seed, steps=steps, images=len(data.train), data=data.digest[:16], **{k: v for k, v in o.__dict__.items() if k != 'epochs'})
         path = Path(folder)/'checkpoint.safetensors' if folder else None
-        if path: _resume(t, path)
+        if path:
+            t.run = _identity(t, evaluations)
+            _resume(t, path)
         _loop(t, path, evaluations, checkpoint_seconds, progress)
     if t.average: model.backbone.load_state_dict(t.average.weights(), strict=False)
     return t.log
