@@ -122,7 +122,12 @@ def load_data(r: Run): return load(r.dataset, labels=r.labels, shots=r.shots, se
 
 def _names(kind): return [f.name for f in fields(kind)]
 
-_prompt_options = ('n_context', 'prompt', 'context', 'class_position', 'dynamic', 'init', 'trainable')
+_prompt_options = ('n_context', 'prompt', 'context', 'class_position', 'dynamic', 'init', 'trainable', 'class_text')
+_later = dict(precision='fp32', class_text='names', mm_centre=False, mm_diagonal='in', tau_share=.25)  # options that came later, and what held before: at that they stay out
+
+def _told(options, names):
+    "The options of these names that a spec tells."
+    return {k: options[k] for k in names if k not in _later or options[k] != _later[k]}
 
 def pretrained_weights(
     backbone: str,  # a name `create_backbone` knows
@@ -141,15 +146,15 @@ def spec(
     steps = r.steps or o['epochs']*math.ceil(n/o['batch_size'])
     out = dict(data=data.digest, images=n, split=None if r.labels is None and r.shots is None else r.split, backbone=r.backbone, image_size=data.image_size,
                method=r.method, seed=r.seed, steps=steps, evaluations=r.evaluations,
-               train={k: o[k] for k in _names(TrainOptions) if k != 'epochs' and (k, o[k]) != ('precision', 'fp32')})
+               train=_told(o, [k for k in _names(TrainOptions) if k != 'epochs']))
     if r.validation is not None: out['validation'] = r.validation
     if r.pretrained: out['pretrained'] = pretrained_weights(r.backbone)
     if r.threads != 1: out['threads'] = r.threads
     rival = {name: o[name] for name in RIVALS[r.method][1].values()} if r.method in RIVALS else {}
     if rival: out['losses'] = rival
     if METHODS[r.method] is not None:
-        losses = {**{k: o[k] for k in _names(LossOptions)}, **METHODS[r.method], **rival}
-        out.update(text_encoder=encoder_name(r.text_encoder), losses=losses, prompts={k: o[k] for k in _prompt_options})
+        losses = {**_told(o, _names(LossOptions)), **METHODS[r.method], **rival}
+        out.update(text_encoder=encoder_name(r.text_encoder), losses=losses, prompts=_told(o, _prompt_options))
     return out
 
 # %% ../nbs/method/14_experiments.ipynb #b808764e
@@ -164,7 +169,7 @@ def build(
     net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size)
     if METHODS[r.method] is None: return CrossEntropy(net)
     seed_everything(derive_seed(r.seed, 'text'))
-    prompts = PromptLearner(encoder, data.class_names, **{k: o[k] for k in _prompt_options})
+    prompts = PromptLearner(encoder, data.class_names, **{k: o[k] for k in _prompt_options}, seed=derive_seed(r.seed, 'class_text'))
     return LICO(net, prompts, options_from(LossOptions, {**o, **METHODS[r.method]}))
 
 # %% ../nbs/method/14_experiments.ipynb #6edc4a39
@@ -248,7 +253,7 @@ def _train(r, data, folder, progress):
     save_checkpoint(folder/'model.safetensors', model.state_dict(), dict(id=folder.name))
     save_checkpoint(folder/'predictions.safetensors', dict(predicted=predicted), dict(id=folder.name))
     write_atomic(folder/'log.csv', pd.DataFrame(log).to_csv(index=False))
-    record = dict(id=folder.name, run=asdict(r), spec=s, dataset=data.name, precision=o['precision'], **_outcome(log), protocol=TRAINING_PROTOCOL, stamp=dict(stamp(), threads=r.threads),
+    record = dict(id=folder.name, run=asdict(r), spec=s, dataset=data.name, classes=len(data.class_names), precision=o['precision'], **_outcome(log), protocol=TRAINING_PROTOCOL, stamp=dict(stamp(), threads=r.threads),
                   finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), command=f'python -c "from lico.experiments import *; run({r!r})"')
     write_atomic(folder/'record.json', json.dumps(dict(record, checksum=_seal(json.loads(json.dumps(record)))), indent=1))
     (folder/'checkpoint.safetensors').unlink(missing_ok=True)
@@ -317,20 +322,23 @@ def sweep(
     return [run(r) for r in runs]
 
 # %% ../nbs/method/14_experiments.ipynb #37b62e50
-_shown = ('dataset', 'data', 'labels', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'split', 'validation', 'image_size', 'steps', 'training',
-          'accuracy_last', 'accuracy_best', 'best_step', 'tests',
-          'degenerate', 'ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine', 'seconds', 'id', 'protocol', 'finished', 'command')
-_where_used = ('precision', 'pretrained', 'cgc', 'gcc', 'supcon')  # columns of runs that have them
+_shown = ('dataset', 'data', 'labels', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'split', 'validation', 'image_size', 'steps', 'training', 'classes',
+          'accuracy_last', 'accuracy_best', 'best_step', 'tests', 'ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine', 'seconds', 'id', 'protocol', 'finished', 'command')
+_where_used = ('precision', 'pretrained', 'tau_image', 'cgc', 'gcc', 'supcon')  # columns of runs that have them
+_stamped = ('python', 'torch', 'hardware', 'instructions', 'threads', 'commit')
+
+def _row(r):
+    "A record as a row: of a dataset that was recognised its name, else what was asked for; `data` and `training` are short hashes of the images and of how the training starts and goes on."
+    flat = {**r['run'], **r['spec'], **r, 'labels': 'all' if r['spec']['split'] is None else r['spec']['images']}
+    if r['dataset'].startswith('folder:'): flat['dataset'] = r['run']['dataset']
+    starts = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'threads')}
+    flat.update(data=r['spec']['data'][:8], training=_spec_hash({**r['spec']['train'], **starts})[:8])
+    flat.update(text_encoder=r['spec'].get('text_encoder'), pretrained=r['spec'].get('pretrained'))
+    flat['options'] = ', '.join(f'{k}={v}' for k, v in r['run']['options'])
+    used = {k: flat[k] for k in _where_used if flat.get(k) is not None}
+    return {k: flat.get(k) for k in _shown} | used | {k: r['stamp'].get(k) for k in _stamped}
 
 def frame(records: list):
-    "Records as a data frame, one row a run; `labels` is a number or `all`, `data` and `training` are short hashes of the images and of how the training starts and goes on."
+    "Records as a data frame, one row a run; `labels` is a number or `all`."
     import pandas as pd
-    rows = []
-    for r in records:
-        flat = {**r['run'], **r['spec'], **r, 'labels': 'all' if r['spec']['split'] is None else r['spec']['images'], 'dataset': r['run']['dataset']}
-        started = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'threads')}
-        flat.update(data=r['spec']['data'][:8], training=_spec_hash({**r['spec']['train'], **started})[:8])
-        flat.update(text_encoder=r['spec'].get('text_encoder'), pretrained=r['spec'].get('pretrained'))
-        flat['options'] = ', '.join(f'{k}={v}' for k, v in r['run']['options'])
-        rows.append({k: flat.get(k) for k in _shown} | {k: flat[k] for k in _where_used if flat.get(k) is not None} | {k: r['stamp'].get(k) for k in ('python', 'torch', 'hardware', 'instructions', 'threads', 'commit')})
-    return pd.DataFrame(rows).astype(dict(split='Int64', validation='Int64'))
+    return pd.DataFrame([_row(r) for r in records]).astype(dict(split='Int64', validation='Int64'))

@@ -6,7 +6,7 @@
 __all__ = ['TABLES', 'Arm', 'Table', 'arm_named', 'arm_of', 'arms_of', 'family', 'paper_dataset', 'printed_dataset',
            'printed_place', 'columns_of', 'printed_as', 'grid', 'grade', 'compare']
 
-# %% ../../nbs/evidence/17_arms.ipynb #6a2262c2
+# %% ../../nbs/evidence/17_arms.ipynb #3f497c2e
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np, pandas as pd
 from ..config import OPTIONS, choose, dataset_settings, datasets_of_the_paper, parse_value
 from .printed import Printed, printed_numbers
 from .stats import METRICS, SETTING, TREATMENT, conditions, paired
+from ..data import dataset_name
 from ..experiments import Run
 
 # %% ../../nbs/evidence/17_arms.ipynb #a8c6f544
@@ -193,7 +194,7 @@ def _training(p, dataset):
     pretrained = parse_value(own.get('pretrained', 'no')) if given is None else given
     return dict(steps=p.steps, epochs=epochs, pretrained=pretrained), {k: parse_value(v) for k, v in own.items() if k in OPTIONS and k != 'epochs'}
 
-# %% ../../nbs/evidence/17_arms.ipynb #6c268738
+# %% ../../nbs/evidence/17_arms.ipynb #d6bf102b
 def _size(n): return dict(shots=int(n.removesuffix('-shot'))) if str(n).endswith('-shot') else dict(labels=n)
 
 def grid(
@@ -204,8 +205,9 @@ def grid(
     "The runs of a table: datasets x backbones x sizes x presets x arms x seeds."
     arms, runs = [Arm(m, m) for m in p.methods] if table is None else arms_of(table, p), []
     for d in _datasets(p, table):
-        fields, own = _training(p, d)
-        for b, n in _networks_and_sizes(p, table, d):
+        name = dataset_name(d)  # a folder may hold a known dataset
+        fields, own = _training(p, name)
+        for b, n in _networks_and_sizes(p, table, name):
             shared = dict(dataset=d, backbone=b, **_size(n), **fields, evaluations=p.evaluations, image_size=p.image_size, **fixed)
             runs += [Run(**shared, preset=pre, method=a.method, seed=s, text_encoder=a.text_encoder or p.text_encoder, options={**own, **p.options, **a.options})
                      for pre in p.presets for a in arms for s in p.seeds]
