@@ -205,7 +205,7 @@ def effects(df: pd.DataFrame) -> pd.DataFrame:
     setting = [k for k in SETTING if k != 'training'] + ['preset', 'text_encoder']
     return _without_failed(paired(gaps(df), ['above_ce'], PRESET, setting, ['arm']), 'value')
 
-# %% ../../nbs/evidence/27_ambiguities.ipynb #329f7453
+# %% ../../nbs/evidence/27_ambiguities.ipynb #f59b7b0d
 _groups = ['dataset', 'labels', 'backbone', 'steps', 'preset']
 
 def _short(values):
@@ -217,8 +217,8 @@ def _state(o):
     "The state of the runs with one change."
     spread = lambda k, digits=1, unit=1: plus_minus(unit*o[k].mean(), unit*o[k].std(), digits)
     return {'n': len(o), 'inactive': f'{o.inactive.sum()} of {len(o)}', 'mm': _short(o.mm), 'τ': _short(o.tau),
-            'H_F': spread('entropy_image', unit=100), 'H_G': spread('entropy_text', unit=100), 'cosine': spread('cosine', 2),
-            'best − last': f'{(o.accuracy_best - o.accuracy_last).mean():.1f}'}
+            'H_F': spread('entropy_image', unit=100), 'H_G': spread('entropy_text', unit=100),
+            'cosine': spread('cosine', 2), 'best − last': f'{(o.accuracy_best - o.accuracy_last).mean():.1f}'}
 
 def state_table(df: pd.DataFrame) -> str:
     "How matching ended with each change, as Markdown: mean ± standard deviation over seeds."
