@@ -18,7 +18,8 @@ from .stats import METRICS
 
 # %% ../../nbs/evidence/21_report.ipynb #a3dfde75
 def plus_minus(mean: float, spread: float, digits: int = 1) -> str:
-    "A mean with its spread; a spread that is not finite, as of a single seed, is left out."
+    "A mean with its spread; a spread that is not finite, as of a single seed, is left out; a dash if there is no mean."
+    if math.isnan(mean): return '—'
     return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if math.isfinite(spread) else "")
 
 def signed(mean: float, half_width: float, digits: int = 2) -> str:
@@ -70,7 +71,7 @@ def _line(r, columns, many):
     out |= {k: _part(r, k).removesuffix(' labels').removesuffix(' steps') or '—' for k in _parts if k in columns and not (k == 'saliency' and 'arm' not in columns)}
     out |= {'method': arm_label(r)} | ({'text': r.text_encoder if _has(r, 'text_encoder') else '—'} if 'text_encoder' in columns else {})
     out |= {'n': r.n, r.reference: plus_minus(r.baseline, r.baseline_std, _digits(r)), 'with method': plus_minus(r.value, r.value_std, _digits(r)),
-            'paired difference': signed(r.difference, r.half_width, _digits(r) + 1)}
+            'paired difference': 'training failed' if math.isnan(r.difference) else signed(r.difference, r.half_width, _digits(r) + 1)}
     if 'printed_value' in columns:
         numbers = ['—' if math.isnan(v) else f'{v:g}' for v in (r.printed_baseline, r.printed_value)]
         out['printed'] = '—' if math.isnan(r.printed_value) else ' → '.join(numbers)
@@ -88,8 +89,9 @@ def comparison_table(
 def sentence(r) -> str:
     "What the pairs of one row say, without its setting."
     of = f" of {r.saliency}" if METRICS[r.metric].of_maps and hasattr(r, 'arm') and _has(r, 'saliency') else ''
-    unit = METRICS[r.metric].unit
-    said = f"{arm_label(r)}{f' with {r.text_encoder}' if _has(r, 'text_encoder') else ''} changes {METRICS[r.metric].title}{of} by {signed(r.difference, r.half_width, _digits(r) + 1)}{f' {unit}' if unit else ''}"
+    unit, arm = METRICS[r.metric].unit, f"{arm_label(r)}{f' with {r.text_encoder}' if _has(r, 'text_encoder') else ''}"
+    if math.isnan(r.difference): return f"{arm}: training failed in {max(r.failed, r.failed_base)} of {r.n}"
+    said = f"{arm} changes {METRICS[r.metric].title}{of} by {signed(r.difference, r.half_width, _digits(r) + 1)}{f' {unit}' if unit else ''}"
     said += f" {'in one pair' if r.n == 1 else f'over {r.n} pairs'} against {r.reference}"
     gain = getattr(r, 'printed_value', math.nan) - getattr(r, 'printed_baseline', math.nan)
     if not math.isnan(gain): said += f" (the paper: {round(gain, 2):+g}{f' on {r.printed_for}' if r.is_stand_in else ''})"

@@ -28,7 +28,7 @@ class Metric:
 _map = dict(of_maps=True, smallest=1.)
 METRICS = dict(
     accuracy_last=Metric('accuracy', smallest=.5), accuracy_best=Metric('best test accuracy'), top5=Metric('top-5 accuracy'),
-    probability=Metric('confidence'), blurred=Metric('confidence when blurred'),
+    above_ce=Metric('accuracy above cross-entropy'), probability=Metric('confidence'), blurred=Metric('confidence when blurred'),
     insertion=Metric('insertion', **_map), deletion=Metric('deletion', lower_is_better=True, **_map), overall=Metric('overall', **_map),
     pointing_game=Metric('pointing game', **_map), pointing_mask=Metric('pointing game, masks', **_map),
     energy=Metric('energy inside the boxes', **_map), sch=Metric('energy inside the masks', **_map),
