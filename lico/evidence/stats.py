@@ -8,7 +8,7 @@ __all__ = ['METRICS', 'SETTING', 'TREATMENT', 'GRADES', 'Metric', 'Estimate', 'e
 
 # %% ../../nbs/evidence/16_stats.ipynb #9bd1d62e
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np, pandas as pd
 
@@ -34,6 +34,13 @@ METRICS = dict(
     energy=Metric('energy inside the boxes', **_map), sch=Metric('energy inside the masks', **_map),
     mosu=Metric('MOSU', 'nats', lower_is_better=True, of_maps=True), ses=Metric('SES', **_map),
     spearman=Metric('rank correlation', ''), ssim=Metric('SSIM', ''))
+
+# %% ../../nbs/evidence/16_stats.ipynb #9ef50664
+_of_features = dict(
+    silhouette=Metric('silhouette', ''), ordinal=Metric('order, 0 before 1', ''), ordinal_0_as_10=Metric('order, 0 as 10', ''),
+    vehicles=Metric('vehicles told from animals'), vehicles_rank=Metric('other splits that are harder'))
+METRICS |= dict(trustworthiness=Metric('trustworthiness of the picture', '')) | _of_features | {
+    f'{k}_embedded': replace(m, title=f'{m.title}, in the picture') for k, m in _of_features.items()}
 
 # %% ../../nbs/evidence/16_stats.ipynb #e0b3b9f6
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from ..experiments import frame, load_backbone, load_data, run_of, runs_folder, 
 # %% ../../nbs/evidence/20_store.ipynb #3aa59d24
 _text = ('image', 'data', 'labels', 'training', 'arm', 'options', 'paper_dataset', 'kind', 'saliency_options', 'text_encoder', 'preset', 'commit', 'pretrained')
 _whole = ('seed', 'split', 'validation', 'steps', 'image_size', 'images', 'classes', 'threads')
-_key = ('id', 'kind', 'saliency', 'saliency_options', 'image')  # of a row, as far as there are such columns
+_key = ('id', 'kind', 'saliency', 'saliency_options', 'image', 'method', 'prompts', 'tau_of', 'step')  # of a row, as far as there are such columns
 
 def _read(path):
     return pd.read_csv(path, dtype=dict.fromkeys(_text, str) | dict.fromkeys(_whole, 'Int64'))
@@ -89,7 +89,10 @@ def rows_of(
     df['options'] = [', '.join(f'{k}={v}' for k, v in r['run']['options'] if k not in own) for r in records]
     named = [paper_dataset(name, table, stand_in) for name in df.dataset]
     short = df.dataset.map(lambda name: f"folder:{Path(name).name}" if name.startswith('folder:') else name)
-    return df.assign(dataset=short, paper_dataset=[n for n, _ in named], is_stand_in=[s for _, s in named], **more).drop_duplicates('id')
+    known = {r['run']['dataset']: r for r in records}  # any run of a dataset knows how many classes it has
+    classes = df.dataset.map({name: len(load_data(run_of(r)).class_names) for name, r in known.items()})
+    stands_for = dict(paper_dataset=[n for n, _ in named], is_stand_in=[s for _, s in named])
+    return df.assign(dataset=short, classes=classes, **stands_for, **more).drop_duplicates('id')
 
 # %% ../../nbs/evidence/20_store.ipynb #34cb0733
 @contextmanager
