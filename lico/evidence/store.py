@@ -89,10 +89,8 @@ def rows_of(
     df['options'] = [', '.join(f'{k}={v}' for k, v in r['run']['options'] if k not in own) for r in records]
     named = [paper_dataset(name, table, stand_in) for name in df.dataset]
     short = df.dataset.map(lambda name: f"folder:{Path(name).name}" if name.startswith('folder:') else name)
-    known = {r['run']['dataset']: r for r in records}  # any run of a dataset knows how many classes it has
-    classes = df.dataset.map({name: len(load_data(run_of(r)).class_names) for name, r in known.items()})
     stands_for = dict(paper_dataset=[n for n, _ in named], is_stand_in=[s for _, s in named])
-    return df.assign(dataset=short, classes=classes, **stands_for, **more).drop_duplicates('id')
+    return df.assign(dataset=short, **stands_for, **more).drop_duplicates('id')
 
 # %% ../../nbs/evidence/20_store.ipynb #34cb0733
 @contextmanager
