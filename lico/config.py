@@ -60,7 +60,7 @@ OPTIONS = dict(
     ot_eps=(float, 1e-3, float('inf')), ot_iters=(int, 1, 10**6), ot_tol=(float, 0, 1), ot_grad=('envelope', 'unrolled', 'none'),
     ot_value=('transport', 'regularised'), hidden=(int, 1, 10**5), dropout=(float, 0, 0.99),
     n_context=(int, 0, 10**3), prompt=('tokens', 'rolled'), context=('shared', 'class'), class_position=('end', 'front'), dynamic=bool,
-    init=str, trainable=bool,
+    init=str, trainable=bool, class_text=('names', 'shuffled', 'random'),
     cgc_weight=(float, 0, float('inf')), cgc_temperature=(float, 1e-3, float('inf')), gcc_weight=(float, 0, float('inf')),
     epochs=(int, 1, 10**6), batch_size=(int, 1, 10**6), lr=(float, *_positive), momentum=(float, 0, 0.9999), weight_decay=(float, 0, 1),
     schedule=('cos7/16', 'cosine', 'constant'), ema=(float, 0, 0.999999), bn_momentum=(float, 1e-6, 1), noise=(float, 0, 10))
