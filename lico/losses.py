@@ -29,6 +29,14 @@ def _distances(x, distance, normalise):
     apart = square > 64*torch.finfo(square.dtype).eps*scale
     return torch.where(apart, square.where(apart, 1).sqrt(), 0)
 
+# %% ../nbs/method/01_losses.ipynb #5d0cba24
+def _log_rows(D, tau, sign, diagonal):
+    "The logarithm of Eq. 1's rows from distances; -inf on a diagonal that is `out`, also in a batch of one, which then has nothing else."
+    logits = sign*D/tau
+    if diagonal == 'in': return logits.log_softmax(1)
+    own = torch.eye(len(D), dtype=torch.bool, device=D.device)
+    return logits.masked_fill(own, torch.finfo(D.dtype).min).log_softmax(1).masked_fill(own, -math.inf)
+
 # %% ../nbs/method/01_losses.ipynb #3bf6065d
 def log_adjacency(
     x,  # [B, ...]: one entry per sample, flattened to a vector
@@ -36,36 +44,42 @@ def log_adjacency(
     distance='euclidean',  # or "cosine": 1 - cos
     normalise=True,  # scale each vector to length one first
     sign=-1,  # -1: softmax of -D/τ (Eq. 1); +1: of +D/τ (released code)
+    diagonal='in',  # compare each sample with itself too ("in", Eq. 1), or only with the others ("out")
 ):
-    "The logarithm of Eq. 1's matrix, [B, B]."
+    "The logarithm of Eq. 1's matrix, [B, B]; -inf where it is zero, on a diagonal that is out."
     choose('distance', distance, ('euclidean', 'cosine'))
     choose('sign', sign, (-1, 1))
+    choose('diagonal', diagonal, ('in', 'out'))
     if not tau > 0: raise ValueError(f"tau is {float(tau):g}: expected a positive number; tau_form = exp keeps a learned one positive")
     D = _distances(x.flatten(1), distance, normalise).to(torch.promote_types(x.dtype, torch.float32))
-    return (sign*D/tau).log_softmax(1)
+    return _log_rows(D, tau, sign, diagonal)
 
 # %% ../nbs/method/01_losses.ipynb #0ee907bb
 def adjacency(
-    x, tau, distance='euclidean', normalise=True, sign=-1,  # as in `log_adjacency`
+    x, tau, distance='euclidean', normalise=True, sign=-1, diagonal='in',  # as in `log_adjacency`
 ):
     "Eq. 1's matrix, [B, B]: row i says how near the other samples are to sample i, and sums to one."
-    return log_adjacency(x, tau, distance, normalise, sign).exp()
+    return log_adjacency(x, tau, distance, normalise, sign, diagonal).exp()
 
 # %% ../nbs/method/01_losses.ipynb #0404447b
+def _where_mass(x, log_p):
+    "`x` where p is not zero, and zero where it is: 0·log 0 = 0."
+    return x.masked_fill(log_p == -math.inf, 0)
+
 def kl_rows(
     log_p,  # [B, B]: logarithm of the target's rows
     log_q,  # [B, B]: logarithm of the rows that shall approach them
 ):
     "Mean over rows of KL[p ‖ q], in nats (Eq. 2)."
     if log_p.shape != log_q.shape: raise ValueError(f"{len(log_p)} samples on one side and {len(log_q)} on the other: both must come from one batch")
-    return (log_p.exp()*(log_p - log_q)).sum(1).mean()
+    return (log_p.exp()*_where_mass(log_p - log_q, log_p)).sum(1).mean()
 
 # %% ../nbs/method/01_losses.ipynb #dfb899c5
 def manifold_matching(
     F,  # [B, ...]: image features
     G,  # [B, ...]: prompt features of each image's class
     tau,  # temperature of both sides
-    **options,  # `distance`, `normalise` and `sign` of `log_adjacency`
+    **options,  # `distance`, `normalise`, `sign` and `diagonal` of `log_adjacency`
 ):
     "L_MM of Eq. 2: mean of KL[A^G_i ‖ A^F_i], a scalar in nats."
     return kl_rows(log_adjacency(G, tau, **options), log_adjacency(F, tau, **options))
@@ -74,8 +88,8 @@ def manifold_matching(
 def row_entropy(
     log_p,  # [B, B]: logarithm of an adjacency matrix
 ):
-    "Mean entropy of the rows, in nats; log B means that the rows say nothing."
-    return -(log_p.exp()*log_p).sum(1).mean()
+    "Mean entropy of the rows, in nats; log B, or log(B - 1) without the diagonal, means that the rows say nothing."
+    return -(log_p.exp()*_where_mass(log_p, log_p)).sum(1).mean()
 
 # %% ../nbs/method/01_losses.ipynb #3bc85392
 def mean_cosine(
@@ -147,6 +161,7 @@ class LossOptions:
     mm_text: str = 'mapped'  # rows after the mapping net ("mapped") or as the text encoder gives them ("raw")
     mm_sign: str = 'minus'  # softmax of -D/τ ("minus", Eq. 1) or of +D/τ ("plus", released code)
     mm_normalise: bool = True  # L2-normalise each sample before D
+    mm_diagonal: str = 'in'  # compare each sample with itself too ("in", Eq. 1), or only with the others ("out")
     distance: str = 'euclidean'  # D of Eq. 1, or "cosine" (Table 7)
     tau: str = 'learned'  # τ of Eq. 1, or "fixed"
     tau_init: float = 2.6593  # its first value

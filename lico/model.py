@@ -26,7 +26,7 @@ class Output:
     logits: Tensor
     mm: Tensor = field(default_factory=_absent)
     ot: Tensor = field(default_factory=_absent)
-    stats: dict = field(default_factory=dict)  # detached scalars: cosine, and for LICO tau, entropy_image, entropy_text (shares of ln B)
+    stats: dict = field(default_factory=dict)  # detached scalars: cosine, and for LICO tau, entropy_image, entropy_text (shares of ln B; of ln(B - 1) without the diagonal)
 
 # %% ../nbs/method/07_model.ipynb #c4a3d95d
 class CrossEntropy(nn.Module):
@@ -109,9 +109,10 @@ class LICO(CrossEntropy):
         text = mapped if o.mm_text == 'mapped' else raw
         if o.mm_rows == 'class': text = text[:, 0 if self.prompts.rolled else -1]
         if o.detach_text: text = text.detach()
-        same = dict(distance=o.distance, normalise=o.mm_normalise, sign=-1 if o.mm_sign == 'minus' else 1)
+        same = dict(distance=o.distance, normalise=o.mm_normalise, sign=-1 if o.mm_sign == 'minus' else 1, diagonal=o.mm_diagonal)
         log_f, log_g = (log_adjacency(f, tau, **same) for f in (image, text))
-        share = torch.tensor(float(len(rows))).log()
+        compared = len(rows) - (o.mm_diagonal == 'out')  # entropies are shares of ln B, or of ln(B - 1); of one sample, nan
+        share = torch.tensor(float(max(compared, 1))).log()
         stats = dict(tau=tau.detach(), entropy_image=row_entropy(log_f.detach())/share, entropy_text=row_entropy(log_g.detach())/share)
         return kl_rows(log_g, log_f), stats
 
