@@ -345,6 +345,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'lico.model.LICO': ('method/model.html#lico', 'lico/model.py'),
                             'lico.model.LICO.__init__': ('method/model.html#lico.__init__', 'lico/model.py'),
                             'lico.model.LICO.alignment': ('method/model.html#lico.alignment', 'lico/model.py'),
+                            'lico.model.LICO.asked': ('method/model.html#lico.asked', 'lico/model.py'),
+                            'lico.model.LICO.compared': ('method/model.html#lico.compared', 'lico/model.py'),
                             'lico.model.LICO.matching': ('method/model.html#lico.matching', 'lico/model.py'),
                             'lico.model.LICO.text': ('method/model.html#lico.text', 'lico/model.py'),
                             'lico.model.Output': ('method/model.html#output', 'lico/model.py'),

@@ -161,6 +161,7 @@ class LossOptions:
     mm_text: str = 'mapped'  # rows after the mapping net ("mapped") or as the text encoder gives them ("raw")
     mm_sign: str = 'minus'  # softmax of -D/τ ("minus", Eq. 1) or of +D/τ ("plus", released code)
     mm_normalise: bool = True  # L2-normalise each sample before D
+    mm_centre: bool = False  # subtract the mean text vector over all classes first
     mm_diagonal: str = 'in'  # compare each sample with itself too ("in", Eq. 1), or only with the others ("out")
     distance: str = 'euclidean'  # D of Eq. 1, or "cosine" (Table 7)
     tau: str = 'learned'  # τ of Eq. 1, or "fixed"

@@ -96,23 +96,35 @@ class LICO(CrossEntropy):
         self.prompts, self.options = prompts, options
         self.mapping, self.tau = mapping_net(prompts.dim, backbone.feature_shape[1], options), Temperature(options)
 
+    def asked(self, y):
+        "The classes whose prompts a batch needs: its labels, and behind them all classes where their mean is subtracted."
+        return torch.cat([y, torch.arange(len(self.prompts.class_names), device=y.device)]) if self.options.mm_centre else y
+
     def text(self, y):
         "The raw and the mapped prompt rows of each image's class, [B, M, d] and [B, M, d']; every class of the batch is encoded once."
         classes, of = torch.unique(y, return_inverse=True)
         raw = self.prompts(classes)
         return raw[of], self.mapping(raw)[of]
 
-    def matching(self, maps, rows, raw, mapped):
-        "The manifold matching loss (Eqs. 1 and 2) and its diagnostics."
-        o, tau = self.options, self.tau()
+    def compared(self, maps, rows, raw, mapped):
+        "What Eq. 1 compares, one entry per image: the images' side, and the text's from the prompt rows of `asked(y)`."
+        o, B = self.options, len(rows)
         image = rows if o.mm_features == 'maps' else self.backbone.forward_head(maps, pre_logits=True)
         text = mapped if o.mm_text == 'mapped' else raw
         if o.mm_rows == 'class': text = text[:, 0 if self.prompts.rolled else -1]
         if o.detach_text: text = text.detach()
+        if not o.mm_centre: return image, text
+        if len(text) != B + len(self.prompts.class_names): raise ValueError(
+            f"prompt rows of {len(text)} classes for {B} images: mm_centre needs those of asked(y), each image's class and then all classes")
+        return image, text[:B] - text[B:].mean(0)
+
+    def matching(self, maps, rows, raw, mapped):
+        "The manifold matching loss (Eqs. 1 and 2) and its diagnostics; the prompt rows are those of `asked(y)`."
+        o, tau, (image, text) = self.options, self.tau(), self.compared(maps, rows, raw, mapped)
         same = dict(distance=o.distance, normalise=o.mm_normalise, sign=-1 if o.mm_sign == 'minus' else 1, diagonal=o.mm_diagonal)
         log_f, log_g = (log_adjacency(f, tau, **same) for f in (image, text))
-        compared = len(rows) - (o.mm_diagonal == 'out')  # entropies are shares of ln B, or of ln(B - 1); of one sample, nan
-        share = torch.tensor(float(max(compared, 1))).log()
+        others = len(rows) - (o.mm_diagonal == 'out')  # entropies are shares of ln B, or of ln(B - 1); nan where that is zero
+        share = torch.tensor(float(max(others, 1))).log()
         stats = dict(tau=tau.detach(), entropy_image=row_entropy(log_f.detach())/share, entropy_text=row_entropy(log_g.detach())/share)
         return kl_rows(log_g, log_f), stats
 
@@ -120,11 +132,11 @@ class LICO(CrossEntropy):
         "The terms of Eq. 8 behind cross-entropy; one whose weight is zero is not computed."
         o, more = self.options, dict(loss=0.)
         if not (o.alpha or o.beta): return more
-        raw, mapped = self.text(y)
+        raw, mapped = self.text(self.asked(y))
         if o.alpha:
             more['mm'], more['stats'] = self.matching(maps, rows, raw, mapped)
             more['loss'] = o.alpha*more['mm']
         if o.beta:
-            more['ot'] = ot_alignment(rows, mapped, o.ot_eps, o.ot_iters, o.ot_tol, o.ot_grad, o.ot_value)
+            more['ot'] = ot_alignment(rows, mapped[:len(y)], o.ot_eps, o.ot_iters, o.ot_tol, o.ot_grad, o.ot_value)
             more['loss'] = more['loss'] + o.beta*more['ot']
         return more

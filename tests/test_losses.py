@@ -83,6 +83,12 @@ def test_without_the_diagonal_a_loss_of_two_samples_is_zero_whatever_they_are():
     F, G = normal(2, 3), normal(2, 3, seed=1)
     assert manifold_matching(F, G, 0.1, diagonal='out') == 0 == row_entropy(log_adjacency(F, 0.1, diagonal='out')) and manifold_matching(F, G, 0.1) > 0.001
 
+@pytest.mark.filterwarnings('ignore:Anomaly Detection')
+def test_without_the_diagonal_a_batch_of_one_passes_where_nan_is_looked_for():
+    x = normal(1, 3).requires_grad_()
+    with torch.autograd.detect_anomaly(): manifold_matching(x, normal(1, 2), 0.5, diagonal='out').backward()
+    assert (x.grad == 0).all()
+
 def test_without_the_diagonal_class_blind_images_are_not_pulled():
     "All at one cosine c: the loss does not depend on c, and with the diagonal it does."
     G = normal(3, 4)[[0, 0, 1, 1, 2]]
