@@ -3,7 +3,8 @@ import math
 import numpy as np, ot, pytest, scipy.optimize, scipy.stats, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from lico.losses import (LossOptions, adjacency, cost_matrix, kl_rows, log_adjacency, manifold_matching, mean_cosine, ot_alignment, row_entropy, sinkhorn)
+from lico.losses import (LossOptions, adjacency, calibrated_taus, cost_matrix, kl_rows, log_adjacency, manifold_matching, mean_cosine, ot_alignment, other_mass, row_entropy,
+                         sinkhorn)
 
 torch.set_num_threads(1)
 
@@ -128,6 +129,45 @@ def test_properties_of_manifold_matching(shape, tau, choice):
 def test_a_large_tau_empties_the_loss():
     F, G = normal(8, 3), normal(8, 3, seed=1)
     assert manifold_matching(F, G, 1e3) < 1e-6 < 1e-3 < manifold_matching(F, G, 1.)
+
+# calibration
+
+def labelled(B=12, K=4, seed=0): return normal(B, 5, seed=seed), normal(K, 6, seed=seed + 1)[torch.arange(B) % K], torch.arange(B) % K
+
+@pytest.mark.parametrize('diagonal', ('in', 'out'))
+@pytest.mark.parametrize('distance, normalise', (('euclidean', True), ('euclidean', False), ('cosine', True)))
+@pytest.mark.parametrize('share', (0.01, 0.25, 0.6))
+def test_calibrated_temperatures_solve_their_equations(share, distance, normalise, diagonal):
+    "Against scipy's root finder over a loop, and by what they shall bring about; at every scale of the features where lengths count."
+    F, G, y = labelled()
+    for scale in (1., 1e-3, 1e3):
+        image, text = calibrated_taus(scale*F, scale*G, y, share, distance, normalise, diagonal)
+        A = adjacency(scale*G, text, distance, normalise, diagonal=diagonal).numpy()
+        assert math.isclose(np.mean([sum(A[i, j] for j in range(12) if y[j] != y[i]) for i in range(12)]), share, rel_tol=1e-6)
+        assert math.isclose(scipy.stats.entropy(A, axis=1).mean(), row_entropy(log_adjacency(scale*F, image, distance, normalise, diagonal=diagonal)), rel_tol=1e-6)
+    solve = lambda log_tau: other_mass(log_adjacency(scale*G, math.exp(log_tau), distance, normalise, diagonal=diagonal), y).item() - share
+    assert math.isclose(math.exp(scipy.optimize.brentq(solve, math.log(text) - 5, math.log(text) + 5, xtol=1e-12)), text, rel_tol=1e-6)
+
+def test_a_sample_alone_in_its_class_says_nothing_of_tau_without_the_diagonal():
+    F, G, y = labelled()
+    y[0], G[0] = 9, normal(6, seed=7)
+    alone = [other_mass(log_adjacency(G, t, diagonal='out'), y) for t in (1e-3, 1.)]
+    assert alone[0] < 1e-3 < 0.1 < alone[1]
+    A = adjacency(G, 0.5, diagonal='out')
+    assert torch.isclose(other_mass(A.log(), y), torch.stack([A[i, y != y[i]].sum() for i in range(1, 12)]).mean())
+    A = adjacency(G, 0.5)
+    assert torch.isclose(other_mass(A.log(), y), torch.stack([A[i, y != y[i]].sum() for i in range(12)]).mean())
+
+@pytest.mark.parametrize('case, message', [
+    (lambda F, G, y: (F, G[:1].expand(12, 6), 0*y), 'of 12 samples of 1 classes a share from 0 to 0 of the text.s mass can lie on other classes, not tau_share = 0.25: use larger'),
+    (lambda F, G, y: (F, G[:1].expand(12, 6), y), 'of 12 samples of 4 classes a share from 0.75 to 0.75 of'),
+    (lambda F, G, y: (F[:2], G[:2], y[:2], 0.6), 'of 2 samples of 2 classes a share from 0 to 0.5 of .*, not tau_share = 0.6'),
+    (lambda F, G, y: (F[:4], G[:4], y[:4], 0.25, 'euclidean', True, 'out'), r'of 4 samples of 4 classes a share from nan to nan of .*\(nan: no sample has another of its class\)'),
+    (lambda F, G, y: (F[:1], G[:1], y[:1]), 'of 1 samples of 1 classes a share from 0 to 0'),
+    (lambda F, G, y: (F[:1].expand(12, 5), G, y), "the images' rows can have a mean entropy from 2.48 to 2.48 nats, not the text's .*: their features are too much alike")])
+def test_what_cannot_be_calibrated_is_refused(case, message):
+    with pytest.raises(ValueError, match=message) as e: calibrated_taus(*case(*labelled()))
+    assert '\n' not in str(e.value)
 
 # optimal transport
 
@@ -270,6 +310,8 @@ def test_memory():
     (lambda x: adjacency(x, 1, diagonal='none'), "unknown diagonal 'none': choose one of in, out"),
     (lambda x: adjacency(x, 1, sign=2), "unknown sign 2: choose one of -1, 1"),
     (lambda x: manifold_matching(x, x[:1], 1), "1 samples on one side and 2 on the other"),
+    (lambda x: LossOptions(tau='calibrated', mm_sign='plus'), "tau = calibrated with mm_sign = plus: most of the mass is on other classes at every τ"),
+    (lambda x: LossOptions(tau_share=1), "option tau_share = 1: expected a number from 0.001 to 0.999"),
     (lambda x: LossOptions(tau_init=0), "option tau_init = 0: expected a number"),
     (lambda x: LossOptions(ot_grad='implicit'), "unknown value of option ot_grad: 'implicit'")])
 def test_errors_are_one_sentence(call, message):
