@@ -1,9 +1,10 @@
 "The losses against reference libraries, float64 gradients and properties that hold for every input."
 import math
-import numpy as np, ot, pytest, scipy.optimize, torch
+import numpy as np, ot, pytest, scipy.optimize, scipy.stats, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from lico.losses import (LossOptions, adjacency, cost_matrix, kl_rows, log_adjacency, manifold_matching, mean_cosine, ot_alignment, row_entropy, sinkhorn)
+from lico.losses import (LossOptions, adjacency, calibrated_taus, cost_matrix, kl_rows, log_adjacency, manifold_matching, mean_cosine, ot_alignment, other_mass, row_entropy,
+                         sinkhorn)
 
 torch.set_num_threads(1)
 
@@ -17,23 +18,26 @@ def feature_rows(B=16, N=128, M=13, width=64, dtype=torch.float32):
 
 # manifold matching
 
+@pytest.mark.parametrize('diagonal', ('in', 'out'))
 @pytest.mark.parametrize('sign', (-1, 1))
 @pytest.mark.parametrize('normalise', (True, False))
 @pytest.mark.parametrize('distance', ('euclidean', 'cosine'))
-def test_manifold_matching_is_what_a_loop_gives(distance, normalise, sign):
+def test_manifold_matching_is_what_a_loop_gives(distance, normalise, sign, diagonal):
     F, G, tau = normal(7, 5, 3).numpy(), normal(7, 2, 3, seed=1).numpy(), 0.4
     def matrix(x):
         x = [v.ravel()/(np.linalg.norm(v) if normalise else 1) for v in x]
         D = lambda a, b: np.sqrt(((a - b)**2).sum()) if distance == 'euclidean' else 1 - a@b/np.linalg.norm(a)/np.linalg.norm(b)
-        E = np.array([[math.exp(sign*D(a, b)/tau) for b in x] for a in x])
+        E = np.array([[math.exp(sign*D(a, b)/tau)*(a is not b or diagonal == 'in') for b in x] for a in x])
         return E/E.sum(1, keepdims=True)
     AF, AG = matrix(F), matrix(G)
-    choice = dict(distance=distance, normalise=normalise, sign=sign)
+    choice = dict(distance=distance, normalise=normalise, sign=sign, diagonal=diagonal)
     assert np.allclose(adjacency(torch.tensor(F), tau, **choice), AF, rtol=1e-9)
-    expected = sum(AG[i, j]*math.log(AG[i, j]/AF[i, j]) for i in range(7) for j in range(7))/7
+    expected = sum(AG[i, j]*math.log(AG[i, j]/AF[i, j]) for i in range(7) for j in range(7) if AG[i, j])/7
     got = manifold_matching(torch.tensor(F), torch.tensor(G), tau, **choice)
     assert math.isclose(got, expected, rel_tol=1e-9)
-    assert math.isclose(got, torch.nn.functional.kl_div(torch.tensor(AF).log(), torch.tensor(AG), reduction='batchmean'), rel_tol=1e-9)
+    with np.errstate(divide='ignore'): AF = np.where(AG > 0, np.log(AF), 0)
+    assert math.isclose(got, torch.nn.functional.kl_div(torch.tensor(AF), torch.tensor(AG), reduction='batchmean'), rel_tol=1e-9)
+    assert math.isclose(row_entropy(log_adjacency(torch.tensor(G), tau, **choice)), scipy.stats.entropy(AG, axis=1).mean(), rel_tol=1e-9)
 
 def test_entropy_and_cosine_against_loops():
     x = normal(6, 4)
@@ -46,6 +50,7 @@ def test_gradients_of_manifold_matching(distance):
     F, G, tau = normal(5, 3, 2).requires_grad_(), normal(5, 4, seed=1).requires_grad_(), torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance), (F, G, tau))
     torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance, normalise=False, sign=1), (F, G, tau))
+    torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance, diagonal='out'), (F, G, tau))
 
 def test_the_same_prompt_twice_in_a_batch():
     "As in every batch with two images of a class: the gradient is that of the distances which are not zero."
@@ -53,19 +58,45 @@ def test_the_same_prompt_twice_in_a_batch():
     F = normal(4, 4, seed=1)
     twice = lambda G: manifold_matching(F, G[[0, 1, 2, 0]], 0.5)
     torch.autograd.gradcheck(twice, (G.requires_grad_(),))
+    torch.autograd.gradcheck(lambda G: manifold_matching(F, G[[0, 1, 2, 0]], 0.5, diagonal='out'), (G,))
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16))
 @pytest.mark.parametrize('x', (torch.ones(4, 3, 2), torch.zeros(4, 3, 2), torch.cat([torch.zeros(2, 6), torch.eye(2, 6)]), torch.ones(1, 5), 1e-30*torch.ones(3, 2)),
                          ids=('identical', 'zero', 'some zero', 'one', 'tiny'))
+@pytest.mark.parametrize('diagonal', ('in', 'out'))
 @pytest.mark.parametrize('distance', ('euclidean', 'cosine'))
-def test_degenerate_samples_have_finite_values_and_gradients(x, distance, dtype):
+def test_degenerate_samples_have_finite_values_and_gradients(x, distance, diagonal, dtype):
     x = x.to(dtype, copy=True).requires_grad_()
     tau = torch.tensor(0.01, requires_grad=True)
-    log_p = log_adjacency(x, tau, distance=distance)
+    log_p = log_adjacency(x, tau, distance=distance, diagonal=diagonal)
+    if diagonal == 'out':
+        assert (log_p.diagonal() == -math.inf).all() and torch.allclose(log_p.exp().sum(1), torch.tensor(float(len(x) > 1), dtype=log_p.dtype))
+        loss = kl_rows(log_p, log_p.detach()) + row_entropy(log_p)
+        loss.backward(retain_graph=True)
+        assert loss.isfinite() and x.grad.isfinite().all() and tau.grad.isfinite() and (len(x) > 1 or loss == 0 == x.grad.abs().max())
+        log_p = log_p.masked_fill(torch.eye(len(x), dtype=torch.bool), 0)
     assert log_p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (log_p*torch.arange(len(x))).sum().backward()
     assert log_p.isfinite().all() and tau.grad.isfinite() and x.grad.isfinite().all() and x.grad.abs().max()*(x.detach().abs().max() or 1) < 1e4
-    if distance == 'euclidean': assert torch.equal(log_p.diagonal(), log_p.max(1)[0])
+    if distance == 'euclidean' and diagonal == 'in': assert torch.equal(log_p.diagonal(), log_p.max(1)[0])
+
+def test_without_the_diagonal_a_loss_of_two_samples_is_zero_whatever_they_are():
+    F, G = normal(2, 3), normal(2, 3, seed=1)
+    assert manifold_matching(F, G, 0.1, diagonal='out') == 0 == row_entropy(log_adjacency(F, 0.1, diagonal='out')) and manifold_matching(F, G, 0.1) > 0.001
+
+@pytest.mark.filterwarnings('ignore:Anomaly Detection')
+def test_without_the_diagonal_a_batch_of_one_passes_where_nan_is_looked_for():
+    x = normal(1, 3).requires_grad_()
+    with torch.autograd.detect_anomaly(): manifold_matching(x, normal(1, 2), 0.5, diagonal='out').backward()
+    assert (x.grad == 0).all()
+
+def test_without_the_diagonal_class_blind_images_are_not_pulled():
+    "All at one cosine c: the loss does not depend on c, and with the diagonal it does."
+    G = normal(3, 4)[[0, 0, 1, 1, 2]]
+    c = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    blind = torch.cat([c.sqrt().expand(5, 1), (1 - c).sqrt()*torch.eye(5, dtype=torch.float64)], 1)
+    pull = {d: torch.autograd.grad(manifold_matching(blind, G, 0.3, diagonal=d), c, retain_graph=True)[0].abs() for d in ('in', 'out')}
+    assert pull['out'] < 1e-12 < 0.1 < pull['in']
 
 def test_distance_zero_is_zero_and_small_distances_are_right_in_float32():
     x = normal(6, 8192, dtype=torch.float32)
@@ -78,7 +109,8 @@ def test_distance_zero_is_zero_and_small_distances_are_right_in_float32():
     assert torch.allclose((log_p.diagonal()[:, None] - log_p)*1e-3, true, rtol=1e-4)
 
 vectors = st.integers(2, 6).flatmap(lambda B: st.tuples(st.just(B), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6)))
-choices = st.fixed_dictionaries(dict(distance=st.sampled_from(('euclidean', 'cosine')), normalise=st.booleans(), sign=st.sampled_from((-1, 1))))
+choices = st.fixed_dictionaries(dict(distance=st.sampled_from(('euclidean', 'cosine')), normalise=st.booleans(), sign=st.sampled_from((-1, 1)),
+                                    diagonal=st.sampled_from(('in', 'out'))))
 
 @settings(deadline=None, max_examples=60)
 @given(vectors, st.floats(0.01, 100), choices)
@@ -88,7 +120,7 @@ def test_properties_of_manifold_matching(shape, tau, choice):
     A, loss = adjacency(F, tau, **choice), manifold_matching(F, G, tau, **choice)
     assert torch.allclose(A.sum(1), torch.ones(B, dtype=A.dtype)) and (A >= 0).all() and loss >= -1e-12
     assert manifold_matching(F, F.clone(), tau, **choice) == 0
-    assert row_entropy(A.log().clamp_min(-1e4)) <= math.log(B) + 1e-9
+    assert row_entropy(log_adjacency(F, tau, **choice)) <= math.log(B - (choice['diagonal'] == 'out')) + 1e-9
     order = torch.randperm(B, generator=torch.Generator().manual_seed(seed))
     assert torch.allclose(adjacency(F[order], tau, **choice), A[order][:, order])
     assert torch.isclose(manifold_matching(F[order], G[order], tau, **choice), loss)
@@ -97,6 +129,45 @@ def test_properties_of_manifold_matching(shape, tau, choice):
 def test_a_large_tau_empties_the_loss():
     F, G = normal(8, 3), normal(8, 3, seed=1)
     assert manifold_matching(F, G, 1e3) < 1e-6 < 1e-3 < manifold_matching(F, G, 1.)
+
+# calibration
+
+def labelled(B=12, K=4, seed=0): return normal(B, 5, seed=seed), normal(K, 6, seed=seed + 1)[torch.arange(B) % K], torch.arange(B) % K
+
+@pytest.mark.parametrize('diagonal', ('in', 'out'))
+@pytest.mark.parametrize('distance, normalise', (('euclidean', True), ('euclidean', False), ('cosine', True)))
+@pytest.mark.parametrize('share', (0.01, 0.25, 0.6))
+def test_calibrated_temperatures_solve_their_equations(share, distance, normalise, diagonal):
+    "Against scipy's root finder over a loop, and by what they shall bring about; at every scale of the features where lengths count."
+    F, G, y = labelled()
+    for scale in (1., 1e-3, 1e3):
+        image, text = calibrated_taus(scale*F, scale*G, y, share, distance, normalise, diagonal)
+        A = adjacency(scale*G, text, distance, normalise, diagonal=diagonal).numpy()
+        assert math.isclose(np.mean([sum(A[i, j] for j in range(12) if y[j] != y[i]) for i in range(12)]), share, rel_tol=1e-6)
+        assert math.isclose(scipy.stats.entropy(A, axis=1).mean(), row_entropy(log_adjacency(scale*F, image, distance, normalise, diagonal=diagonal)), rel_tol=1e-6)
+    solve = lambda log_tau: other_mass(log_adjacency(scale*G, math.exp(log_tau), distance, normalise, diagonal=diagonal), y).item() - share
+    assert math.isclose(math.exp(scipy.optimize.brentq(solve, math.log(text) - 5, math.log(text) + 5, xtol=1e-12)), text, rel_tol=1e-6)
+
+def test_a_sample_alone_in_its_class_says_nothing_of_tau_without_the_diagonal():
+    F, G, y = labelled()
+    y[0], G[0] = 9, normal(6, seed=7)
+    alone = [other_mass(log_adjacency(G, t, diagonal='out'), y) for t in (1e-3, 1.)]
+    assert alone[0] < 1e-3 < 0.1 < alone[1]
+    A = adjacency(G, 0.5, diagonal='out')
+    assert torch.isclose(other_mass(A.log(), y), torch.stack([A[i, y != y[i]].sum() for i in range(1, 12)]).mean())
+    A = adjacency(G, 0.5)
+    assert torch.isclose(other_mass(A.log(), y), torch.stack([A[i, y != y[i]].sum() for i in range(12)]).mean())
+
+@pytest.mark.parametrize('case, message', [
+    (lambda F, G, y: (F, G[:1].expand(12, 6), 0*y), 'of 12 samples of 1 classes a share from 0 to 0 of the text.s mass can lie on other classes, not tau_share = 0.25: use larger'),
+    (lambda F, G, y: (F, G[:1].expand(12, 6), y), 'of 12 samples of 4 classes a share from 0.75 to 0.75 of'),
+    (lambda F, G, y: (F[:2], G[:2], y[:2], 0.6), 'of 2 samples of 2 classes a share from 0 to 0.5 of .*, not tau_share = 0.6'),
+    (lambda F, G, y: (F[:4], G[:4], y[:4], 0.25, 'euclidean', True, 'out'), r'of 4 samples of 4 classes a share from nan to nan of .*\(nan: no sample has another of its class\)'),
+    (lambda F, G, y: (F[:1], G[:1], y[:1]), 'of 1 samples of 1 classes a share from 0 to 0'),
+    (lambda F, G, y: (F[:1].expand(12, 5), G, y), "the images' rows can have a mean entropy from 2.48 to 2.48 nats, not the text's .*: their features are too much alike")])
+def test_what_cannot_be_calibrated_is_refused(case, message):
+    with pytest.raises(ValueError, match=message) as e: calibrated_taus(*case(*labelled()))
+    assert '\n' not in str(e.value)
 
 # optimal transport
 
@@ -236,8 +307,11 @@ def test_memory():
     (lambda x: adjacency(x, 0.), "tau is 0: expected a positive number"),
     (lambda x: adjacency(x, torch.tensor(float('nan'))), "tau is nan: expected a positive number"),
     (lambda x: adjacency(x, 1, distance='manhattan'), "unknown distance 'manhattan': choose one of euclidean, cosine"),
+    (lambda x: adjacency(x, 1, diagonal='none'), "unknown diagonal 'none': choose one of in, out"),
     (lambda x: adjacency(x, 1, sign=2), "unknown sign 2: choose one of -1, 1"),
     (lambda x: manifold_matching(x, x[:1], 1), "1 samples on one side and 2 on the other"),
+    (lambda x: LossOptions(tau='calibrated', mm_sign='plus'), "tau = calibrated with mm_sign = plus: most of the mass is on other classes at every τ"),
+    (lambda x: LossOptions(tau_share=1), "option tau_share = 1: expected a number from 0.001 to 0.999"),
     (lambda x: LossOptions(tau_init=0), "option tau_init = 0: expected a number"),
     (lambda x: LossOptions(ot_grad='implicit'), "unknown value of option ot_grad: 'implicit'")])
 def test_errors_are_one_sentence(call, message):

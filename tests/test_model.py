@@ -1,0 +1,166 @@
+"The readings of manifold matching that lico.model prepares, on a three-layer network and prompts from a table."
+import subprocess, sys
+from pathlib import Path
+import pytest, torch
+from torch import nn
+from lico.losses import LossOptions, calibrated_taus, log_adjacency, manifold_matching, row_entropy
+from lico.model import LICO
+
+torch.set_num_threads(1)
+K, M, d = 5, 3, 6
+
+
+class Net(nn.Module):
+    "A classifier with timm's protocol; its feature rows are its 4 channels at 9 positions."
+    num_classes, image_size, feature_shape = K, 3, (4, 9)
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh()), nn.Linear(4, K)
+    def forward_features(self, x): return self.body(x)
+    def forward_head(self, maps, pre_logits=False): return maps.mean((2, 3)) if pre_logits else self.head(maps.mean((2, 3)))
+
+
+class Prompts(nn.Module):
+    "Prompt rows that are learned themselves, and how many classes were asked for."
+    class_names, rolled, dim, n_rows = list('abcde'), False, d, M
+    def __init__(self):
+        super().__init__()
+        self.rows, self.asked = nn.Parameter(torch.randn(K, M, d) + 2), []
+    def forward(self, ids):
+        self.asked.append(len(ids))
+        return self.rows[ids]
+
+
+def lico(seed=0, **options):
+    torch.manual_seed(seed)
+    return LICO(Net(), Prompts(), LossOptions(**{**dict(mm_features='pooled', mm_rows='class', mm_text='raw', tau='fixed', tau_init=0.4), **options})).double()
+
+
+def batch(B=8, classes=3, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(B, 3, 3, 3, generator=g, dtype=torch.float64), torch.arange(B) % classes
+
+
+def features(model, x, kind='pooled'):
+    maps = model.backbone.forward_features(x)
+    return maps.flatten(2) if kind == 'maps' else maps.mean((2, 3))
+
+
+@pytest.mark.parametrize('text', ('raw', 'mapped'))
+@pytest.mark.parametrize('rows', ('class', 'all'))
+@pytest.mark.parametrize('detach', (False, True))
+def test_the_centre_is_the_mean_over_all_classes(text, rows, detach):
+    model, (x, y) = lico(mm_centre=True, mm_text=text, mm_rows=rows, detach_text=detach), batch()
+    each = [(model.mapping(r) if text == 'mapped' else r)[slice(None) if rows == 'all' else -1] for r in model.prompts.rows]
+    mean = sum(each)/K
+    expected = manifold_matching(features(model, x), torch.stack([each[c] - mean for c in y]), 0.4)
+    out = model(x, y)
+    torch.testing.assert_close(out.mm, expected)
+    assert not torch.isclose(out.mm, lico(mm_text=text, mm_rows=rows)(x, y).mm)
+    parts = (model.backbone.body[0].weight, model.prompts.rows)
+    got = torch.autograd.grad(out.mm, parts, allow_unused=True)
+    wanted = torch.autograd.grad(expected, parts)
+    torch.testing.assert_close(got[0], wanted[0])
+    if detach: assert got[1] is None
+    else: torch.testing.assert_close(got[1], wanted[1])
+    if not detach: assert got[1][4].abs().sum() > 0, "a class that is not in the batch moves the centre"
+
+
+def test_the_centre_leaves_transport_alone_and_encodes_each_class_once():
+    (x, y), plain, centred = batch(), lico(), lico(mm_centre=True)
+    torch.testing.assert_close(plain(x, y).ot, centred(x, y).ot)
+    assert plain.prompts.asked == [3] and centred.prompts.asked == [K]
+    one, two = centred(x, y).mm, centred(x[[*range(8), 0]], y[[*range(8), 0]]).mm
+    assert not torch.isclose(one, two)
+    with pytest.raises(ValueError, match='prompt rows of 8 classes for 8 images: mm_centre needs those of asked'):
+        maps = centred.backbone.forward_features(x)
+        centred.matching(maps, maps.flatten(2), *centred.text(y))
+
+
+def test_gradients_with_every_control():
+    model, (x, y) = lico(mm_centre=True, mm_diagonal='out'), batch()
+    own = model.prompts.rows.detach()
+    def mm(rows):
+        return torch.func.functional_call(model, {'prompts.rows': rows}, (x, y)).mm
+    torch.autograd.gradcheck(mm, (own.clone().requires_grad_(),))
+
+
+def test_centred_texts_that_are_all_equal_are_zero_and_harmless():
+    model, (x, y) = lico(mm_centre=True), batch()
+    with torch.no_grad(): model.prompts.rows[:] = model.prompts.rows[0]
+    out = model(x, y)
+    out.loss.backward()
+    assert out.loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()) and torch.isclose(out.stats['entropy_text'], torch.ones(()).double())
+
+
+def test_without_the_diagonal():
+    model, (x, y) = lico(mm_diagonal='out'), batch()
+    out, texts = model(x, y), model.prompts.rows[y, -1]
+    torch.testing.assert_close(out.mm, manifold_matching(features(model, x), texts, 0.4, diagonal='out'))
+    torch.testing.assert_close(out.stats['entropy_text'].double(), row_entropy(log_adjacency(texts, 0.4, diagonal='out'))/torch.tensor(7.).double().log())
+    for B in (1, 2):
+        out = model(*batch(B))
+        out.loss.backward()
+        assert out.mm == 0 and out.stats['entropy_image'].isnan() and out.stats['entropy_text'].isnan()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('reading', (dict(), dict(mm_centre=True, mm_diagonal='out', detach_text=True), dict(mm_features='maps', mm_rows='all', mm_text='mapped'),
+                                     dict(distance='cosine', mm_normalise=False, tau_share=0.1)), ids=str)
+def test_the_first_batch_in_train_mode_calibrates(reading):
+    model, (x, y) = lico(tau='calibrated', **reading), batch()
+    o = model.options
+    assert not list(model.tau.parameters()) and list(model.tau.state_dict()) == ['value']
+    with pytest.raises(ValueError, match='not known yet: with tau = calibrated a batch in train mode must come first'): model.eval()(x, y)
+    out = model.train()(x, y)
+    out.loss.backward()
+    each = [(model.mapping(r) if o.mm_text == 'mapped' else r)[slice(None) if o.mm_rows == 'all' else -1] for r in model.prompts.rows]
+    text = torch.stack([each[c] - (sum(each)/K if o.mm_centre else 0) for c in y])
+    same = dict(distance=o.distance, normalise=o.mm_normalise, diagonal=o.mm_diagonal)
+    image = features(model, x, o.mm_features)
+    taus = calibrated_taus(image, text, y, o.tau_share, **same)
+    assert model.tau.value.tolist() == pytest.approx(taus, rel=1e-5) and (out.stats['tau_image'], out.stats['tau']) == model.tau()
+    log_f, log_g = (log_adjacency(f, t, **same) for f, t in zip((image, text), taus))
+    torch.testing.assert_close(out.mm, (log_g.exp()*(log_g - log_f).masked_fill(log_g == -torch.inf, 0)).sum(1).mean())
+    torch.testing.assert_close(out.stats['entropy_image'], out.stats['entropy_text'], atol=1e-6, rtol=0)
+    before = model.tau.value.clone()
+    model(*batch(6, 2, seed=1)), model.eval()(*batch(6, 2, seed=1))
+    assert torch.equal(model.tau.value, before), 'fixed from then on'
+
+
+def test_calibration_is_kept_by_checkpoints_and_decided_by_nothing_but_the_batch():
+    (x, y), one, two = batch(), lico(tau='calibrated'), lico(tau='calibrated')
+    one(x, y), torch.manual_seed(9), two(x, y)
+    assert torch.equal(one.tau.value, two.tau.value)
+    later = lico(seed=1, tau='calibrated')
+    later.load_state_dict(one.state_dict())
+    assert torch.equal(later(*batch(seed=2)).stats['tau_image'], one.tau.value[0])
+    off = lico(tau='calibrated', alpha=0.)
+    assert off(x, y).loss.isfinite() and not off.tau.known, 'not needed, not computed'
+
+
+def test_a_batch_of_one_class_is_refused_before_anything_is_set():
+    model, (x, y) = lico(tau='calibrated'), batch(classes=1)
+    with pytest.raises(ValueError, match='of 8 samples of 1 classes a share from 0 to 0'): model(x, y)
+    assert not model.tau.known and model(*batch()).loss.isfinite()
+
+
+def test_gradients_with_calibrated_temperatures():
+    "Of Eq. 2 with both temperatures held, which is what the loss says: they are no function of anything."
+    model, (x, y) = lico(tau='calibrated', mm_centre=True, mm_diagonal='out'), batch()
+    model(x, y)
+    torch.autograd.gradcheck(lambda rows: torch.func.functional_call(model, {'prompts.rows': rows}, (x, y)).mm, (model.prompts.rows.detach().requires_grad_(),))
+
+
+def test_two_processes_calibrate_alike(tmp_path):
+    code = f"""if True:
+        import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_model import batch, lico
+        rank = int(sys.argv[1])
+        torch.distributed.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=rank, world_size=2)
+        model = lico(tau='calibrated'); model(*batch(seed=rank)); print(model.tau.value.tolist())"""
+    both = [subprocess.Popen([sys.executable, '-c', code, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
+    said = [p.communicate(timeout=120)[0] for p in both]
+    alone = lico(tau='calibrated')
+    alone(*batch(seed=0))
+    assert said[0] == said[1] == f"{alone.tau.value.tolist()}\n"
