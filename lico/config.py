@@ -64,7 +64,8 @@ OPTIONS = dict(
     n_context=(int, 0, 10**3), prompt=('tokens', 'rolled'), context=('shared', 'class'), class_position=('end', 'front'), dynamic=bool,
     init=str, trainable=bool, class_text=('names', 'shuffled', 'random'),
     cgc_weight=(float, 0, float('inf')), cgc_temperature=(float, 1e-3, float('inf')), gcc_weight=(float, 0, float('inf')),
-    label_smoothing=(float, 0, 1), supcon_weight=(float, 0, float('inf')), supcon_temperature=(float, 1e-3, float('inf')),
+    label_smoothing=(float, 0, 1), supcon_weight=(float, 0, float('inf')),
+    supcon_temperature=(float, 1e-3, float('inf')),
     epochs=(int, 1, 10**6), batch_size=(int, 1, 10**6), lr=(float, *_positive), momentum=(float, 0, 0.9999), weight_decay=(float, 0, 1),
     schedule=('cos7/16', 'cosine', 'constant'), ema=(float, 0, 0.999999), bn_momentum=(float, 1e-6, 1), noise=(float, 0, 10),
     precision=('fp32', 'bf16'))

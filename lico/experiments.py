@@ -312,7 +312,8 @@ def sweep(
     refuse_threads(executor)
     runs = list(dict.fromkeys(runs))
     missing = _missing(runs)
-    for r in [] if executor else missing: refuse_precision(_options(r)['precision'], device())  # an executor's machines are others
+    if not executor:  # whose machines are others
+        for r in missing: refuse_precision(_options(r)['precision'], device())
     jobs = [executor.submit(run, r, progress=False) for r in missing] if executor else []
     try:
         for o in tqdm(jobs or missing, f"{len(missing)} of {len(runs)} runs to do", unit='run', leave=False, disable=not progress):

