@@ -88,7 +88,7 @@ def class_vectors(
     "The class rows of bare names, [K, d]."
     with torch.no_grad(): return PromptLearner(load_text_encoder(encoder), class_names, n_context=0)(torch.arange(len(class_names)))[:, -1]
 
-# %% ../../nbs/evidence/30_selection.ipynb #161dc7fb
+# %% ../../nbs/evidence/30_selection.ipynb #c9aa5f9d
 def trial_runs(
     dataset: str,  # a name or folder:PATH
     backbone: str,
@@ -110,10 +110,10 @@ def trial_name(r: Run) -> str:
 def confusion_run(
     dataset: str,  # a name or folder:PATH
     backbone: str,
-    labels: int = 4000, validation: int = 5000, seed: int = 100, steps: int = None,  # as in `Run`
+    labels: int = 4000, validation: int = 5000, seed: int = 100, epochs: int = 60, steps: int = None,  # as in `Run`
 ) -> Run:
     "The network trained by cross-entropy whose confusions the names are to predict."
-    return Run(dataset=dataset, backbone=backbone, labels=labels, validation=validation, seed=seed, steps=steps)
+    return Run(dataset=dataset, backbone=backbone, labels=labels, validation=validation, seed=seed, epochs=None if steps else epochs, steps=steps)
 
 def confusions_of(
     record: dict,  # of `confusion_run`
