@@ -248,7 +248,7 @@ def _summary(key, c, gap):
     "One setting and preset: `c` of `effects`, `gap` the row of `beside_ce` of the preset as it is."
     failed, out = c.difference.isna(), _left_out(key[4], key[1])
     silent = c[~failed & (c.inactive > c.n/2)]
-    which = f'all {len(silent)} others' if len(silent) == (~failed).sum() else _count(silent)
+    which = f'all {len(silent)} others' if 1 < len(silent) == (~failed).sum() else _count(silent)
     added = signed(gap.difference, gap.half_width)
     said = [f'The preset as it is adds {added} to the {gap.baseline:.1f} of cross-entropy, with '
             f'matching inactive in {gap.inactive} of {gap.n} runs',
