@@ -272,9 +272,10 @@ def draw_effects(c: pd.DataFrame):
     shown = c.dropna(subset='difference')
     shown = shown.assign(arm=shown.arm + shown.inactive.gt(shown.n/2).map({True: ' (inactive)', False: ''}))
     parts = list(shown.groupby(_groups, sort=False))
-    size = 5.5*len(parts), 1.2 + .27*max(len(o) for _, o in parts)
-    fig = plt.figure(figsize=size, layout='constrained', dpi=75)
-    for (key, o), place in zip(parts, fig.subfigures(1, len(parts), squeeze=False)[0]):
+    columns, rows = max(1, len(parts)), max((len(o) for _, o in parts), default=0)
+    fig = plt.figure(figsize=(5.5*columns, 1.2 + .27*rows), layout='constrained', dpi=75)
+    if not parts: fig.text(.5, .5, 'training failed with every change', ha='center', va='center')
+    for (key, o), place in zip(parts, fig.subfigures(1, columns, squeeze=False)[0]):
         forest(o.drop(columns='preset'), place)
         place.suptitle(_where(key), fontsize=9)
     return fig
