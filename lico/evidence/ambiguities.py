@@ -249,8 +249,8 @@ def _summary(key, c, gap):
     failed, out = c.difference.isna(), _left_out(key[4], key[1])
     silent = c[~failed & (c.inactive > c.n/2)]
     which = f'all {len(silent)} others' if 1 < len(silent) == (~failed).sum() else _count(silent)
-    added = signed(gap.difference, gap.half_width)
-    said = [f'The preset as it is adds {added} to the {gap.baseline:.1f} of cross-entropy, with '
+    added = f'adds {signed(gap.difference, gap.half_width)} to' if gap.failed <= gap.n/2 else 'fails to train, beside'
+    said = [f'The preset as it is {added} the {gap.baseline:.1f} of cross-entropy, with '
             f'matching inactive in {gap.inactive} of {gap.n} runs',
             f'Of {len(c)} changes, training failed in most runs of {_count(c[failed])}',
             f'Matching was inactive in most runs of {which}',
