@@ -248,9 +248,9 @@ def _summary(key, c, gap):
     "One setting and preset: `c` of `effects`, `gap` the row of `beside_ce` of the preset as it is."
     failed, out = c.difference.isna(), _left_out(key[4], key[1])
     silent = c[~failed & (c.inactive > c.n/2)]
-    which = f'all {len(silent)} others' if len(silent) == (~failed).sum() else _count(silent)
-    added = signed(gap.difference, gap.half_width)
-    said = [f'The preset as it is adds {added} to the {gap.baseline:.1f} of cross-entropy, with '
+    which = f'all {len(silent)} others' if 1 < len(silent) == (~failed).sum() else _count(silent)
+    added = f'adds {signed(gap.difference, gap.half_width)} to' if gap.failed <= gap.n/2 else 'fails to train, beside'
+    said = [f'The preset as it is {added} the {gap.baseline:.1f} of cross-entropy, with '
             f'matching inactive in {gap.inactive} of {gap.n} runs',
             f'Of {len(c)} changes, training failed in most runs of {_count(c[failed])}',
             f'Matching was inactive in most runs of {which}',
@@ -272,9 +272,10 @@ def draw_effects(c: pd.DataFrame):
     shown = c.dropna(subset='difference')
     shown = shown.assign(arm=shown.arm + shown.inactive.gt(shown.n/2).map({True: ' (inactive)', False: ''}))
     parts = list(shown.groupby(_groups, sort=False))
-    size = 5.5*len(parts), 1.2 + .27*max(len(o) for _, o in parts)
-    fig = plt.figure(figsize=size, layout='constrained', dpi=75)
-    for (key, o), place in zip(parts, fig.subfigures(1, len(parts), squeeze=False)[0]):
+    columns, rows = max(1, len(parts)), max((len(o) for _, o in parts), default=0)
+    fig = plt.figure(figsize=(5.5*columns, 1.2 + .27*rows), layout='constrained', dpi=75)
+    if not parts: fig.text(.5, .5, 'training failed with every change', ha='center', va='center')
+    for (key, o), place in zip(parts, fig.subfigures(1, columns, squeeze=False)[0]):
         forest(o.drop(columns='preset'), place)
         place.suptitle(_where(key), fontsize=9)
     return fig
