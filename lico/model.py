@@ -100,7 +100,8 @@ class LICO(CrossEntropy):
         "The raw and the mapped prompt rows of each image's class, [B, M, d] and [B, M, d']; every class of the batch is encoded once."
         classes, of = torch.unique(y, return_inverse=True)
         raw = self.prompts(classes)
-        return tuple(F.embedding(of, rows.flatten(1)).unflatten(1, rows.shape[1:]) for rows in (raw, self.mapping(raw)))  # rows[of], whose gradient adds in whichever order threads arrive
+        # rows[of], by a lookup whose gradient adds in one order whatever the threads do
+        return tuple(F.embedding(of, rows.flatten(1)).unflatten(1, rows.shape[1:]) for rows in (raw, self.mapping(raw)))
 
     def matching(self, maps, rows, raw, mapped):
         "The manifold matching loss (Eqs. 1 and 2) and its diagnostics."
