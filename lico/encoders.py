@@ -42,7 +42,8 @@ class TextEncoder(nn.Module):
         read = [type(self).__name__, self.begin.tolist(), self.end.tolist(), *self._reads()]
         sha = hashlib.sha256(json.dumps(read).encode())
         for _, p in sorted(self.named_parameters()):
-            sha.update(str((p.dtype, *p.shape)).encode() + p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            sha.update(str((p.dtype, *p.shape)).encode())
+            sha.update(p.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return sha.hexdigest()
 
     def _reads(self):
@@ -188,8 +189,8 @@ class CLIPText(TextEncoder):
         return ids[1:(ids == self.end).nonzero()[0, 0]]
 
     def _reads(self):
-        block = self.blocks[0]
-        return [*_read_by(self, getattr(self.tokenizer, 'tokenizer', self.tokenizer)), block.attn.num_heads, type(block.mlp.gelu).__name__]
+        block, tokenizer = self.blocks[0], getattr(self.tokenizer, 'tokenizer', self.tokenizer)
+        return [*_read_by(self, tokenizer), block.attn.num_heads, type(block.mlp.gelu).__name__]
 
     def _out(self, h):
         h = self.ln_final(h)

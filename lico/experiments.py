@@ -110,7 +110,7 @@ def _encoder(name):
 def encoder_name(
     name: str,  # what `load_text_encoder` takes
 ) -> str:
-    "What a text encoder is called in a spec: the name in `settings.ini` whose digest it has, else its own digest behind its name, which a folder has not."
+    "What a text encoder is called in a spec: the name in `settings.ini` whose digest it has, else its own digest."
     known, (_, digest) = settings()['text_encoder'], _encoder(name)
     own = name if name in known or name.startswith('clip:') else 'folder'
     return next((k for k, v in known.items() if v == digest), f'{own}@{digest[:12]}')
@@ -301,7 +301,8 @@ def _missing(runs):
 def refuse_threads(executor):
     "Refuse an executor whose workers would draw each other's random numbers."
     if isinstance(executor, ThreadPoolExecutor):
-        raise ValueError("executor is a ThreadPoolExecutor, whose threads share torch's random generator, so that runs would mix: use a ProcessPoolExecutor")
+        raise ValueError("executor is a ThreadPoolExecutor, whose threads share torch's random generator, so that runs would mix: "
+                         "use a ProcessPoolExecutor")
 
 def sweep(
     runs,  # an iterable of `Run`; one that occurs twice is done once

@@ -146,7 +146,8 @@ class LICO(CrossEntropy):
         classes, of = torch.unique(y, return_inverse=True)
         raw = wide(self.prompts(classes))
         rows = raw, exact(self.mapping)(raw)
-        return tuple(F.embedding(of, o.flatten(1)).unflatten(1, o.shape[1:]) for o in rows)  # o[of], whose gradient adds in whichever order threads arrive
+        # o[of], by a lookup whose gradient adds in one order whatever the threads do
+        return tuple(F.embedding(of, o.flatten(1)).unflatten(1, o.shape[1:]) for o in rows)
 
     @exact
     def compared(self, maps, rows, raw, mapped):

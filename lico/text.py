@@ -267,4 +267,4 @@ class PromptLearner(nn.Module):
         if self.per_class: context = context[ids]
         names = [self.ids[i] for i in ids.tolist()]
         rows = self._roll(context, names) if self.rolled else self.enc.encode(context, names, self.front)
-        return nn.functional.embedding(back, rows.flatten(1)).unflatten(1, rows.shape[1:])  # rows[back], with a gradient that adds in one order
+        return nn.functional.embedding(back, rows.flatten(1)).unflatten(1, rows.shape[1:])  # rows[back]

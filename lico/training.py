@@ -246,15 +246,18 @@ def _epoch(t, batches, bar):
     return dict(epoch=len(t.log) + 1, step=t.step, lr=t.optimiser.param_groups[0]['lr'], **row, seconds=time.perf_counter() - began)
 
 # %% ../nbs/method/08_training.ipynb #72f6948c
-def _plain(value): return value is None or isinstance(value, (bool, int, float, str)) or isinstance(value, (list, tuple)) and all(map(_plain, value))
+def _plain(value):
+    if isinstance(value, (list, tuple)): return all(map(_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 def _settings_of(model):
-    "The kind and every plain attribute of each module, by name: options of the loss, dropout, class names, where the class stands in a prompt."
+    "The kind and every plain attribute of each module, by name: options of the loss, class names, where the class stands."
     out = {}
     for path, m in model.named_modules():
-        own = dict(kind=type(m).__name__, **{k: v for k, v in vars(m).items() if k != 'training' and not k.startswith('_') and _plain(v)})
+        own = dict(kind=type(m).__name__)
         for k, v in vars(m).items():
             if is_dataclass(v): own.update({f'{k}.{field}': value for field, value in asdict(v).items()})
+            elif k != 'training' and not k.startswith('_') and _plain(v): own[k] = v
         out.update({f'{path}.{k}'.lstrip('.'): v for k, v in own.items()})
     return out
 
@@ -269,11 +272,11 @@ def _content(images):
 def _identity(t, evaluations):
     "Everything that decides where a training ends, by name."
     data, where = t.data, t.accelerator.device.type
-    out = dict(seed=t.seed, steps=t.steps, evaluations=evaluations, **{k: v for k, v in asdict(t.o).items() if k != 'epochs'},
-               device=where, processes=t.accelerator.num_processes, threads=torch.get_num_threads() if where == 'cpu' else None)
+    out = dict(seed=t.seed, steps=t.steps, evaluations=evaluations, **{k: v for k, v in asdict(t.o).items() if k != 'epochs'})
+    out |= dict(device=where, processes=t.accelerator.num_processes, threads=torch.get_num_threads() if where == 'cpu' else None)
     out |= {'initial weights': _checksum({k: v.detach().cpu() for k, v in t.plain.state_dict().items()}),
-            'dataset': data.digest, 'labelled images': _content(data.train), 'images to test on': _content(data.test), 'class names': data.class_names,
-            'image size': data.image_size, 'mirroring': data.flip, 'mean and deviation': [data.mean, data.std]}
+            'dataset': data.digest, 'labelled images': _content(data.train), 'images to test on': _content(data.test),
+            'class names': data.class_names, 'image size': data.image_size, 'mirroring': data.flip, 'mean and deviation': [data.mean, data.std]}
     if hasattr(t.plain, 'prompts'): out['text encoder'] = t.plain.prompts.enc.digest()
     return json.loads(json.dumps(out | _settings_of(t.plain)))
 
@@ -293,7 +296,8 @@ def refuse_other_run(
 ):
     "Refuse to go on from the checkpoint of another run."
     if differing := _differing(there, here):
-        raise ValueError(f"{path} is the checkpoint of another run, which differs in {differing}: give this run a folder of its own, or remove that file")
+        raise ValueError(f"{path} is the checkpoint of another run, which differs in {differing}: "
+                         "give this run a folder of its own, or remove that file")
 
 # %% ../nbs/method/08_training.ipynb #ef514cdd
 def _tensors(t):
@@ -353,7 +357,7 @@ def fit(
     preset: str = 'paper',  # where the options of the optimiser come from
     seed: int = 0,  # decides order, crops, noise, shuffles and dropout, but not the initial weights, which the model came with
     evaluations: int = 1,  # tests on the whole test set, evenly spread, the last at the end
-    folder=None,  # where to keep `checkpoint.safetensors`, in the end with the predictions; goes on from the one it finds there, refuses another run's
+    folder=None,  # where to keep `checkpoint.safetensors`, in the end with the predictions; goes on from its own, refuses another run's
     checkpoint_seconds: float = 30.,  # at most this much work is lost to a kill (or one epoch, where that is longer)
     progress: bool = True,
     **options,  # fields of `TrainOptions` that replace the preset's, e.g. lr=0.1
