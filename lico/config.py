@@ -57,8 +57,9 @@ _positive = (1e-12, float('inf'))
 OPTIONS = dict(
     alpha=(float, 0, float('inf')), beta=(float, 0, float('inf')),
     mm_features=('maps', 'pooled'), mm_rows=('all', 'class'), mm_text=('mapped', 'raw'), mm_sign=('minus', 'plus'), mm_normalise=bool,
-    mm_centre=bool, mm_diagonal=('in', 'out'), distance=('euclidean', 'cosine'), tau=('learned', 'fixed', 'calibrated'), tau_init=(float, *_positive),
-    tau_share=(float, 1e-3, 0.999), tau_form=('exp', 'raw'), detach_text=bool,
+    mm_centre=bool, mm_diagonal=('in', 'out'), distance=('euclidean', 'cosine'),
+    tau=('learned', 'fixed', 'calibrated'), tau_init=(float, *_positive), tau_share=(float, 1e-3, 0.999),
+    tau_form=('exp', 'raw'), detach_text=bool,
     ot_eps=(float, 1e-3, float('inf')), ot_iters=(int, 1, 10**6), ot_tol=(float, 0, 1), ot_grad=('envelope', 'unrolled', 'none'),
     ot_value=('transport', 'regularised'), hidden=(int, 1, 10**5), dropout=(float, 0, 0.99),
     n_context=(int, 0, 10**3), prompt=('tokens', 'rolled'), context=('shared', 'class'), class_position=('end', 'front'), dynamic=bool,

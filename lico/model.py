@@ -28,7 +28,9 @@ class Output:
     logits: Tensor
     mm: Tensor = field(default_factory=_absent)
     ot: Tensor = field(default_factory=_absent)
-    stats: dict = field(default_factory=dict)  # detached scalars: cosine, and for LICO tau (calibrated: the text's, and tau_image), entropy_image, entropy_text (shares of ln B; of ln(B - 1) without the diagonal)
+    # detached scalars: cosine; for LICO tau (calibrated: the text's, and tau_image), entropy_image and entropy_text, as
+    # shares of ln B, or of ln(B - 1) without the diagonal
+    stats: dict = field(default_factory=dict)
 
 # %% ../nbs/method/07_model.ipynb #a4cf1a19
 def wide(
@@ -109,7 +111,8 @@ class CalibratedTemperatures(nn.Module):
         if torch.distributed.is_initialized(): torch.distributed.broadcast(self.value, 0)
 
     def forward(self):
-        if not self.known: raise ValueError("the temperatures are not known yet: with tau = calibrated a batch in train mode must come first")
+        if not self.known: raise ValueError(
+            "the temperatures are not known yet: with tau = calibrated a batch in train mode must come first")
         return self.value.unbind()
 
 # %% ../nbs/method/07_model.ipynb #d5af2d06
@@ -122,8 +125,8 @@ def refuse_unfit(backbone, prompts, options):
         raise ValueError(f"the feature maps have one position at {backbone.image_size} pixels, on which optimal transport trains nothing: give a larger image_size, or beta=0")
 
 # %% ../nbs/method/07_model.ipynb #67170dfc
-class LICO(CrossEntropy):
-    "LICO (Eq. 8): a backbone trained by cross-entropy, manifold matching and optimal transport against a frozen text encoder."
+class _TwoSides(CrossEntropy):
+    "A backbone, prompts of its classes and the mapping net between them: what the losses of LICO compare."
     def __init__(self,
         backbone: nn.Module,  # a classifier from `create_backbone`, feature rows [N, d']
         prompts: nn.Module,  # a `PromptLearner` over the same classes, prompt rows [M, d]
@@ -138,8 +141,9 @@ class LICO(CrossEntropy):
         self.tau = CalibratedTemperatures() if options.tau == 'calibrated' else Temperature(options)
 
     def asked(self, y):
-        "The classes whose prompts a batch needs: its labels, and behind them all classes where their mean is subtracted."
-        return torch.cat([y, torch.arange(len(self.prompts.class_names), device=y.device)]) if self.options.mm_centre else y
+        "The classes whose prompts a batch needs: its labels, and behind them all classes if their mean is subtracted."
+        if not self.options.mm_centre: return y
+        return torch.cat([y, torch.arange(len(self.prompts.class_names), device=y.device)])
 
     def text(self, y):
         "The raw and the mapped prompt rows of each image's class, [B, M, d] and [B, M, d']; every class of the batch is encoded once."
@@ -159,27 +163,31 @@ class LICO(CrossEntropy):
         if o.detach_text: text = text.detach()
         if not o.mm_centre: return image, text
         if len(text) != B + len(self.prompts.class_names): raise ValueError(
-            f"prompt rows of {len(text)} classes for {B} images: mm_centre needs those of asked(y), each image's class and then all classes")
+            f"prompt rows of {len(text)} classes for {B} images: mm_centre needs those of asked(y), "
+            "each image's class and then all classes")
         return image, text[:B] - text[B:].mean(0)
 
+# %% ../nbs/method/07_model.ipynb #c38a2483
+class LICO(_TwoSides):
+    "LICO (Eq. 8): a backbone trained by cross-entropy, manifold matching and optimal transport against a frozen text encoder."
     @exact
     def matching(self, maps, rows, raw, mapped):
         "The manifold matching loss (Eqs. 1 and 2) and its diagnostics; the prompt rows are those of `asked(y)`."
         o, (image, text) = self.options, self.compared(maps, rows, raw, mapped)
         tau_f, tau_g = self.tau() if o.tau == 'calibrated' else [self.tau()]*2
-        same = dict(distance=o.distance, normalise=o.mm_normalise, sign=-1 if o.mm_sign == 'minus' else 1, diagonal=o.mm_diagonal)
+        same = dict(o.reading, sign=-1 if o.mm_sign == 'minus' else 1)
         log_f, log_g = log_adjacency(image, tau_f, **same), log_adjacency(text, tau_g, **same)
-        others = len(rows) - (o.mm_diagonal == 'out')  # entropies are shares of ln B, or of ln(B - 1); nan where that is zero
-        share = torch.tensor(float(max(others, 1))).log()
-        stats = dict(tau=tau_g.detach(), entropy_image=row_entropy(log_f.detach())/share, entropy_text=row_entropy(log_g.detach())/share)
+        most = torch.tensor(float(max(len(rows) - (o.mm_diagonal == 'out'), 1))).log()  # of one entry: 0, the share nan
+        stats = dict(tau=tau_g.detach(), entropy_image=row_entropy(log_f.detach())/most,
+                     entropy_text=row_entropy(log_g.detach())/most)
         if o.tau == 'calibrated': stats['tau_image'] = tau_f
         return kl_rows(log_g, log_f), stats
 
     def calibrate(self, maps, rows, raw, mapped, y):
-        "Set the temperatures of `tau = calibrated` by this batch."
-        o = self.options
+        "Set the temperatures of `tau = calibrated` by this batch, unless they are set."
+        if self.tau.known: return
         with torch.no_grad(): image, text = self.compared(maps, rows, raw, mapped)
-        self.tau.calibrate(image, text, y, o.tau_share, distance=o.distance, normalise=o.mm_normalise, diagonal=o.mm_diagonal)
+        self.tau.calibrate(image, text, y, self.options.tau_share, **self.options.reading)
 
     def alignment(self, maps, rows, y):
         "The terms of Eq. 8 behind cross-entropy; one whose weight is zero is not computed."
@@ -187,7 +195,7 @@ class LICO(CrossEntropy):
         if not (o.alpha or o.beta): return more
         raw, mapped = self.text(self.asked(y))
         if o.alpha:
-            if o.tau == 'calibrated' and self.training and not self.tau.known: self.calibrate(maps, rows, raw, mapped, y)
+            if o.tau == 'calibrated' and self.training: self.calibrate(maps, rows, raw, mapped, y)
             more['mm'], more['stats'] = self.matching(maps, rows, raw, mapped)
             more['loss'] = o.alpha*more['mm']
         if o.beta:

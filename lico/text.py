@@ -191,7 +191,8 @@ def derangement(
     seed,  # of a generator of its own
 ):  # int64 [n]
     "An order of n things that leaves none in its place, each such order as likely as any other."
-    if n < 2: raise ValueError(f"class_text = shuffled needs at least 2 classes, here is {n}: there is no other class to take a name from")
+    if n < 2: raise ValueError(
+        f"class_text = shuffled needs at least 2 classes, here is {n}: there is no other class to take a name from")
     generator, place = torch.Generator().manual_seed(seed), torch.arange(n)
     while (order := torch.randperm(n, generator=generator)).eq(place).any(): pass
     return order
@@ -202,7 +203,7 @@ def invent_words(
     ids,  # the token ids of each class name
     seed,  # of a generator of its own
 ):
-    "A twin of the encoder that knows as many Gaussian words more as there are tokens in `ids`, and the ids of these words in their place."
+    "A twin of the encoder that knows one Gaussian word more for each token in `ids`, and the ids of these words."
     table, sizes = enc.table.weight, [len(o) for o in ids]
     std, mean = torch.std_mean(table, 0)
     words = mean + std*torch.randn(sum(sizes), enc.embed_dim, generator=torch.Generator().manual_seed(seed)).to(table)
@@ -230,7 +231,7 @@ class PromptLearner(nn.Module):
         dynamic=True,  # shuffle the context vectors at every call in train mode (Section 3.3)?
         init=None,  # None: Gaussian, std 0.02; or a phrase of exactly n_context tokens, whose word embeddings are the start
         trainable=True,  # learn the context vectors? (Table 13)
-        class_text='names',  # "names": each class its own; controls: "shuffled": another class's; "random": invented words, as many tokens
+        class_text='names',  # or a control: "shuffled", another class's name; "random", as many invented words
         seed=0,  # of the two controls, and of nothing else: each run its own
     ):
         super().__init__()

@@ -1,9 +1,10 @@
 "The losses against reference libraries, float64 gradients and properties that hold for every input."
 import math
-import numpy as np, ot, pytest, scipy.optimize, scipy.stats, torch
+import numpy as np, ot, pandas as pd, pytest, scipy.optimize, scipy.stats, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from lico.losses import (LossOptions, adjacency, calibrated_taus, cost_matrix, kl_rows, log_adjacency, manifold_matching, mean_cosine, ot_alignment, other_mass, row_entropy,
+from lico.losses import (LossOptions, adjacency, calibrated_taus, cost_matrix, inactive, kl_rows, log_adjacency,
+                         manifold_matching, mean_cosine, ot_alignment, other_mass, row_entropy,
                          sinkhorn)
 
 torch.set_num_threads(1)
@@ -36,8 +37,10 @@ def test_manifold_matching_is_what_a_loop_gives(distance, normalise, sign, diago
     got = manifold_matching(torch.tensor(F), torch.tensor(G), tau, **choice)
     assert math.isclose(got, expected, rel_tol=1e-9)
     with np.errstate(divide='ignore'): AF = np.where(AG > 0, np.log(AF), 0)
-    assert math.isclose(got, torch.nn.functional.kl_div(torch.tensor(AF), torch.tensor(AG), reduction='batchmean'), rel_tol=1e-9)
-    assert math.isclose(row_entropy(log_adjacency(torch.tensor(G), tau, **choice)), scipy.stats.entropy(AG, axis=1).mean(), rel_tol=1e-9)
+    assert math.isclose(got, torch.nn.functional.kl_div(torch.tensor(AF), torch.tensor(AG), reduction='batchmean'),
+                        rel_tol=1e-9)
+    assert math.isclose(row_entropy(log_adjacency(torch.tensor(G), tau, **choice)),
+                        scipy.stats.entropy(AG, axis=1).mean(), rel_tol=1e-9)
 
 def test_entropy_and_cosine_against_loops():
     x = normal(6, 4)
@@ -70,10 +73,12 @@ def test_degenerate_samples_have_finite_values_and_gradients(x, distance, diagon
     tau = torch.tensor(0.01, requires_grad=True)
     log_p = log_adjacency(x, tau, distance=distance, diagonal=diagonal)
     if diagonal == 'out':
-        assert (log_p.diagonal() == -math.inf).all() and torch.allclose(log_p.exp().sum(1), torch.tensor(float(len(x) > 1), dtype=log_p.dtype))
+        assert (log_p.diagonal() == -math.inf).all()
+        assert torch.allclose(log_p.exp().sum(1), torch.tensor(float(len(x) > 1), dtype=log_p.dtype))
         loss = kl_rows(log_p, log_p.detach()) + row_entropy(log_p)
         loss.backward(retain_graph=True)
-        assert loss.isfinite() and x.grad.isfinite().all() and tau.grad.isfinite() and (len(x) > 1 or loss == 0 == x.grad.abs().max())
+        assert loss.isfinite() and x.grad.isfinite().all() and tau.grad.isfinite()
+        assert (len(x) > 1 or loss == 0 == x.grad.abs().max())
         log_p = log_p.masked_fill(torch.eye(len(x), dtype=torch.bool), 0)
     assert log_p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (log_p*torch.arange(len(x))).sum().backward()
@@ -82,7 +87,8 @@ def test_degenerate_samples_have_finite_values_and_gradients(x, distance, diagon
 
 def test_without_the_diagonal_a_loss_of_two_samples_is_zero_whatever_they_are():
     F, G = normal(2, 3), normal(2, 3, seed=1)
-    assert manifold_matching(F, G, 0.1, diagonal='out') == 0 == row_entropy(log_adjacency(F, 0.1, diagonal='out')) and manifold_matching(F, G, 0.1) > 0.001
+    assert manifold_matching(F, G, 0.1, diagonal='out') == 0 == row_entropy(log_adjacency(F, 0.1, diagonal='out'))
+    assert manifold_matching(F, G, 0.1) > 0.001
 
 @pytest.mark.filterwarnings('ignore:Anomaly Detection')
 def test_without_the_diagonal_a_batch_of_one_passes_where_nan_is_looked_for():
@@ -95,7 +101,8 @@ def test_without_the_diagonal_class_blind_images_are_not_pulled():
     G = normal(3, 4)[[0, 0, 1, 1, 2]]
     c = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     blind = torch.cat([c.sqrt().expand(5, 1), (1 - c).sqrt()*torch.eye(5, dtype=torch.float64)], 1)
-    pull = {d: torch.autograd.grad(manifold_matching(blind, G, 0.3, diagonal=d), c, retain_graph=True)[0].abs() for d in ('in', 'out')}
+    pull = {d: torch.autograd.grad(manifold_matching(blind, G, 0.3, diagonal=d), c, retain_graph=True)[0].abs()
+            for d in ('in', 'out')}
     assert pull['out'] < 1e-12 < 0.1 < pull['in']
 
 def test_distance_zero_is_zero_and_small_distances_are_right_in_float32():
@@ -109,7 +116,8 @@ def test_distance_zero_is_zero_and_small_distances_are_right_in_float32():
     assert torch.allclose((log_p.diagonal()[:, None] - log_p)*1e-3, true, rtol=1e-4)
 
 vectors = st.integers(2, 6).flatmap(lambda B: st.tuples(st.just(B), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6)))
-choices = st.fixed_dictionaries(dict(distance=st.sampled_from(('euclidean', 'cosine')), normalise=st.booleans(), sign=st.sampled_from((-1, 1)),
+choices = st.fixed_dictionaries(dict(distance=st.sampled_from(('euclidean', 'cosine')), normalise=st.booleans(),
+                                     sign=st.sampled_from((-1, 1)),
                                     diagonal=st.sampled_from(('in', 'out'))))
 
 @settings(deadline=None, max_examples=60)
@@ -132,21 +140,27 @@ def test_a_large_tau_empties_the_loss():
 
 # calibration
 
-def labelled(B=12, K=4, seed=0): return normal(B, 5, seed=seed), normal(K, 6, seed=seed + 1)[torch.arange(B) % K], torch.arange(B) % K
+def labelled(B=12, K=4):
+    y = torch.arange(B) % K
+    return normal(B, 5), normal(K, 6, seed=1)[y], y
 
 @pytest.mark.parametrize('diagonal', ('in', 'out'))
 @pytest.mark.parametrize('distance, normalise', (('euclidean', True), ('euclidean', False), ('cosine', True)))
 @pytest.mark.parametrize('share', (0.01, 0.25, 0.6))
 def test_calibrated_temperatures_solve_their_equations(share, distance, normalise, diagonal):
-    "Against scipy's root finder over a loop, and by what they shall bring about; at every scale of the features where lengths count."
+    "Against scipy's root finder over a loop, and by what they shall bring about, at every scale."
     F, G, y = labelled()
     for scale in (1., 1e-3, 1e3):
         image, text = calibrated_taus(scale*F, scale*G, y, share, distance, normalise, diagonal)
         A = adjacency(scale*G, text, distance, normalise, diagonal=diagonal).numpy()
-        assert math.isclose(np.mean([sum(A[i, j] for j in range(12) if y[j] != y[i]) for i in range(12)]), share, rel_tol=1e-6)
-        assert math.isclose(scipy.stats.entropy(A, axis=1).mean(), row_entropy(log_adjacency(scale*F, image, distance, normalise, diagonal=diagonal)), rel_tol=1e-6)
-    solve = lambda log_tau: other_mass(log_adjacency(scale*G, math.exp(log_tau), distance, normalise, diagonal=diagonal), y).item() - share
-    assert math.isclose(math.exp(scipy.optimize.brentq(solve, math.log(text) - 5, math.log(text) + 5, xtol=1e-12)), text, rel_tol=1e-6)
+        assert math.isclose(np.mean([sum(A[i, j] for j in range(12) if y[j] != y[i]) for i in range(12)]), share,
+                            rel_tol=1e-6)
+        assert math.isclose(scipy.stats.entropy(A, axis=1).mean(),
+            row_entropy(log_adjacency(scale*F, image, distance, normalise, diagonal=diagonal)), rel_tol=1e-6)
+    solve = lambda log_tau: other_mass(log_adjacency(scale*G, math.exp(log_tau), distance, normalise,
+                                                     diagonal=diagonal), y).item() - share
+    assert math.isclose(math.exp(scipy.optimize.brentq(solve, math.log(text) - 5, math.log(text) + 5, xtol=1e-12)),
+                        text, rel_tol=1e-6)
 
 def test_a_sample_alone_in_its_class_says_nothing_of_tau_without_the_diagonal():
     F, G, y = labelled()
@@ -159,15 +173,31 @@ def test_a_sample_alone_in_its_class_says_nothing_of_tau_without_the_diagonal():
     assert torch.isclose(other_mass(A.log(), y), torch.stack([A[i, y != y[i]].sum() for i in range(12)]).mean())
 
 @pytest.mark.parametrize('case, message', [
-    (lambda F, G, y: (F, G[:1].expand(12, 6), 0*y), 'of 12 samples of 1 classes a share from 0 to 0 of the text.s mass can lie on other classes, not tau_share = 0.25: use larger'),
+    (lambda F, G, y: (F, G[:1].expand(12, 6), 0*y), "of 12 samples of 1 classes a share from 0 to 0 of the text's mass "
+     "can lie on other classes, not tau_share = 0.25: use larger"),
     (lambda F, G, y: (F, G[:1].expand(12, 6), y), 'of 12 samples of 4 classes a share from 0.75 to 0.75 of'),
-    (lambda F, G, y: (F[:2], G[:2], y[:2], 0.6), 'of 2 samples of 2 classes a share from 0 to 0.5 of .*, not tau_share = 0.6'),
-    (lambda F, G, y: (F[:4], G[:4], y[:4], 0.25, 'euclidean', True, 'out'), r'of 4 samples of 4 classes a share from nan to nan of .*\(nan: no sample has another of its class\)'),
+    (lambda F, G, y: (F[:2], G[:2], y[:2], 0.6),
+     'of 2 samples of 2 classes a share from 0 to 0.5 of .*, not tau_share = 0.6'),
+    (lambda F, G, y: (F[:4], G[:4], y[:4], 0.25, 'euclidean', True, 'out'),
+     r'of 4 samples of 4 classes a share from nan to nan of .*\(nan: no sample has another of its class\)'),
     (lambda F, G, y: (F[:1], G[:1], y[:1]), 'of 1 samples of 1 classes a share from 0 to 0'),
-    (lambda F, G, y: (F[:1].expand(12, 5), G, y), "the images' rows can have a mean entropy from 2.48 to 2.48 nats, not the text's .*: their features are too much alike")])
+    (lambda F, G, y: (F[:1].expand(12, 5), G, y), "the images' rows can have a mean entropy from 2.48 to 2.48 nats, not "
+     "the text's .*: their features are too much alike")])
 def test_what_cannot_be_calibrated_is_refused(case, message):
     with pytest.raises(ValueError, match=message) as e: calibrated_taus(*case(*labelled()))
     assert '\n' not in str(e.value)
+
+@pytest.mark.parametrize('image, text, cosine, reason', [
+    (0.5, 0.5, 0.5, None), (0.995, 0.005, 0.98, None), (0.9951, 0.5, 0.5, 'uniform'), (0.5, 0.9951, 0.5, 'uniform'),
+    (0.0049, 0.5, 0.5, 'identity'), (0.5, 0.0049, 0.5, 'identity'),
+    (0.0049, 0.9951, 0.5, 'uniform'), (0.9951, 0.9951, 0.981, 'collapsed'), (0.5, 0.5, 0.981, 'collapsed'),
+    (0.0005, 0.6, 0.5, 'identity'),
+    (math.nan, 0.999, 0.99, None), (0.5, None, 0.99, None), (0.999, 0.5, None, 'uniform'),
+    (0.999, 0.5, math.nan, 'uniform')])
+def test_what_counts_as_inactive(image, text, cosine, reason):
+    row = dict(entropy_image=image, entropy_text=text, cosine=cosine)
+    assert inactive(row) == reason == inactive(pd.Series(row, dtype=object))
+    assert inactive(dict(cosine=cosine)) is None, 'without matching there is nothing that could be inactive'
 
 # optimal transport
 
@@ -310,7 +340,8 @@ def test_memory():
     (lambda x: adjacency(x, 1, diagonal='none'), "unknown diagonal 'none': choose one of in, out"),
     (lambda x: adjacency(x, 1, sign=2), "unknown sign 2: choose one of -1, 1"),
     (lambda x: manifold_matching(x, x[:1], 1), "1 samples on one side and 2 on the other"),
-    (lambda x: LossOptions(tau='calibrated', mm_sign='plus'), "tau = calibrated with mm_sign = plus: most of the mass is on other classes at every τ"),
+    (lambda x: LossOptions(tau='calibrated', mm_sign='plus'),
+     "tau = calibrated with mm_sign = plus: most of the mass is on other classes at every τ"),
     (lambda x: LossOptions(tau_share=1), "option tau_share = 1: expected a number from 0.001 to 0.999"),
     (lambda x: LossOptions(tau_init=0), "option tau_init = 0: expected a number"),
     (lambda x: LossOptions(ot_grad='implicit'), "unknown value of option ot_grad: 'implicit'")])

@@ -17,7 +17,9 @@ class Net(nn.Module):
         super().__init__()
         self.body, self.head = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Tanh()), nn.Linear(4, K)
     def forward_features(self, x): return self.body(x)
-    def forward_head(self, maps, pre_logits=False): return maps.mean((2, 3)) if pre_logits else self.head(maps.mean((2, 3)))
+    def forward_head(self, maps, pre_logits=False):
+        pooled = maps.mean((2, 3))
+        return pooled if pre_logits else self.head(pooled)
 
 
 class Prompts(nn.Module):
@@ -33,7 +35,8 @@ class Prompts(nn.Module):
 
 def lico(seed=0, **options):
     torch.manual_seed(seed)
-    return LICO(Net(), Prompts(), LossOptions(**{**dict(mm_features='pooled', mm_rows='class', mm_text='raw', tau='fixed', tau_init=0.4), **options})).double()
+    usual = dict(mm_features='pooled', mm_rows='class', mm_text='raw', tau='fixed', tau_init=0.4)
+    return LICO(Net(), Prompts(), LossOptions(**{**usual, **options})).double()
 
 
 def batch(B=8, classes=3, seed=0):
@@ -51,7 +54,8 @@ def features(model, x, kind='pooled'):
 @pytest.mark.parametrize('detach', (False, True))
 def test_the_centre_is_the_mean_over_all_classes(text, rows, detach):
     model, (x, y) = lico(mm_centre=True, mm_text=text, mm_rows=rows, detach_text=detach), batch()
-    each = [(model.mapping(r) if text == 'mapped' else r)[slice(None) if rows == 'all' else -1] for r in model.prompts.rows]
+    each = [(model.mapping(r) if text == 'mapped' else r)[slice(None) if rows == 'all' else -1]
+            for r in model.prompts.rows]
     mean = sum(each)/K
     expected = manifold_matching(features(model, x), torch.stack([each[c] - mean for c in y]), 0.4)
     out = model(x, y)
@@ -90,14 +94,16 @@ def test_centred_texts_that_are_all_equal_are_zero_and_harmless():
     with torch.no_grad(): model.prompts.rows[:] = model.prompts.rows[0]
     out = model(x, y)
     out.loss.backward()
-    assert out.loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()) and torch.isclose(out.stats['entropy_text'], torch.ones(()).double())
+    assert out.loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert torch.isclose(out.stats['entropy_text'], torch.ones(()).double())
 
 
 def test_without_the_diagonal():
     model, (x, y) = lico(mm_diagonal='out'), batch()
     out, texts = model(x, y), model.prompts.rows[y, -1]
     torch.testing.assert_close(out.mm, manifold_matching(features(model, x), texts, 0.4, diagonal='out'))
-    torch.testing.assert_close(out.stats['entropy_text'].double(), row_entropy(log_adjacency(texts, 0.4, diagonal='out'))/torch.tensor(7.).double().log())
+    torch.testing.assert_close(out.stats['entropy_text'].double(),
+                               row_entropy(log_adjacency(texts, 0.4, diagonal='out'))/torch.tensor(7.).double().log())
     for B in (1, 2):
         out = model(*batch(B))
         out.loss.backward()
@@ -105,21 +111,25 @@ def test_without_the_diagonal():
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize('reading', (dict(), dict(mm_centre=True, mm_diagonal='out', detach_text=True), dict(mm_features='maps', mm_rows='all', mm_text='mapped'),
+@pytest.mark.parametrize('reading', (dict(), dict(mm_centre=True, mm_diagonal='out', detach_text=True),
+                                     dict(mm_features='maps', mm_rows='all', mm_text='mapped'),
                                      dict(distance='cosine', mm_normalise=False, tau_share=0.1)), ids=str)
 def test_the_first_batch_in_train_mode_calibrates(reading):
     model, (x, y) = lico(tau='calibrated', **reading), batch()
     o = model.options
     assert not list(model.tau.parameters()) and list(model.tau.state_dict()) == ['value']
-    with pytest.raises(ValueError, match='not known yet: with tau = calibrated a batch in train mode must come first'): model.eval()(x, y)
+    with pytest.raises(ValueError, match='not known yet: with tau = calibrated a batch in train mode must come first'):
+        model.eval()(x, y)
     out = model.train()(x, y)
     out.loss.backward()
-    each = [(model.mapping(r) if o.mm_text == 'mapped' else r)[slice(None) if o.mm_rows == 'all' else -1] for r in model.prompts.rows]
+    each = [(model.mapping(r) if o.mm_text == 'mapped' else r)[slice(None) if o.mm_rows == 'all' else -1]
+            for r in model.prompts.rows]
     text = torch.stack([each[c] - (sum(each)/K if o.mm_centre else 0) for c in y])
     same = dict(distance=o.distance, normalise=o.mm_normalise, diagonal=o.mm_diagonal)
     image = features(model, x, o.mm_features)
     taus = calibrated_taus(image, text, y, o.tau_share, **same)
-    assert model.tau.value.tolist() == pytest.approx(taus, rel=1e-5) and (out.stats['tau_image'], out.stats['tau']) == model.tau()
+    assert model.tau.value.tolist() == pytest.approx(taus, rel=1e-5)
+    assert (out.stats['tau_image'], out.stats['tau']) == model.tau()
     log_f, log_g = (log_adjacency(f, t, **same) for f, t in zip((image, text), taus))
     torch.testing.assert_close(out.mm, (log_g.exp()*(log_g - log_f).masked_fill(log_g == -torch.inf, 0)).sum(1).mean())
     torch.testing.assert_close(out.stats['entropy_image'], out.stats['entropy_text'], atol=1e-6, rtol=0)
@@ -149,7 +159,8 @@ def test_gradients_with_calibrated_temperatures():
     "Of Eq. 2 with both temperatures held, which is what the loss says: they are no function of anything."
     model, (x, y) = lico(tau='calibrated', mm_centre=True, mm_diagonal='out'), batch()
     model(x, y)
-    torch.autograd.gradcheck(lambda rows: torch.func.functional_call(model, {'prompts.rows': rows}, (x, y)).mm, (model.prompts.rows.detach().requires_grad_(),))
+    torch.autograd.gradcheck(lambda rows: torch.func.functional_call(model, {'prompts.rows': rows}, (x, y)).mm,
+                             (model.prompts.rows.detach().requires_grad_(),))
 
 
 def test_two_processes_calibrate_alike(tmp_path):
@@ -159,7 +170,8 @@ def test_two_processes_calibrate_alike(tmp_path):
         rank = int(sys.argv[1])
         torch.distributed.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=rank, world_size=2)
         model = lico(tau='calibrated'); model(*batch(seed=rank)); print(model.tau.value.tolist())"""
-    both = [subprocess.Popen([sys.executable, '-c', code, str(rank)], stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
+    both = [subprocess.Popen([sys.executable, '-c', code, str(rank)], stdout=subprocess.PIPE, text=True)
+            for rank in (0, 1)]
     said = [p.communicate(timeout=120)[0] for p in both]
     alone = lico(tau='calibrated')
     alone(*batch(seed=0))
