@@ -347,6 +347,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'lico/evidence/report.py'),
                                       'lico.evidence.report.forest': ('evidence/report.html#forest', 'lico/evidence/report.py'),
                                       'lico.evidence.report.forest_size': ('evidence/report.html#forest_size', 'lico/evidence/report.py'),
+                                      'lico.evidence.report.forests': ('evidence/report.html#forests', 'lico/evidence/report.py'),
                                       'lico.evidence.report.network_label': ( 'evidence/report.html#network_label',
                                                                               'lico/evidence/report.py'),
                                       'lico.evidence.report.plus_minus': ('evidence/report.html#plus_minus', 'lico/evidence/report.py'),

@@ -21,7 +21,7 @@ from .arms import grid
 from .cases import Cases, scene_cases, test_images
 from .map_scores import blurred, boxes_of, saliency_options
 from .report import forest, forest_size, network_label
-from .stats import TREATMENT, paired
+from .stats import SETTING, paired
 from .store import collect, image_rows, read_results, rows_of
 from ..experiments import sweep
 from ..metrics import deletion, insertion
@@ -199,10 +199,10 @@ def collect_pictures(
 def compare_maps(
     folder,  # of a figure
     metrics,  # keys of `METRICS`
-    setting=('dataset', 'kind', 'saliency'),  # columns
+    setting=SETTING,  # columns
 ) -> pd.DataFrame:
     "LICO's networks against those of cross-entropy on the same images, paired on images and then on seeds."
-    return paired(image_rows(folder), metrics, setting=setting, treatment=TREATMENT, unit=('seed',), within='image')
+    return paired(image_rows(folder), metrics, setting=setting, within='image')
 
 # %% ../../nbs/evidence/22_pictures.ipynb #1fa3f7c2
 def compare_methods(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plus_minus', 'signed', 'dataset_title', 'arm_label', 'network_label', 'comparison_table', 'sentence', 'sentences',
-           'accuracies', 'forest_size', 'forest', 'save_table', 'results_title', 'stamp_table']
+           'accuracies', 'forest_size', 'forest', 'forests', 'save_table', 'results_title', 'stamp_table']
 
 # %% ../../nbs/evidence/21_report.ipynb #fc827411
 import io, math
@@ -171,6 +171,17 @@ def forest(
     for ax, panel in zip(fig.subplots(squeeze=False, **grid).flat, panels): _panel(ax, *panel, colours)
     if 'printed_value' in c and c.printed_value.notna().any():
         fig.legend(handles=[Line2D([], [], marker='D', mfc='none', mec='k', ls='', label='printed')], fontsize=7, loc='outside upper right', frameon=False)
+    return fig
+
+# %% ../../nbs/evidence/21_report.ipynb #5ff4c7ae
+def forests(
+    comparisons: list,  # from `compare` or `paired`
+):
+    "A forest plot for each comparison, below each other."
+    import matplotlib.pyplot as plt
+    widths, heights = zip(*map(forest_size, comparisons))
+    fig = plt.figure(figsize=(max(widths), sum(heights)), layout='constrained', dpi=75)
+    for c, part in zip(comparisons, fig.subfigures(len(comparisons), 1, squeeze=False, height_ratios=heights).flat): forest(c, part)
     return fig
 
 # %% ../../nbs/evidence/21_report.ipynb #a0ea34ac

@@ -10,6 +10,7 @@ import numpy as np, pandas as pd, torch
 
 from .pictures import Shown, as_bytes, cases_of_kind, compare_maps, draw, name_of, original, read_shown, save_shown, scene_runs
 from .report import arm_label, network_label, signed
+from .stats import SETTING
 from .store import read_results, rows_of, train, write_results
 from ..metrics import parameter_layers, sanity_check
 from ..saliency import explain
@@ -61,7 +62,7 @@ def collect_sanity(
 
 def compare_sanity(folder) -> pd.DataFrame:
     "How much more or less than those of cross-entropy the maps of LICO's networks stay as they were, after each layer."
-    return compare_maps(folder, ['spearman'], setting=('dataset', 'scheme', 'layer', 'saliency'))
+    return compare_maps(folder, ['spearman'], setting=(*SETTING, 'scheme', 'layer'))
 
 # %% ../../nbs/evidence/23_sanity.ipynb #e0e0e4d4
 def _named(df): return df.assign(network=[network_label(r) for r in df.itertuples()])
@@ -102,8 +103,9 @@ def _left(wide, network):
 def _changes(scheme, arm, o):
     "Whether an arm's maps change more than those of the reference."
     below, above = (int((s*o.difference > o.half_width).sum()) for s in (-1, 1))
-    return (f"* {scheme}, {arm} against {o.reference.iloc[0]} over {o.n.max()} {'pair' if o.n.max() == 1 else 'pairs'} of networks: the correlation changes by {signed(o.difference.min(), np.inf)} to {signed(o.difference.max(), np.inf)}; "
-            f"of {len(o)} intervals {below} lie below zero (LICO's maps change more) and {above} above.")
+    return (f"* {scheme}, {arm} against {o.reference.iloc[0]} over {o.n.max()} {'pair' if o.n.max() == 1 else 'pairs'} of networks: "
+            f"the correlation changes by {signed(o.difference.min(), np.inf)} to {signed(o.difference.max(), np.inf)}; "
+            f"intervals below zero (LICO's maps change more): {below} of {np.isfinite(o.half_width).sum()}; above: {above}.")
 
 def sanity_sentences(
     df: pd.DataFrame,  # from `collect_sanity`
