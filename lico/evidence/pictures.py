@@ -49,7 +49,8 @@ def save_shown(shown: Shown, path):
 
 def read_shown(path) -> Shown:
     "What `save_shown` wrote."
-    if not Path(path).exists(): raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder of its results with -p out")
+    if not Path(path).exists(): raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the "
+                                                        f"folder of its results with -p out")
     with np.load(path) as f: return Shown(**{k.name: f[k.name] for k in fields(Shown)})
 
 # %% ../../nbs/evidence/22_pictures.ipynb #6fffa365
@@ -71,7 +72,8 @@ def _boxes(cases):
 
 def _first(cases, n):
     "The first `n` of the cases."
-    return replace(cases, x=cases.x[:n], target=cases.target[:n], names=cases.names[:n], regions=cases.regions and cases.regions[:n])
+    return replace(cases, x=cases.x[:n], target=cases.target[:n], names=cases.names[:n],
+                   regions=cases.regions and cases.regions[:n])
 
 # %% ../../nbs/evidence/22_pictures.ipynb #26da89a5
 def show(
@@ -88,12 +90,14 @@ def show(
         for name, c in networks.items():
             net, x, target = c.network.net, c.x.to(device()), c.target.to(device())
             maps = explain(net, x, target, s, batch_size=batch_size, **options.get(s, {}))
-            found[f'{name}\n{s}' if name else s] = maps.cpu(), insertion(net, x, maps, target, baseline=blurred(x), batch_size=batch_size), deletion(net, x, maps, target, batch_size=batch_size)
+            found[f'{name}\n{s}' if name else s] = maps.cpu(), insertion(net, x, maps, target, baseline=blurred(x),
+                batch_size=batch_size), deletion(net, x, maps, target, batch_size=batch_size)
     maps, rise, fall = zip(*found.values())
     curves = lambda of: torch.stack([o.curve.cpu() for o in of], 1).float().numpy()
     small, c = lambda z: F.interpolate(z, size=(size, size), mode='area') if size else z, next(iter(networks.values()))
     rows = [f'"{c.network.class_names[k].split(",")[0]}"' for k in c.target]
-    return Shown(as_bytes(small(original(c))), _boxes(c)*(size/c.x.shape[-1] if size else 1), as_bytes(small(torch.stack(maps, 1))), curves(rise), curves(fall),
+    return Shown(as_bytes(small(original(c))), _boxes(c)*(size/c.x.shape[-1] if size else 1),
+                 as_bytes(small(torch.stack(maps, 1))), curves(rise), curves(fall),
                  rise[0].fraction.cpu().float().numpy(), np.array(rows), np.array(list(found)))
 
 # %% ../../nbs/evidence/22_pictures.ipynb #ce653664
@@ -101,7 +105,8 @@ def _picture(ax, image, boxes):
     "An image [3, S, S] and boxes."
     import matplotlib.pyplot as plt
     ax.imshow(image.transpose(1, 2, 0))
-    for x0, y0, x1, y1 in boxes[~np.isnan(boxes[:, 0])]: ax.add_patch(plt.Rectangle((x0 - .5, y0 - .5), x1 - x0, y1 - y0, fill=False, color='lime', lw=1))
+    for x0, y0, x1, y1 in boxes[~np.isnan(boxes[:, 0])]: ax.add_patch(plt.Rectangle((x0 - .5, y0 - .5), x1 - x0,
+        y1 - y0, fill=False, color='lime', lw=1))
     ax.set(xticks=[], yticks=[])
 
 def _overlay(ax, image, saliency, boxes):
@@ -113,7 +118,8 @@ def _curves(ax, s, i, kind, colours):
     "The curves of image `i`, their areas in the legend."
     from scipy.integrate import trapezoid
     for name, curve, colour in zip(s.columns, getattr(s, kind)[i], colours):
-        ax.plot(s.fraction, curve, lw=1.2, color=colour, label=f'{trapezoid(curve, s.fraction):.0%} {" ".join(name.split())}')
+        ax.plot(s.fraction, curve, lw=1.2, color=colour,
+                label=f'{trapezoid(curve, s.fraction):.0%} {" ".join(name.split())}')
     ax.set(xlim=(0, 1), ylim=(0, 1.02), xticks=[0, .5, 1], yticks=[0, .5, 1])
     ax.tick_params(labelsize=6); ax.legend(fontsize=5.5, frameon=False, handlelength=1, labelspacing=.2, loc='best')
 
@@ -144,7 +150,8 @@ def draw(
     colours = ['black', *sns.color_palette('deep', c - 1)] if extra else ['black']*c
     for i, row in enumerate(axes): bar = _row(row, s, i, colours)
     colourbar = fig.colorbar(bar, ax=axes[:, 1:c + 1], location='bottom', fraction=.04, aspect=60, pad=.01)
-    colourbar.set_label('saliency, each map from its smallest to its largest value', fontsize=6.5); colourbar.ax.tick_params(labelsize=6.5)
+    colourbar.set_label('saliency, each map from its smallest to its largest value',
+                        fontsize=6.5); colourbar.ax.tick_params(labelsize=6.5)
     return fig
 
 def row_per_method(s: Shown) -> Shown:
@@ -161,7 +168,8 @@ def scene_runs(
     p,  # parameters of a notebook, from `lico.config.parameters`
     table: int = None,  # of the paper; `None`: every one of `p.methods` is an arm
 ) -> list:
-    "The runs behind Figures 3 to 8 and Table 8: on `p.datasets`, of which `digit-scenes` is `scene_dataset`, each method, preset and seed; none where `stored` is `only`, or `datasets` is `none`."
+    """The runs behind Figures 3 to 8 and Table 8: on `p.datasets`, of which `digit-scenes` is `scene_dataset`, each
+    method, preset and seed; none where `stored` is `only`, or `datasets` is `none`."""
     if p.stored == 'only' or p.datasets == [None]: return []
     names = [scene_dataset(200 if p.profile == 'smoke' else 2500) if d == 'digit-scenes' else d for d in p.datasets]
     return grid(SimpleNamespace(**vars(p) | dict(datasets=names, labels=['all'], evaluations=1)), table)
@@ -190,9 +198,12 @@ def collect_pictures(
     "The rows of `results.csv`, and what is shown: maps of the first seed's networks."
     if p.stored != 'only':
         runs, path = scene_runs(p), p.out/'maps.npz'
-        collect(SimpleNamespace(**vars(p) | dict(metrics=metrics)), runs, cases=lambda r: [cases_of_kind(r, k, p.images) for k in kinds], others=others)
-        first = {name_of(r): cases_of_kind(r, kinds[-1], p.shown) for r in sweep([r for r in runs if r.seed == p.seeds[0]], progress=False)}
-        save_shown(show(first, [s for s in p.saliency if s not in ('random', 'edges')], p.shown, saliency_options(p.saliency_options), batch_size=p.batch_size), path)
+        collect(SimpleNamespace(**vars(p) | dict(metrics=metrics)), runs,
+                cases=lambda r: [cases_of_kind(r, k, p.images) for k in kinds], others=others)
+        first = {name_of(r): cases_of_kind(r, kinds[-1], p.shown)
+                 for r in sweep([r for r in runs if r.seed == p.seeds[0]], progress=False)}
+        save_shown(show(first, [s for s in p.saliency if s not in ('random', 'edges')], p.shown,
+                        saliency_options(p.saliency_options), batch_size=p.batch_size), path)
     return read_results(p.out), read_shown(p.out/'maps.npz')
 
 # %% ../../nbs/evidence/22_pictures.ipynb #4c4f47aa
@@ -209,10 +220,12 @@ def compare_methods(
     folder,  # of a table or figure
     metrics,  # keys of `METRICS`; those that were not measured are left out
 ) -> pd.DataFrame:
-    "The methods of saliency against random maps of the same images, on networks that no run of ours has left; empty without any."
+    """The methods of saliency against random maps of the same images, on networks that no run of ours has left;
+    empty without any."""
     df = image_rows(folder)
     df = df[df.get('arm', pd.Series('', df.index)) == 'pretrained']
-    return paired(df, [m for m in metrics if m in df and df[m].notna().any()], 'random', setting=('dataset',), treatment=('saliency', 'saliency_options'), unit=('image',))
+    return paired(df, [m for m in metrics if m in df and df[m].notna().any()], 'random', setting=('dataset',),
+                  treatment=('saliency', 'saliency_options'), unit=('image',))
 
 # %% ../../nbs/evidence/22_pictures.ipynb #33a3d105
 def draw_compared(

@@ -8,7 +8,8 @@ __all__ = ['SCHEMES', 'check_network', 'collect_sanity', 'compare_sanity', 'draw
 # %% ../../nbs/evidence/23_sanity.ipynb #3819f985
 import numpy as np, pandas as pd, torch
 
-from .pictures import Shown, as_bytes, cases_of_kind, compare_maps, draw, name_of, original, read_shown, save_shown, scene_runs
+from .pictures import (Shown, as_bytes, cases_of_kind, compare_maps, draw, name_of, original,
+                                    read_shown, save_shown, scene_runs)
 from .report import arm_label, network_label, signed
 from .stats import SETTING
 from .store import read_results, rows_of, train, write_results
@@ -20,9 +21,10 @@ SCHEMES = 'cascading', 'independent'  # of `sanity_check`
 
 def check_network(
     record: dict,  # of a finished run
-    p,  # parameters of a notebook: `datasets`, `images`, `layers` from the output down (all if empty), `saliency`: one method
+    p,  # parameters of a notebook: `datasets`, `images`, `layers` from the output down (empty: all), `saliency` (the first)
 ) -> tuple:
-    "Of one network: a row an image, scheme and layer; and what its first image's maps are before and after, ready to be drawn."
+    """Of one network: a row an image, scheme and layer; and what its first image's maps are before and after, ready
+    to be drawn."""
     cases = cases_of_kind(record, 'one' if 'digit-scenes' in p.datasets else 'test', p.images)
     net, method = cases.network.net, p.saliency[0]
     layers = [o.strip() for o in p.layers.split(',')] if p.layers else parameter_layers(net)
@@ -30,34 +32,40 @@ def check_network(
     before, rows, maps = see(net), [], []
     for scheme in SCHEMES:
         entries = sanity_check(see, net, layers, scheme, seed=record['run']['seed'])
-        rows += [pd.DataFrame(dict(image=cases.names, spearman=e.spearman, ssim=e.ssim)).assign(scheme=scheme, layer=e.layer) for e in entries]
+        rows += [pd.DataFrame(dict(image=cases.names, spearman=e.spearman, ssim=e.ssim)).assign(scheme=scheme,
+            layer=e.layer) for e in entries]
         maps.append(torch.stack([before[0], *(e.maps[0] for e in entries)]))
     names = [f'{name_of(record)}\n{scheme}' for scheme in SCHEMES]
-    return pd.concat(rows).assign(id=record['id'], saliency=method), _shown(original(cases)[0], torch.stack(maps), names, ['trained', *layers])
+    return pd.concat(rows).assign(id=record['id'], saliency=method), _shown(original(cases)[0], torch.stack(maps),
+        names, ['trained', *layers])
 
 def _shown(image, maps, rows, columns):
     "One image's maps [rows, columns, S, S], without boxes and curves."
     none = np.zeros((*maps.shape[:2], 0), np.float32)
-    return Shown(np.stack([as_bytes(image)]*len(maps)), np.full((len(maps), 0, 4), np.nan, np.float32), as_bytes(maps.cpu()), none, none, np.zeros(0, np.float32), np.array(rows), np.array(columns))
+    return Shown(np.stack([as_bytes(image)]*len(maps)), np.full((len(maps), 0, 4), np.nan, np.float32),
+                 as_bytes(maps.cpu()), none, none, np.zeros(0, np.float32), np.array(rows), np.array(columns))
 
 def _below(parts):
     "What is shown of several networks, below each other."
-    stacked = {k: np.concatenate([getattr(s, k) for s in parts]) for k in ('images', 'boxes', 'maps', 'insertion', 'deletion', 'rows')}
+    stacked = {k: np.concatenate([getattr(s, k) for s in parts])
+               for k in ('images', 'boxes', 'maps', 'insertion', 'deletion', 'rows')}
     return Shown(**stacked, fraction=parts[0].fraction, columns=parts[0].columns)
 
 # %% ../../nbs/evidence/23_sanity.ipynb #53bca0fd
 def collect_sanity(
     p,  # parameters of a notebook: those of `scene_runs`, `check_network` and `train`, `seeds`, `protocol`, `stored`
 ) -> tuple:
-    "The rows of `results.csv`, and what is shown of the first seed: measured now, or as stored if `p.stored` is \"only\"."
+    "The rows of `results.csv`, and what is shown of the first seed."
     if p.stored != 'only':
         records = train(p, scene_runs(p))
         found = [check_network(r, p) for r in records]
         per_image = pd.concat([rows for rows, _ in found], ignore_index=True)
         groups = per_image.groupby(['id', 'scheme', 'layer', 'saliency'], sort=False)
         means = groups[['spearman', 'ssim']].mean().assign(images=groups.size()).reset_index()
-        write_results(p.out, means.merge(rows_of(records, stand_in=p.stand_in, profile=p.protocol), on='id'), per_image, keep=p.stored == 'add')
-        save_shown(_below([shown for (_, shown), r in zip(found, records) if r['run']['seed'] == p.seeds[0]]), p.out/'maps.npz')
+        write_results(p.out, means.merge(rows_of(records, stand_in=p.stand_in, profile=p.protocol), on='id'),
+                      per_image, keep=p.stored == 'add')
+        save_shown(_below([shown for (_, shown), r in zip(found, records) if r['run']['seed'] == p.seeds[0]]),
+                   p.out/'maps.npz')
     return read_results(p.out), read_shown(p.out/'maps.npz')
 
 def compare_sanity(folder) -> pd.DataFrame:
@@ -71,16 +79,20 @@ def draw_sanity(
     df: pd.DataFrame,  # from `collect_sanity`
     maps: Shown,  # the same
 ):
-    "Above the maps of the first image, below how like the trained network's the maps are: mean over networks, with a band of a standard deviation."
+    """Above the maps of the first image, below how like the trained network's the maps are: mean over networks,
+    with a band of a standard deviation."""
     import matplotlib.pyplot as plt, seaborn as sns
     df, heights = _named(df), (.9*len(maps.images) + .7, 2.7)
     fig = plt.figure(figsize=(max(9, .95*len(maps.columns) + 2), sum(heights)), layout='constrained', dpi=75)
     above, below = fig.subfigures(2, 1, height_ratios=heights)
     draw(maps, above)
-    for ax, (scheme, metric) in zip(below.subplots(1, 4, sharey=True), [(s, m) for s in SCHEMES for m in ('spearman', 'ssim')]):
+    for ax, (scheme, metric) in zip(below.subplots(1, 4, sharey=True),
+                                    [(s, m) for s in SCHEMES for m in ('spearman', 'ssim')]):
         colours = ['black', *sns.color_palette('deep', df.network.nunique() - 1)]
-        sns.lineplot(df[df.scheme == scheme], x='layer', y=metric, hue='network', palette=colours, errorbar='sd', marker='o', ms=4, lw=1, ax=ax)
-        ax.set_title(f'{scheme}: {metric}', fontsize=8); ax.set(xlabel='', ylabel=''); ax.axhline(0, color='.7', lw=.8); ax.legend(fontsize=6, frameon=False)
+        sns.lineplot(df[df.scheme == scheme], x='layer', y=metric, hue='network', palette=colours, errorbar='sd',
+                     marker='o', ms=4, lw=1, ax=ax)
+        ax.set_title(f'{scheme}: {metric}', fontsize=8); ax.set(xlabel='', ylabel=''); ax.axhline(0, color='.7',
+            lw=.8); ax.legend(fontsize=6, frameon=False)
         ax.tick_params(labelsize=7); ax.tick_params(axis='x', rotation=90)
     below.supylabel("likeness to the trained network's map", fontsize=8)
     return fig
@@ -97,15 +109,19 @@ def sanity_table(df: pd.DataFrame) -> str:
 def _left(wide, network):
     "What is left of a network's maps."
     alone = wide.loc[('independent', network)]
-    return (f"* {network}: the whole cascade leaves a rank correlation of {wide.loc[('cascading', network)].iloc[-1]:.2f} with the trained network's maps; "
-            f"one layer alone leaves from {alone.min():.2f} ({alone.idxmin()}) to {alone.max():.2f} ({alone.idxmax()}).")
+    return (f"* {network}: the whole cascade leaves a rank correlation of "
+            f"{wide.loc[('cascading', network)].iloc[-1]:.2f} with the trained network's maps; "
+            f"one layer alone leaves from {alone.min():.2f} ({alone.idxmin()}) to {alone.max():.2f} "
+            f"({alone.idxmax()}).")
 
 def _changes(scheme, arm, o):
     "Whether an arm's maps change more than those of the reference."
     below, above = (int((s*o.difference > o.half_width).sum()) for s in (-1, 1))
-    return (f"* {scheme}, {arm} against {o.reference.iloc[0]} over {o.n.max()} {'pair' if o.n.max() == 1 else 'pairs'} of networks: "
+    return (f"* {scheme}, {arm} against {o.reference.iloc[0]} over {o.n.max()} "
+            f"{'pair' if o.n.max() == 1 else 'pairs'} of networks: "
             f"the correlation changes by {signed(o.difference.min(), np.inf)} to {signed(o.difference.max(), np.inf)}; "
-            f"intervals below zero (LICO's maps change more): {below} of {np.isfinite(o.half_width).sum()}; above: {above}.")
+            f"intervals below zero (LICO's maps change more): {below} of {np.isfinite(o.half_width).sum()}; above: "
+            f"{above}.")
 
 def sanity_sentences(
     df: pd.DataFrame,  # from `collect_sanity`
@@ -114,4 +130,5 @@ def sanity_sentences(
     "What is left of the maps of each kind of network, and how LICO's differ, as a Markdown list."
     wide = _correlations(df)
     changes = c.assign(label=[arm_label(r) for r in c.itertuples()]).groupby(['scheme', 'label'], sort=False)
-    return '\n'.join([_left(wide, n) for n in dict.fromkeys(wide.index.get_level_values('network'))] + [_changes(*k, o) for k, o in changes])
+    return '\n'.join([_left(wide, n) for n in dict.fromkeys(wide.index.get_level_values('network'))]
+                     + [_changes(*k, o) for k, o in changes])

@@ -26,7 +26,7 @@ from ..experiments import frame, load_backbone, load_data, run_of, runs_folder, 
 # %% ../../nbs/evidence/20_store.ipynb #3aa59d24
 _text = ('image', 'data', 'labels', 'training', 'arm', 'options', 'paper_dataset', 'kind', 'saliency_options', 'text_encoder', 'preset', 'commit', 'pretrained')
 _whole = ('seed', 'split', 'validation', 'steps', 'image_size', 'images', 'classes', 'threads')
-_whose = ('id', 'kind', 'scheme', 'layer', 'saliency', 'saliency_options')  # what tells rows apart, as far as there are such columns
+_key = ('id', 'kind', 'scheme', 'layer', 'saliency', 'saliency_options', 'image', 'method', 'prompts', 'tau_of', 'step')  # of a row, as far as there are such columns
 
 def _read(path):
     return pd.read_csv(path, dtype=dict.fromkeys(_text, str) | dict.fromkeys(_whole, 'Int64'))
@@ -51,13 +51,13 @@ def image_rows(
 ) -> pd.DataFrame:
     "The rows of `scores.csv`, each with the columns of `results.csv` that say whose it is: what `paired` compares image by image."
     rows, per_image = read_results(folder), read_scores(folder)
-    key = [k for k in _whose if k in rows and k in per_image]
+    key = [k for k in _key if k in rows and k in per_image]
     return per_image.merge(rows[[k for k in rows if k in key or k not in per_image]], on=key, how='left', validate='many_to_one')
 
 def _added(before, df):
     "The rows of before that are no longer made, and the new ones behind them."
     both = pd.concat([o.astype(object) for o in (before, df)], ignore_index=True)
-    return both.drop_duplicates([k for k in (*_whose, 'image') if k in both], keep='last')
+    return both.drop_duplicates([k for k in _key if k in both], keep='last')
 
 def write_results(
     folder,  # where to put the files
@@ -95,12 +95,13 @@ def rows_of(
     "Records as rows of results, each run once."
     own = {k for a in TABLES[table].arms for k in a.options} if table else set()
     df = frame(records)
+    df['command'] = df.command.map(_anywhere)
     df['labels'] = [f"{r['run']['shots']}-shot" if r['run']['shots'] else n for r, n in zip(records, df.labels)]
     df['arm'] = [arm_of(table, run_of(r)).label for r in records] if table else df.method
     df['options'] = [', '.join(f'{k}={v}' for k, v in r['run']['options'] if k not in own) for r in records]
     named = [paper_dataset(name, table, stand_in) for name in df.dataset]
     short = df.dataset.map(lambda name: f"folder:{Path(name).name}" if name.startswith('folder:') else name)
-    return df.assign(dataset=short, command=df.command.map(_anywhere), paper_dataset=[n for n, _ in named], is_stand_in=[s for _, s in named], **more).drop_duplicates('id')
+    return df.assign(dataset=short, paper_dataset=[n for n, _ in named], is_stand_in=[s for _, s in named], **more).drop_duplicates('id')
 
 # %% ../../nbs/evidence/20_store.ipynb #34cb0733
 @contextmanager
