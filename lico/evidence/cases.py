@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PHOTOGRAPHS', 'Network', 'Cases', 'trained_network', 'folded', 'imagenet_network', 'test_images', 'photograph',
-           'pictures', 'on_scenes', 'coco_in', 'of_kind', 'coco', 'scene_cases']
+           'imagenet_cases', 'on_scenes', 'of_kind', 'coco_in', 'coco', 'scene_cases']
 
 # %% ../../nbs/evidence/18_cases.ipynb #dedd1f2b
 import functools, hashlib
@@ -117,7 +117,7 @@ def _labelled_pictures(folder, n):
     chosen = labels.set_index('file').class_index.loc[by_hash(labels.file)[:n]]
     return [(name, Image.open(folder/'images'/name).convert('RGB'), int(c)) for name, c in chosen.items()]
 
-def pictures(
+def imagenet_cases(
     where: str = 'photographs',  # scikit-image's, or a folder with `labels.csv` and `images/`
     images: int = 100,  # pictures, in an order that looks random
 ) -> Cases:
@@ -129,7 +129,7 @@ def pictures(
     x = torch.stack([preprocess(image) for image in opened])
     with torch.no_grad(): target = torch.tensor(classes) if None not in classes else network.net(x.to(device())).argmax(1).cpu()
     title = where if where == 'photographs' else Path(where).expanduser().resolve().name
-    return Cases(_of_pictures(network, title), x, target, names, source=f'pictures({where!r}, {images})')
+    return Cases(_of_pictures(network, title), x, target, names, source=f'imagenet_cases({where!r}, {images})')
 
 def _of_pictures(network, title):
     "The network with the pictures' name in its columns and in its id: what it is asked about is all that its rows differ in."
@@ -157,7 +157,9 @@ def on_scenes(
 ) -> Cases:
     "Scenes with known objects: one case for each class in a scene that the network knows."
     classes = classes or {name: (i,) for i, name in enumerate(network.class_names)}
-    names, x, known, regions = zip(*_scene_cases(scenes, network.normalise, classes, images))
+    found = _scene_cases(scenes, network.normalise, classes, images)
+    if not found: raise ValueError(f"none of the {len(scenes)} scenes{f' of kind {kind!r}' if kind else ''} has an object of a class that the network knows: expected at least one")
+    names, x, known, regions = zip(*found)
     x = torch.stack(x)
     with torch.no_grad(): logits = torch.cat([network.net(o.to(device())).cpu() for o in x.split(16)])
     target = torch.tensor([max(k, key=lambda c: row[c]) for k, row in zip(known, logits)])
@@ -169,14 +171,6 @@ def _found(folder):
     folder = Path(folder).expanduser()
     return (folder if folder.exists() else root()/folder).resolve()
 
-def coco_in(
-    folder,  # as seen from the working folder, else from the project's root
-    image_size: int = 224,  # S, pixels
-):
-    "Scenes of a folder in COCO's own layout of 2017, else with `images` and `annotations/instances.json`."
-    folder = _found(folder)
-    return coco_scenes(folder, image_size, *(('annotations/instances_val2017.json', 'val2017') if (folder/'val2017').is_dir() else ()))
-
 def of_kind(scenes, kind: str):
     "Those scenes that hold `one` object, several and all of the `same` class, or several `different` classes; all of them if `kind` is empty."
     if not kind: return scenes
@@ -184,6 +178,19 @@ def of_kind(scenes, kind: str):
     fits = dict(one=lambda n, k: n == 1, same=lambda n, k: n > 1 and k == 1, different=lambda n, k: k > 1)[kind]
     kept = [i for i, (n, k) in enumerate(counted) if fits(n, k)]
     return Scenes(scenes.class_names, tuple(scenes.names[i] for i in kept), lambda i: scenes[kept[i]])
+
+@functools.lru_cache(maxsize=4)
+def _coco(folder, image_size, kind):  # what kind they are is seen in the masks: all 5,000 are read, once for all networks
+    layout = ('annotations/instances_val2017.json', 'val2017') if (folder/'val2017').is_dir() else ()
+    return of_kind(coco_scenes(folder, image_size, *layout), kind)
+
+def coco_in(
+    folder,  # as seen from the working folder, else from the project's root
+    image_size: int = 224,  # S, pixels
+    kind: str = '',  # of scenes, as in `of_kind`
+):
+    "Scenes of a folder in COCO's own layout of 2017, else with `images` and `annotations/instances.json`."
+    return _coco(_found(folder), image_size, kind)
 
 def coco(
     folder: str,  # images and annotations in COCO's format
@@ -202,6 +209,6 @@ def scene_cases(
     "The network that a run left, on scenes that it has not seen: digit scenes for one trained on those, COCO for one that knows ImageNet."
     network, source = trained_network(record), f'scene_cases(run({run_of(record)!r}), {images}, {kind!r}, {str(folder)!r})'
     if Path(record['run']['dataset']).name.startswith('digit-scenes'): return on_scenes(network, unseen_scenes(500, kind or 'one'), None, images, kind, source)
-    if len(network.class_names) == 1000: return on_scenes(network, of_kind(coco_in(folder, network.image_size), kind), coco_to_imagenet(), images, kind, source)
+    if len(network.class_names) == 1000: return on_scenes(network, coco_in(folder, network.image_size, kind), coco_to_imagenet(), images, kind, source)
     raise ValueError(f"{record['dataset']} has {len(network.class_names)} classes: COCO's categories are found among ImageNet's 1,000, "
                      "so pairs for COCO are trained on imagenet, others on digit-scenes")

@@ -159,6 +159,6 @@ def score(
         for s in saliency:
             df = scores(cases, s, metrics, batch_size, progress, **options.get(s, {}))
             rows.append(_means(df, cases, s, options.get(s, {}), metrics))
-            kind = dict(kind=cases.kind) if cases.kind else {}
-            per_image.append(df.drop(columns=['hardware', 'instructions', 'torch', 'seconds']).assign(id=cases.network.id, **kind, saliency=s))
+            whose = {k: rows[-1][k] for k in ('id', 'kind', 'saliency', 'saliency_options') if k in rows[-1]}
+            per_image.append(df.drop(columns=['hardware', 'instructions', 'torch', 'seconds']).assign(**whose))
     return pd.DataFrame(rows), pd.concat(per_image, ignore_index=True)

@@ -144,7 +144,7 @@ def paired(
             keys = list(dict.fromkeys(k for k in (*setting, *treatment, *keep) if k in o))
             if within:
                 images = o[within].nunique()
-                o = o.groupby([*unit, *keys], sort=False, dropna=False)[[m, f'{m}_base']].mean().reset_index().assign(images=images)
+                o = o.groupby([k for k in (*unit, *keys) if k in o], sort=False, dropna=False)[[m, f'{m}_base']].mean().reset_index().assign(images=images)
                 keys = list(dict.fromkeys([*keys, 'images']))
             rows.append(_row(o, m, reference, keys))
     return pd.DataFrame(rows)
