@@ -250,10 +250,3 @@ class LossOptions:
     def reading(self):
         "How Eq. 1 reads either side, its sign apart, as arguments of `log_adjacency`."
         return dict(distance=self.distance, normalise=self.mm_normalise, diagonal=self.mm_diagonal)
-
-# %% ../nbs/method/01_losses.ipynb #10b4c6c5
-def inactive(row):
-    "TEMPORARY"
-    if row['cosine'] > .98: return 'collapsed'
-    if max(row['entropy_image'], row['entropy_text']) > .995: return 'uniform'
-    if min(row['entropy_image'], row['entropy_text']) < .005: return 'identity'

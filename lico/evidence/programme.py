@@ -7,6 +7,7 @@ __all__ = ['ARMS', 'BLOCKS', 'PRIMARY', 'SECONDARY', 'ProgrammeArm', 'Block', 'b
            'contrast_rows', 'contrast_table', 'draw_contrasts', 'findings', 'collect_block']
 
 # %% ../../nbs/evidence/26_programme.ipynb #d35fda54
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -101,11 +102,12 @@ def smallest(block: str) -> float:
     return 1. if (BLOCKS[block].labels or 10**6) <= 250 else METRICS['accuracy_last'].smallest
 
 def _differences(df, contrast, metric):
-    "The paired differences of a contrast in the rows of one block; and the share of the arm's runs whose training failed."
+    "The paired differences of a contrast in the rows of one block; and the shares of the arm's runs whose training failed and whose matching was active."
     found = [o for o in pairs(conditions(df).dropna(subset=[metric]), contrast.reference) if o.arm.iloc[0] == contrast.arm]
     if not found: return None
     o = found[0]
-    return (o[metric] - o[f'{metric}_base']).to_numpy(float).round(9), float(o.failed.mean()), float(o.inactive.mean())
+    active = 1 - o.inactive.mean() if ARMS[contrast.arm].method == 'LICO' else math.nan
+    return (o[metric] - o[f'{metric}_base']).to_numpy(float).round(9), float(o.failed.mean()), float(active)
 
 _columns = ['contrast', 'of', 'block', 'settings', 'n', 'difference', 'half_width', 'p', 'margin', 'failed', 'active', 'differences', 'estimate']
 
@@ -122,9 +124,9 @@ def contrast_rows(
         for where in ([*found] if len(found) == 1 else ['all', *found]):
             groups = [found[k] for k in found if where in ('all', k)]
             e, margin = estimate(*(g[0] for g in groups)), min(smallest(k) for k in found if where in ('all', k))
-            failed, silent = (sum(g[i] for g in groups)/len(groups) for i in (1, 2))
+            failed, active = (sum(g[i] for g in groups)/len(groups) for i in (1, 2))
             rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n, difference=e.mean, half_width=e.half_width, p=e.p(),
-                             margin=margin, failed=failed, active=1 - silent, differences=[float(d) for g in groups for d in g[0]], estimate=e))
+                             margin=margin, failed=failed, active=active, differences=[float(d) for g in groups for d in g[0]], estimate=e))
     df = pd.DataFrame(rows, columns=_columns)
     return _with_verdicts(df) if family else df.drop(columns='estimate')
 
@@ -142,7 +144,7 @@ def contrast_table(
     "Contrasts as Markdown: points of accuracy with the half-width of the 95 % interval."
     shown = [dict(contrast=r.contrast, **{'arm − reference': r.of}, block=r.block, pairs=r.n, difference=signed(r.difference, r.half_width), p=f'{r.p:.2g}',
                   **({"Holm's p": f'{r.p_holm:.2g}' if r.p_holm == r.p_holm else '', 'verdict': r.verdict if isinstance(r.verdict, str) else ''} if 'verdict' in rows else {}),
-                  active=f'{r.active:.0%}', failed=f'{r.failed:.0%}') for r in rows.itertuples()]
+                  active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}') for r in rows.itertuples()]
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
 
 def draw_contrasts(
