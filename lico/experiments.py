@@ -288,15 +288,17 @@ def load_backbone(record: dict):
     return net.eval()
 
 # %% ../nbs/method/14_experiments.ipynb #f58a36e9
-def _missing(runs):
-    "The runs still to be done, each identity once; builds their models, so that what cannot be had is said now."
-    missing = {}
+def _identify(runs):
+    "The identity of every run, and of those still to be done one each; builds their models, so that what cannot be had is said now."
+    ids, missing, data = {}, {}, (None, None)
     for r in runs:
-        data = load_data(r)
-        if (id := run_id(r, data)) in missing or read_record(runs_folder()/id): continue
-        with _state_kept(): _start(r, data)
+        asked = (r.dataset, r.labels, r.shots, r.split, r.image_size, r.validation)
+        if data[0] != asked: data = asked, load_data(r)  # the arms of a seed share it
+        ids[r] = id = run_id(r, data[1])
+        if id in missing or read_record(runs_folder()/id): continue
+        with _state_kept(): _start(r, data[1])
         missing[id] = r
-    return list(missing.values())
+    return ids, list(missing.values())
 
 def refuse_threads(executor):
     "Refuse an executor whose workers would draw each other's random numbers."
@@ -312,7 +314,7 @@ def sweep(
     "The records of many runs, in order; only what is missing is computed."
     refuse_threads(executor)
     runs = list(dict.fromkeys(runs))
-    missing = _missing(runs)
+    ids, missing = _identify(runs)
     if not executor:  # whose machines are others
         for r in missing: refuse_precision(_options(r)['precision'], device())
     jobs = [executor.submit(run, r, progress=False) for r in missing] if executor else []
@@ -321,7 +323,7 @@ def sweep(
             o.result() if executor else run(o, progress=progress)
     finally:
         for o in jobs: o.cancel()  # no more than what is under way is waited for if one fails
-    return [run(r) for r in runs]
+    return [dict(read_record(runs_folder()/ids[r]), run=asdict(r)) for r in runs]
 
 # %% ../nbs/method/14_experiments.ipynb #37b62e50
 _shown = ('dataset', 'data', 'labels', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'split', 'validation', 'image_size', 'steps', 'training', 'classes',

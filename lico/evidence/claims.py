@@ -78,7 +78,7 @@ def blocks() -> dict:
 def _rows(claim):
     "Every stored frame that holds something of a claim, with the arms of its table."
     for f in folders(f'table{claim.table}'): yield f.name, read_results(f)
-    for k, df in blocks().items():
+    for k, df in blocks().items() if claim.table in (3, 5) else ():  # the other tables' claims are about other data or networks
         own = df[[ARMS[a].class_text == 'names' for a in df.arm]]
         yield f'language-{k}', own.assign(arm=own.method)
 
@@ -94,7 +94,8 @@ def _differences(claim, df):
         r = o.iloc[0]
         if r.arm != claim.arm: continue
         d = towards*(o[claim.metric] - o[f'{claim.metric}_base']).to_numpy(float).round(9)
-        found[r.preset, r.dataset, r.labels, r.backbone] = dict(d=d, grade=grade(r), row=r, failed=float(o.failed.mean()), active=1 - float(o.inactive.mean()))
+        where = grade(r) if grade(r) != GRADES[0] or not math.isnan(_printed(claim, r)) else GRADES[1]  # the paper's data, of another table
+        found[r.preset, r.dataset, r.labels, r.backbone] = dict(d=d, grade=where, row=r, failed=float(o.failed.mean()), active=1 - float(o.inactive.mean()) if r.method == 'LICO' else math.nan)
     return found
 
 def _printed(claim, r):
@@ -162,7 +163,7 @@ def claims_table(
         shown = [dict(table=r.table, claim=r.claim, printed=_between(next(_printed_anywhere(c) for c in CLAIMS if c.says == r.claim)), **{'it would take': r.needs}) for r in own.itertuples()]
     else:
         shown = [dict(table=r.table, claim=r.claim, preset=r.preset, data=r.data, printed='—' if math.isnan(r.printed) else f'{r.printed:+.2f}', measured=signed(r.difference, r.half_width), n=f'{r.seeds:.0f} × {r.settings:.0f}',
-                      active='—' if r.preset == '—' else f'{r.active:.0%}', failed=f'{r.failed:.0%}', verdict=r.verdict) for r in own.itertuples()]
+                      active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}', verdict=r.verdict) for r in own.itertuples()]
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
 
 def _between(ends):

@@ -156,17 +156,31 @@ def draw_contrasts(
     return forest(rows.assign(arm=rows.contrast, kind=kinds, metric='accuracy_last', reference='the reference'), fig)
 
 # %% ../../nbs/evidence/26_programme.ipynb #533e4167
-_says = dict(supported='yes', contradicted='no, the other way round', equivalent='no, no difference that matters', inconclusive='cannot tell')
+_says = dict(supported='Yes', contradicted='No, the other way round', equivalent='No, no difference that matters', inconclusive='Cannot tell')
+
+def _answer(rows):
+    "The verdicts of some contrasts in words, each once."
+    return '; '.join(dict.fromkeys(_says.get(v, v) for v in rows.verdict))
+
+def _points(r): return f'{signed(r.difference, r.half_width)} ({r.of})'
 
 def findings(
-    rows: pd.DataFrame,  # from `contrast_rows`, with verdicts
+    rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts and of the further ones
 ) -> str:
-    "The answers of the declared contrasts, a Markdown list: whether it works, whether language has a part in it, what the literal text does."
-    whole, order = rows[rows.verdict.map(lambda v: isinstance(v, str) and v != '')], (3, 4, 0, 1, 2)
-    asked = {PRIMARY[i].says: o for i, o in zip(order, ('Does LICO work, repaired?', 'Does LICO work, with language at its best?', 'Is it the names, repaired?', 'Is it the names, with language at its best?', 'Does the literal text work?'))}
-    line = lambda r, o: (f"* **{o}** {_says.get(r.verdict, r.verdict).capitalize()}: {r.of} is {signed(r.difference, r.half_width)} points of accuracy over {r.n} pairs "
-                         f"({r.settings} {'settings' if r.settings > 1 else 'setting'}, Holm's p {r.p_holm:.2g}; matching active in {r.active:.0%} of runs, training failed in {r.failed:.0%}).")
-    return '\n'.join(line(r, o) for says, o in asked.items() for r in whole[whole.contrast == says].itertuples()) or 'Nothing yet: no block of the programme has been run.'
+    "Five sentences that follow from the numbers: does it work, is it the language, does the literal text work, what does no text give, how far does this go."
+    whole = {r.contrast: r for r in rows.drop_duplicates('contrast').itertuples()}
+    if not whole: return 'Nothing yet: no block of the programme has been run.'
+    names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
+    contrast, smoothing, transport, _, _, shuffled = (whole[c.says] for c in SECONDARY)
+    answer = lambda *found: _answer(pd.DataFrame(found))
+    ran = sorted(set(rows.block) - {'all'})
+    said = [f"**Does LICO work?** {answer(repaired, semantic)}: accuracy changes by {_points(repaired)} and {_points(semantic)} points over {repaired.n} pairs.",
+            f"**Has language a part in it?** {answer(names_1, names_2)}: right names less the same names on wrong classes give {_points(names_1)} and {_points(names_2)} points.",
+            f"**Does the literal text work?** {answer(literal)}: {_points(literal)} points, with a matching that is active in {literal.active:.0%} of runs; transport alone gives {_points(transport)}.",
+            f"**What does the same effort give without right names?** Supervised contrast {_points(contrast)}, label smoothing {_points(smoothing)}, wrong names {_points(shuffled)} points.",
+            "**How far does this go?** " + '; '.join(f"block {k}: {BLOCKS[k].dataset}, {BLOCKS[k].backbone}, {BLOCKS[k].labels or 'all'} labels, {rows[rows.block == k].n.max()} seeds" for k in ran) +
+            f". Of the declared blocks {', '.join(BLOCKS)} the others have not been run."]
+    return '\n'.join(f'* {s}' for s in said)
 
 # %% ../../nbs/evidence/26_programme.ipynb #8725650f
 def collect_block(

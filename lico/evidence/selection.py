@@ -88,7 +88,7 @@ def class_vectors(
     "The class rows of bare names, [K, d]."
     with torch.no_grad(): return PromptLearner(load_text_encoder(encoder), class_names, n_context=0)(torch.arange(len(class_names)))[:, -1]
 
-# %% ../../nbs/evidence/30_selection.ipynb #c9aa5f9d
+# %% ../../nbs/evidence/30_selection.ipynb #3b2af047
 def trial_runs(
     dataset: str,  # a name or folder:PATH
     backbone: str,
@@ -97,9 +97,9 @@ def trial_runs(
 ) -> dict:
     "{what is chosen: {a trial's name: its runs}}, and under `confusions` the one network that they are read from."
     shared = dict(dataset=dataset, backbone=backbone, labels=labels, validation=validation, steps=steps)
-    def of(options, **more): return {name: [Run(**shared, **more, seed=s, options=o) for s in seeds] for name, o in options.items()}
-    return {'repaired': of(READINGS, method='LICO', text_encoder=text_encoder), 'supcon': of(SUPCON, method='CE+SupCon'),
-            'semantic': of(ALPHAS, method='LICO', preset='semantic', text_encoder=text_encoder)}
+    def of(options, seeds=seeds, **more): return {name: [Run(**shared, **more, seed=s, options=o) for s in seeds] for name, o in options.items()}
+    text = dict(method='LICO', text_encoder=text_encoder)
+    return {'repaired': of(READINGS, seeds[:1], **text), 'supcon': of(SUPCON, method='CE+SupCon'), 'semantic': of(ALPHAS, preset='semantic', **text)}
 
 def trial_name(r: Run) -> str:
     "What a trial's run helps to choose, and the trial's name."
