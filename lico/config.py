@@ -31,17 +31,21 @@ _package = Path(lico.__file__).resolve().parent
 def _is_root(folder): return (folder/'settings.ini').is_file() and '[profile.laptop]' in (folder/'settings.ini').read_text()
 
 def root() -> Path:
-    "The project's root: `LICO_ROOT`, else the first folder upwards from here that holds the project's `settings.ini`, else the installed checkout."
+    """The project's root: `LICO_ROOT`, else the first folder upwards from here that holds the project's
+    `settings.ini`, else the installed checkout."""
     if given := os.environ.get('LICO_ROOT'):
-        if not Path(given).is_dir(): raise FileNotFoundError(f"LICO_ROOT is {given!r}, which is not a folder: create it or unset LICO_ROOT")
+        if not Path(given).is_dir(): raise FileNotFoundError(f"LICO_ROOT is {given!r}, which is not a folder: create "
+                                                             f"it or unset LICO_ROOT")
         return Path(given).resolve()
     for folder in [Path.cwd(), *Path.cwd().parents, _package.parent]:
         if _is_root(folder): return folder
-    raise FileNotFoundError("no lico checkout found from here upwards: change into it, or set LICO_ROOT to a folder where data and figures may be written")
+    raise FileNotFoundError("no lico checkout found from here upwards: change into it, or set LICO_ROOT to a folder "
+                            "where data and figures may be written")
 
 # %% ../nbs/method/00_config.ipynb #b3d25c55
 def _settings_file():
-    for folder in (Path(os.environ.get('LICO_ROOT') or '.'), *([] if 'LICO_ROOT' in os.environ else Path.cwd().parents), _package.parent):
+    for folder in (Path(os.environ.get('LICO_ROOT') or '.'),
+                   *([] if 'LICO_ROOT' in os.environ else Path.cwd().parents), _package.parent):
         if _is_root(folder): return folder/'settings.ini'
     return _package/'settings.ini'
 
@@ -56,27 +60,35 @@ def settings() -> configparser.ConfigParser:
 _positive = (1e-12, float('inf'))
 OPTIONS = dict(
     alpha=(float, 0, float('inf')), beta=(float, 0, float('inf')),
-    mm_features=('maps', 'pooled'), mm_rows=('all', 'class'), mm_text=('mapped', 'raw'), mm_sign=('minus', 'plus'), mm_normalise=bool,
+    mm_features=('maps', 'pooled'), mm_rows=('all', 'class'), mm_text=('mapped', 'raw'), mm_sign=('minus', 'plus'),
+    mm_normalise=bool,
     mm_centre=bool, mm_diagonal=('in', 'out'), distance=('euclidean', 'cosine'),
     tau=('learned', 'fixed', 'calibrated'), tau_init=(float, *_positive), tau_share=(float, 1e-3, 0.999),
     tau_form=('exp', 'raw'), detach_text=bool,
-    ot_eps=(float, 1e-3, float('inf')), ot_iters=(int, 1, 10**6), ot_tol=(float, 0, 1), ot_grad=('envelope', 'unrolled', 'none'),
+    ot_eps=(float, 1e-3, float('inf')), ot_iters=(int, 1, 10**6), ot_tol=(float, 0, 1),
+    ot_grad=('envelope', 'unrolled', 'none'),
     ot_value=('transport', 'regularised'), hidden=(int, 1, 10**5), dropout=(float, 0, 0.99),
-    n_context=(int, 0, 10**3), prompt=('tokens', 'rolled'), context=('shared', 'class'), class_position=('end', 'front'), dynamic=bool,
+    n_context=(int, 0, 10**3), prompt=('tokens', 'rolled'), context=('shared', 'class'),
+    class_position=('end', 'front'), dynamic=bool,
     init=str, trainable=bool, class_text=('names', 'shuffled', 'random'),
-    cgc_weight=(float, 0, float('inf')), cgc_temperature=(float, 1e-3, float('inf')), gcc_weight=(float, 0, float('inf')),
+    cgc_weight=(float, 0, float('inf')), cgc_temperature=(float, 1e-3, float('inf')),
+    gcc_weight=(float, 0, float('inf')),
     label_smoothing=(float, 0, 1), supcon_weight=(float, 0, float('inf')),
     supcon_temperature=(float, 1e-3, float('inf')),
-    epochs=(int, 1, 10**6), batch_size=(int, 1, 10**6), lr=(float, *_positive), momentum=(float, 0, 0.9999), weight_decay=(float, 0, 1),
-    schedule=('cos7/16', 'cosine', 'constant'), ema=(float, 0, 0.999999), bn_momentum=(float, 1e-6, 1), noise=(float, 0, 10),
+    epochs=(int, 1, 10**6), batch_size=(int, 1, 10**6), lr=(float, *_positive), momentum=(float, 0, 0.9999),
+    weight_decay=(float, 0, 1),
+    schedule=('cos7/16', 'cosine', 'constant'), ema=(float, 0, 0.999999), bn_momentum=(float, 1e-6, 1),
+    noise=(float, 0, 10),
     precision=('fp32', 'bf16'))
 
 # %% ../nbs/method/00_config.ipynb #ba371cd2
 def _is_choice(name): return isinstance(OPTIONS.get(name), tuple) and isinstance(OPTIONS[name][0], str)
 
 def _check_number(name, value, kind, low, high):
-    if isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high and value == kind(value): return kind(value)
-    raise ValueError(f"option {name} = {value!r}: expected {'a whole' if kind is int else 'a'} number from {low:g} to {high:g}")
+    if isinstance(value, numbers.Real) and not isinstance(value,
+                                                          bool) and low <= value <= high and value == kind(value): return kind(value)
+    raise ValueError(f"option {name} = {value!r}: expected {'a whole' if kind is int else 'a'} number from {low:g} "
+                     f"to {high:g}")
 
 def check_option(
     name: str,  # a key of `OPTIONS`
@@ -132,7 +144,8 @@ def dataset_settings(
 def datasets_of_the_paper() -> dict:
     "{a dataset's name in the paper: ours} of all that the paper uses."
     ini = settings()
-    return {ini[s]['paper_name']: s.removeprefix('dataset.') for s in ini.sections() if s.startswith('dataset.') and 'paper_name' in ini[s]}
+    return {ini[s]['paper_name']: s.removeprefix('dataset.') for s in ini.sections() if s.startswith('dataset.')
+            and 'paper_name' in ini[s]}
 
 def profile_settings(
     name: str,  # a `[profile.…]` section
@@ -147,7 +160,8 @@ def profile_settings(
 def _assigned(source):
     "The names a cell's source assigns at its top level."
     import ast
-    return [t.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets if isinstance(t, ast.Name)]
+    return [t.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets
+            if isinstance(t, ast.Name)]
 
 def _as_list(value):
     "A parameter as a list: `0`, `'0, 1'`, `[0, 1]` and `('a',)` are all understood."
@@ -158,17 +172,22 @@ def _as_options(value):
     "`'alpha=5, tau=fixed'` as checked options."
     pairs = [tuple(o.strip() for o in text.partition('=')) for text in str(value or '').split(',') if text.strip()]
     for name, equals, text in pairs:
-        if not (name and equals and text): raise ValueError(f"options = {value!r}: expected NAME=VALUE, NAME=VALUE, such as alpha=5, tau=fixed")
+        if not (name and equals
+                and text): raise ValueError(f"options = {value!r}: expected NAME=VALUE, NAME=VALUE, such as alpha=5, "
+                                            f"tau=fixed")
     return check_options(**{name: text if _is_choice(name) else parse_value(text) for name, _, text in pairs})
 
 # %% ../nbs/method/00_config.ipynb #b528da75
 _lists = ('datasets', 'backbones', 'labels', 'methods', 'arms', 'presets', 'seeds', 'saliency', 'metrics')
-_protocol = ('options', 'steps', 'epochs', 'image_size', 'pretrained', 'images', 'test_images', 'saliency_options', 'points')  # these change what a number is of
+_protocol = ('options', 'steps', 'epochs', 'image_size', 'pretrained', 'images', 'test_images', 'saliency_options',
+             'points')  # these change what a number is of
 
 def _cells(namespace):
-    "What the notebook ran so far: the names that its cell tagged `parameters` declares, and those in the newest cell that papermill put behind it."
+    """What the notebook ran so far: the names that its cell tagged `parameters` declares, and those in the newest
+    cell that papermill put behind it."""
     is_injected = lambda cell: cell.lstrip().startswith('# Parameters\n')
-    ran = [(is_injected(c), _assigned(c)) for c in namespace.get('In', []) if 'profile =' in c and 'out =' in c or is_injected(c)]
+    ran = [(is_injected(c), _assigned(c)) for c in namespace.get('In', []) if 'profile =' in c and 'out =' in c
+           or is_injected(c)]
     declared = [names for injected, names in ran if not injected]
     given = [names for injected, names in ran if injected]
     return declared[-1] if declared else [k for k in namespace if k != 'In'], given[-1] if given else []
@@ -176,8 +195,10 @@ def _cells(namespace):
 def _refuse_idle(namespace, declared):
     "With stored=only no parameter that says what to run may be given."
     choose('value of stored:', namespace['stored'], ('add', 'only'))
-    idle = [name for name in declared if name not in ('profile', 'out', 'stored') and namespace[name] != ''] if namespace['stored'] == 'only' else []
-    if idle: raise ValueError(f"stored=only draws all that results.csv holds, whatever {', '.join(idle)} says: leave that out, or run with stored=add")
+    idle = [name for name in declared if name not in ('profile', 'out', 'stored')
+            and namespace[name] != ''] if namespace['stored'] == 'only' else []
+    if idle: raise ValueError(f"stored=only draws all that results.csv holds, whatever {', '.join(idle)} says: leave "
+                              f"that out, or run with stored=add")
 
 def _typed(name, value):
     "A parameter's value from its text."
@@ -187,7 +208,8 @@ def parameters(
     notebook: str,  # the notebook's name: "table3"
     namespace: dict,  # its `globals()`, right after the cell tagged `parameters`; or the parameters themselves, `profile` and `out` among them
 ) -> SimpleNamespace:
-    "The notebook's parameters, each empty one as the profile has it; `.out` is the folder to write to, `.protocol` the profile and what was changed of it."
+    """The notebook's parameters, each empty one as the profile has it; `.out` is the folder to write to,
+    `.protocol` the profile and what was changed of it."""
     declared, injected = _cells(namespace)
     for name in injected: choose(f'parameter of {notebook}:', name, declared)
     if namespace.get('stored'): _refuse_idle(namespace, declared)
@@ -199,11 +221,13 @@ def parameters(
     default = root()/('data/smoke' if profile == 'smoke' else 'figures')/notebook
     changed = ', '.join(f'{k}={given[k]}' for k in _protocol if k in given)
     typed = {k: _typed(k, v) for k, v in values.items() if k not in ('profile', 'out')}
-    return SimpleNamespace(profile=profile, protocol=profile + (f' with {changed}' if changed else ''), out=Path(namespace['out'] or default).expanduser().resolve(), **typed)
+    return SimpleNamespace(profile=profile, protocol=profile + (f' with {changed}' if changed else ''),
+                           out=Path(namespace['out'] or default).expanduser().resolve(), **typed)
 
 # %% ../nbs/method/00_config.ipynb #51a37abd
 def derive_seed(*parts) -> int:
-    "A seed of 63 bits derived from its parts, e.g. `derive_seed(seed, 'batch', step)`; the same on every machine and in every process."
+    """A seed of 63 bits derived from its parts, e.g. `derive_seed(seed, 'batch', step)`; the same on every machine
+    and in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'little') >> 1
 
 def seed_everything(seed: int):
@@ -234,7 +258,8 @@ def write_atomic(
         os.replace(temporary, path)
     except OSError as e:
         with contextlib.suppress(OSError): temporary.unlink()
-        raise OSError(f"cannot write {path} ({e.strerror or e}): make room there and start again; what was stored before is untouched") from None
+        raise OSError(f"cannot write {path} ({e.strerror or e}): make room there and start again; what was stored "
+                      f"before is untouched") from None
 
 # %% ../nbs/method/00_config.ipynb #12da1208
 _libraries = ('lico', 'torch', 'torchvision', 'timm', 'transformers', 'open_clip_torch', 'accelerate', 'numpy')
@@ -244,12 +269,14 @@ def _version(name):
     except importlib.metadata.PackageNotFoundError: return None
 
 def _git(*args):
-    try: return subprocess.run(['git', '-C', str(_package.parent), *args], capture_output=True, text=True, timeout=10).stdout.strip()
+    try: return subprocess.run(['git', '-C', str(_package.parent), *args], capture_output=True, text=True,
+                               timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError): return ''
 
 def _processor():
     lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
-    return next((o.split(':', 1)[1].strip() for o in lines if o.startswith('model name')), platform.processor() or platform.machine())
+    return next((o.split(':', 1)[1].strip() for o in lines if o.startswith('model name')),
+                platform.processor() or platform.machine())
 
 # %% ../nbs/method/00_config.ipynb #77a8a26e
 @functools.lru_cache
@@ -259,4 +286,5 @@ def stamp() -> dict:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions = {name: v for name in _libraries if (v := _version(name))}
     return dict(python=platform.python_version(), **versions, hardware=gpu or f'{_processor()}, {os.cpu_count()} cores',
-                instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(), commit=_git('rev-parse', '--short=12', 'HEAD') or None)
+                instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(),
+                commit=_git('rev-parse', '--short=12', 'HEAD') or None)

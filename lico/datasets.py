@@ -53,7 +53,8 @@ def _digits():
     from sklearn.datasets import load_digits
     x, y = load_digits(return_X_y=True)
     x = np.round(x.reshape(-1, 8, 8)*255/16).astype(np.uint8)
-    return Source(*(Part(x[i], y[i].tolist()) for i in _stratified(y, 500)), tuple(map(str, range(10))), flip=False, size=16)
+    return Source(*(Part(x[i], y[i].tolist()) for i in _stratified(y, 500)), tuple(map(str, range(10))), flip=False,
+                  size=16)
 
 # %% ../nbs/method/02_datasets.ipynb #48f293e8
 def reason(error) -> str:
@@ -72,7 +73,8 @@ def _fetching(name, put, deed='could not download it', inside=''):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder/f'.{name}.lock'): yield folder
     except Exception as e:
-        raise FileNotFoundError(f"{name} is not in {folder} and torchvision {deed} ({reason(e)}): put {put} into that folder") from None
+        raise FileNotFoundError(f"{name} is not in {folder} and torchvision {deed} ({reason(e)}): put {put} into "
+                                f"that folder") from None
     finally: socket.setdefaulttimeout(timeout)
 
 # %% ../nbs/method/02_datasets.ipynb #a3afb333
@@ -99,7 +101,8 @@ def _svhn():
     from torchvision.datasets import SVHN
     with _fetching('svhn', 'train_32x32.mat, extra_32x32.mat and test_32x32.mat') as folder:
         train, extra, test = [SVHN(folder, split, download=True) for split in ('train', 'extra', 'test')]
-    part = lambda *of: Part(np.concatenate([o.data for o in of]).transpose(0, 2, 3, 1), np.concatenate([o.labels for o in of]).tolist())
+    part = lambda *of: Part(np.concatenate([o.data for o in of]).transpose(0, 2, 3, 1),
+                            np.concatenate([o.labels for o in of]).tolist())
     return Source(part(train, extra), part(test), tuple(map(str, range(10))), flip=False, size=32)
 
 # %% ../nbs/method/02_datasets.ipynb #2b14a166
@@ -113,10 +116,12 @@ def _fashion_mnist():
     "Fashion-MNIST, from `data` or from Debian's package."
     from torchvision.datasets import FashionMNIST
     if debian.is_dir() and not (root()/'data'/'FashionMNIST'/'raw'/'t10k-labels-idx1-ubyte').exists():
-        parts = [Part(_idx(f'{o}-images-idx3', 16).reshape(-1, 28, 28), _idx(f'{o}-labels-idx1', 8).tolist()) for o in ('train', 't10k')]
+        parts = [Part(_idx(f'{o}-images-idx3', 16).reshape(-1, 28, 28), _idx(f'{o}-labels-idx1', 8).tolist())
+                 for o in ('train', 't10k')]
     else:
         put = "FashionMNIST/raw with its four files (or install Debian's package dataset-fashion-mnist)"
-        with _fetching('fashion_mnist', put) as folder: both = [FashionMNIST(folder, train, download=True) for train in (True, False)]
+        with _fetching('fashion_mnist', put) as folder: both = [FashionMNIST(folder, train, download=True)
+            for train in (True, False)]
         parts = [Part(o.data.numpy(), o.targets.tolist()) for o in both]
     return Source(*parts, tuple(FashionMNIST.classes), size=28)
 
@@ -127,7 +132,8 @@ def image_files(
     folder: Path,  # where to look, as deep as it goes
 ) -> tuple:
     "Sorted (path relative to `folder`, time, size) of its image files: equal for a folder that has not changed."
-    if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: give folder:PATH with the path of a folder of images")
+    if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: give folder:PATH with the path of a folder "
+                                                    f"of images")
     paths = (os.path.join(d, f) for d, _, files in os.walk(folder, followlinks=True) for f in files
              if f.lower().endswith(_endings) and not f.startswith('.'))
     start = len(os.path.join(folder, ''))
@@ -135,7 +141,8 @@ def image_files(
 
 def _classes(folder, prefix, files):
     "{class folder: its files} of the class folders in `folder/prefix`, sorted."
-    classes = {name: [] for name in sorted(d.name for d in (folder/prefix).iterdir() if d.is_dir() and not d.name.startswith('.'))}
+    classes = {name: [] for name in sorted(d.name for d in (folder/prefix).iterdir() if d.is_dir()
+                                           and not d.name.startswith('.'))}
     for f in files:
         name, _, deeper = f.removeprefix(prefix).partition('/')
         if f.startswith(prefix) and deeper and name in classes: classes[name].append(f)
@@ -161,20 +168,27 @@ def _tree(folder, files, names=('train', 'test')):
 def _some(names): return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 def _check_tree(folder, found, parts):
-    "Refuse a tree without images, with other classes in one part than in the other, with only one class, or with too few images in one."
+    """Refuse a tree without images, with other classes in one part than in the other, with only one class, or with
+    too few images in one."""
     train, test, least = found[0], found[-1], 3 - len(found)  # before the split, a class needs two images
     if not any(files for part in found for files in part.values()):
-        raise FileNotFoundError(f"no images found in {folder}: expected train/<class>/* and test/<class>/*, or <class>/*, "
+        raise FileNotFoundError(f"no images found in {folder}: expected train/<class>/* and test/<class>/*, or "
+                                f"<class>/*, "
                                 f"with files that end in {' '.join(_endings)}")
     only = ((parts[0], set(train) - set(test)), (parts[-1], set(test) - set(train)))
     if differ := [f"only in {part}: {_some(sorted(o))}" for part, o in only if o]:
-        raise ValueError(f"the class folders of {folder} differ, {'; '.join(differ)}: {' and '.join(parts)} need the same ones")
-    if len(train) < 2: raise ValueError(f"{folder} has only one class, {next(iter(train))!r}: a classifier needs two or more class folders")
-    few = [f"{part}/{name} ({len(files)})".lstrip('/') for part, o in zip(parts, found) for name, files in o.items() if len(files) < least]
-    if few: raise ValueError(f"class folders of {folder} have fewer images than the {least} they need: {_some(few)}; add images or remove them")
+        raise ValueError(f"the class folders of {folder} differ, {'; '.join(differ)}: {' and '.join(parts)} need the "
+                         f"same ones")
+    if len(train) < 2: raise ValueError(f"{folder} has only one class, {next(iter(train))!r}: a classifier needs two "
+                                        f"or more class folders")
+    few = [f"{part}/{name} ({len(files)})".lstrip('/') for part, o in zip(parts, found) for name,
+           files in o.items() if len(files) < least]
+    if few: raise ValueError(f"class folders of {folder} have fewer images than the {least} they need: {_some(few)}; "
+                             f"add images or remove them")
     read_as = [name.replace('_', ' ') for name in train]
     if twice := [name for name in train if read_as.count(name.replace('_', ' ')) > 1]:
-        raise ValueError(f"class folders of {folder} would have the same name with spaces for underscores: {_some(twice)}; rename them")
+        raise ValueError(f"class folders of {folder} would have the same name with spaces for underscores: "
+                         f"{_some(twice)}; rename them")
 
 # %% ../nbs/method/02_datasets.ipynb #254655fb
 def _listed(tree):
@@ -187,7 +201,8 @@ def _folder(path, files):
     return Source(_listed(train), _listed(test), tuple(train), folder=path)
 
 # %% ../nbs/method/02_datasets.ipynb #0a0e8b6d
-_told_apart = dict(n02012849='crane bird', n02113186='Cardigan Welsh corgi', n03126707='construction crane', n03710637='maillot tights', n03710721='maillot tank suit')
+_told_apart = dict(n02012849='crane bird', n02113186='Cardigan Welsh corgi', n03126707='construction crane',
+                   n03710637='maillot tights', n03710721='maillot tank suit')
 
 def imagenet_names() -> dict:
     "{WordNet id: class name} of ILSVRC2012 in label order; names are unique."
@@ -205,7 +220,8 @@ def _imagenet():
     names, (train, val) = imagenet_names(), _trees(folder)
     if list(train) != list(names):
         raise ValueError(f"{folder}/train has {len(train)} class folders, not the 1,000 WordNet ids of ILSVRC2012: "
-                         "remove train and val if unpacking was interrupted; another set of classes goes by folder:PATH")
+                         "remove train and val if unpacking was interrupted; another set of classes goes by "
+                         "folder:PATH")
     return Source(_listed(train), _listed(val), tuple(names.values()), size=224, folder=folder)
 
 def _trees(folder):
@@ -221,16 +237,19 @@ def _imagenette():
         train = Imagenette(folder, 'train', download=not (folder/'imagenette2').exists())
         names = {i: words[0] for i, words in zip(train.wnids, train.classes)}
     trees = _trees(folder/'imagenette2')
-    if list(trees[0]) != list(names): raise ValueError(f"{folder}/imagenette2 has other class folders than {', '.join(names)}: unpack it again")
+    if list(trees[0]) != list(names): raise ValueError(f"{folder}/imagenette2 has other class folders than "
+                                                       f"{', '.join(names)}: unpack it again")
     return Source(*map(_listed, trees), tuple(names.values()), size=224, folder=folder/'imagenette2')
 
 # %% ../nbs/method/02_datasets.ipynb #c28f4bd9
 def _paths(folder, *datasets):
     "One `Part` of torchvision datasets that give a path for an image."
-    return Part(*map(list, zip(*((Path(f).relative_to(folder).as_posix(), int(label)) for o in datasets for f, label in o))))
+    return Part(*map(list, zip(*((Path(f).relative_to(folder).as_posix(), int(label)) for o in datasets for f,
+                                 label in o))))
 
 def _fine_grained(name, put, read, **deed):
-    "A dataset whose splits torchvision lists: `read(folder)` gives those for training in a list, and the one for testing."
+    """A dataset whose splits torchvision lists: `read(folder)` gives those for training in a list, and the one for
+    testing."""
     with _fetching(name, put, **deed) as folder:
         train, test = read(folder)
         return Source(_paths(folder, *train), _paths(folder, test), tuple(test.classes), size=224, folder=folder)
@@ -239,12 +258,14 @@ def _aircraft():
     "FGVC-Aircraft: 100 variants."
     from torchvision.datasets import FGVCAircraft
     kind = functools.partial(FGVCAircraft, annotation_level='variant', download=True, loader=str)
-    return _fine_grained('aircraft', 'fgvc-aircraft-2013b.tar.gz, unpacked,', lambda d: ([kind(d, 'trainval')], kind(d, 'test')))
+    return _fine_grained('aircraft', 'fgvc-aircraft-2013b.tar.gz, unpacked,',
+                         lambda d: ([kind(d, 'trainval')], kind(d, 'test')))
 
 def _flowers102():
     "Oxford's 102 flowers."
     from torchvision.datasets import Flowers102
-    kind, put = functools.partial(Flowers102, download=True, loader=str), 'flowers-102/jpg, flowers-102/imagelabels.mat and flowers-102/setid.mat'
+    kind, put = functools.partial(Flowers102, download=True,
+                                  loader=str), 'flowers-102/jpg, flowers-102/imagelabels.mat and flowers-102/setid.mat'
     return _fine_grained('flowers102', put, lambda d: ([kind(d, 'train'), kind(d, 'val')], kind(d, 'test')))
 
 def _cars():
@@ -257,14 +278,17 @@ def _cars():
 def _cub200():
     "Caltech-UCSD Birds 200-2011, in its own layout."
     folder = root()/'data'/'CUB_200_2011'
-    read = lambda name: dict(line.split(maxsplit=1) for line in (folder/f'{name}.txt').read_text().splitlines() if line.strip())
+    read = lambda name: dict(line.split(maxsplit=1) for line in (folder/f'{name}.txt').read_text().splitlines()
+                             if line.strip())
     try:
         names, paths, labels, train = map(read, ('classes', 'images', 'image_class_labels', 'train_test_split'))
         rows = [(f'images/{paths[i]}', int(labels[i]) - 1, train[i].strip() == '1') for i in paths]
         class_names = tuple(names[str(k + 1)].strip().partition('.')[2] for k in range(len(names)))
     except (OSError, KeyError, ValueError) as e:
-        raise FileNotFoundError(f"cub200 is not in {folder} and no library downloads it ({reason(e)}): put CUB_200_2011.tgz, unpacked, there, "
-                                "with images/, images.txt, classes.txt, image_class_labels.txt and train_test_split.txt") from None
+        raise FileNotFoundError(f"cub200 is not in {folder} and no library downloads it ({reason(e)}): put "
+                                f"CUB_200_2011.tgz, unpacked, there, "
+                                "with images/, images.txt, classes.txt, image_class_labels.txt and "
+                                "train_test_split.txt") from None
     parts = [Part(*map(list, zip(*((f, y) for f, y, o in rows if o == wanted)))) for wanted in (True, False)]
     return Source(*parts, class_names, size=224, folder=folder)
 
@@ -305,7 +329,8 @@ def each_image(
         except Exception as e: bad.append(f"{files[i]} ({reason(e).replace(os.path.join(folder, ''), '')})")
     with no_truncated_images(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in tqdm(pool.map(read, range(len(files))), 'reading images', len(files), leave=False, delay=2): pass
-    if bad: raise ValueError(f"{len(bad)} of {len(files)} images in {folder} cannot be read: {_some(sorted(bad))}; replace or remove them")
+    if bad: raise ValueError(f"{len(bad)} of {len(files)} images in {folder} cannot be read: {_some(sorted(bad))}; "
+                             f"replace or remove them")
     return sizes
 
 # %% ../nbs/method/02_datasets.ipynb #b2bbc192
@@ -377,8 +402,10 @@ def _recognised(source):
     return replace(source, name=known[found], content=found, **parts)
 
 # %% ../nbs/method/02_datasets.ipynb #52ea9470
-READERS = dict(digits=_digits, fashion_mnist=_fashion_mnist, cifar10=functools.partial(_cifar, 'cifar10'), cifar100=functools.partial(_cifar, 'cifar100'),
-               svhn=_svhn, imagenette=_imagenette, imagenet=_imagenet, cub200=_cub200, cars=_cars, aircraft=_aircraft, flowers102=_flowers102)
+READERS = dict(digits=_digits, fashion_mnist=_fashion_mnist, cifar10=functools.partial(_cifar, 'cifar10'),
+               cifar100=functools.partial(_cifar, 'cifar100'),
+               svhn=_svhn, imagenette=_imagenette, imagenet=_imagenet, cub200=_cub200, cars=_cars, aircraft=_aircraft,
+               flowers102=_flowers102)
 
 def find(
     name: str,  # a name in `READERS`, or "folder:PATH"

@@ -14,7 +14,8 @@ from .config import choose
 
 # %% ../nbs/method/04_encoders.ipynb #eec864cf
 def _layout(names, n, front, begin, end):
-    "K prompts `begin, n zeros, name, end` (`front`: name, then zeros) as padded ids [K, L], the zeros' positions [K, n], the names' lengths [K]."
+    """K prompts `begin, n zeros, name, end` (`front`: name, then zeros) as padded ids [K, L], the zeros' positions
+    [K, n], the names' lengths [K]."""
     zeros = torch.zeros(n, dtype=torch.int64)
     rows = [torch.cat([begin, *((name, zeros) if front else (zeros, name)), end]) for name in names]
     sizes = torch.tensor([len(name) for name in names])
@@ -22,7 +23,8 @@ def _layout(names, n, front, begin, end):
 
 # %% ../nbs/method/04_encoders.ipynb #84b10d38
 class TextEncoder(nn.Module):
-    "What the encoders share: a table of word embeddings, the special tokens before and after a text (or none), and being frozen."
+    """What the encoders share: a table of word embeddings, the special tokens before and after a text (or none),
+    and being frozen."""
     def __init__(self, table, special, dim, positions):
         super().__init__()
         self.table, self.dim, self.embed_dim, self.window = table, dim, table.embedding_dim, positions - len(special)
@@ -58,7 +60,8 @@ class TextEncoder(nn.Module):
     ):  # [K, n + 1, dim]: the outputs at the context positions, in context order, and the class row
         "Encode K prompts."
         context = context if context.ndim == 3 else context[None]
-        if len(names) % len(context): raise ValueError(f"{len(context)} contexts for {len(names)} names: expected one for all or one for each")
+        if len(names) % len(context): raise ValueError(f"{len(context)} contexts for {len(names)} names: expected "
+                                                       f"one for all or one for each")
         ids, where, sizes = _layout(names, context.shape[1], front, self.begin, self.end)
         x = self.word_embeddings(ids)
         each = context.to(x).repeat_interleave(len(names)//len(context), 0)
@@ -80,20 +83,23 @@ def _name_mean(h, first, sizes):
 
 # %% ../nbs/method/04_encoders.ipynb #9656eb90
 class BERTText(TextEncoder):
-    "A Hugging Face BERT, or ALIGN's text tower, as a frozen text encoder; its class row is the mean over the name's own tokens."
+    """A Hugging Face BERT, or ALIGN's text tower, as a frozen text encoder; its class row is the mean over the
+    name's own tokens."""
     def __init__(
         self,
         model,  # a `transformers.BertModel` or `AlignTextModel`
         tokenizer,  # its tokenizer
     ):
         special = [tokenizer.cls_token_id, tokenizer.sep_token_id]
-        super().__init__(model.get_input_embeddings(), special, model.config.hidden_size, model.config.max_position_embeddings)
+        super().__init__(model.get_input_embeddings(), special, model.config.hidden_size,
+                         model.config.max_position_embeddings)
         self.model, self.tokenizer = model, tokenizer
         self.requires_grad_(False).eval()
 
     def name_ids(self, text):
         "Token ids of a text, without special tokens."
-        return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids'], dtype=torch.int64)
+        return torch.tensor(self.tokenizer(text, add_special_tokens=False, verbose=False)['input_ids'],
+                            dtype=torch.int64)
 
     def _reads(self):
         c = self.model.config
@@ -121,7 +127,8 @@ class GloVeText(TextEncoder):
         known, ids = self.numbers, []
         for word in text.lower().split():
             for part in [word] if word in known else re.findall(r"'s\b|[^\W_]+", word) or [word]:
-                if part not in known: raise ValueError(f"GloVe has no vector for {part!r} of {text!r}: use words that it knows")
+                if part not in known: raise ValueError(f"GloVe has no vector for {part!r} of {text!r}: use words "
+                                                       f"that it knows")
                 ids.append(known[part])
         return torch.tensor(ids, dtype=torch.int64)
 
@@ -134,7 +141,8 @@ class GloVeText(TextEncoder):
 def _qkv(block, x):
     "Queries, keys and values of a block, each [batch, heads, positions, width of a head]."
     a = block.attn
-    return F.linear(block.ln_1(x), a.in_proj_weight, a.in_proj_bias).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.linear(block.ln_1(x), a.in_proj_weight, a.in_proj_bias).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0,
+        3, 1, 4)
 
 def _finish(block, x, attended):
     "The rest of a block after its attention."
@@ -142,7 +150,8 @@ def _finish(block, x, attended):
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 def _layer(block, p, s, mask):
-    "One causal block over prefixes p [P, m, w] and suffixes s [K, L - m, w]; a prefix belongs to K/P consecutive suffixes."
+    """One causal block over prefixes p [P, m, w] and suffixes s [K, L - m, w]; a prefix belongs to K/P consecutive
+    suffixes."""
     q, k, v = _qkv(block, p)
     sq, sk, sv = _qkv(block, s)
     k_all, v_all = (torch.cat([a.repeat_interleave(len(s)//len(p), 0), b], 2) for a, b in ((k, sk), (v, sv)))
@@ -151,23 +160,29 @@ def _layer(block, p, s, mask):
 
 # %% ../nbs/method/04_encoders.ipynb #ee5a1f6b
 def _text_tower(model):
-    "The module that holds an open_clip model's text transformer and the token it pools at; refused unless its kind is known."
+    """The module that holds an open_clip model's text transformer and the token it pools at; refused unless its
+    kind is known."""
     from open_clip.model import CLIP
     from open_clip.transformer import TextTransformer
     tower = model if isinstance(model, CLIP) else getattr(model, 'text', None)
     name = f"{type(model).__name__}'s text tower {type(tower).__name__}"
     wanted = "expected CLIP's: causal and pooled at the end-of-text token"
-    if not isinstance(tower, (CLIP, TextTransformer)): raise ValueError(f"{name} is not open_clip's own TextTransformer: {wanted}")
-    if getattr(tower, 'cls_emb', None) is not None: raise ValueError(f"{name} pools at an appended class embedding: {wanted}")
+    if not isinstance(tower, (CLIP, TextTransformer)): raise ValueError(f"{name} is not open_clip's own "
+                                                                        f"TextTransformer: {wanted}")
+    if getattr(tower, 'cls_emb',
+               None) is not None: raise ValueError(f"{name} pools at an appended class embedding: {wanted}")
     if tower.attn_mask is None: raise ValueError(f"{name} is not causal: {wanted}")
-    pool, eos = (tower.text_pool_type, tower.text_eos_id) if isinstance(tower, CLIP) else (tower.pool_type, tower.eos_id)
+    pool, eos = (tower.text_pool_type, tower.text_eos_id) if isinstance(tower, CLIP) else (tower.pool_type,
+        tower.eos_id)
     choose(f"pooling of {name}:", pool, ('argmax', 'eos'))
-    for block in tower.transformer.resblocks: choose(f"block of {name}:", type(block).__name__, ('ResidualAttentionBlock',))
+    for block in tower.transformer.resblocks: choose(f"block of {name}:", type(block).__name__,
+                                                     ('ResidualAttentionBlock',))
     return tower, eos if pool == 'eos' else tower.token_embedding.num_embeddings - 1
 
 # %% ../nbs/method/04_encoders.ipynb #efc070b3
 class CLIPText(TextEncoder):
-    "A copy of an open_clip model's text tower as a frozen text encoder; its class row is the end-of-text output after the projection."
+    """A copy of an open_clip model's text tower as a frozen text encoder; its class row is the end-of-text output
+    after the projection."""
     def __init__(
         self,
         model,  # an `open_clip` CLIP, or CustomTextCLIP with a standard tower: causal, pooled at the end-of-text token
@@ -175,10 +190,13 @@ class CLIPText(TextEncoder):
     ):
         tower, end = _text_tower(model)
         special = tokenizer([""], 2)[0].tolist()
-        if special[1] != end: raise ValueError(f"the tokenizer ends texts with token {special[1]}, the tower pools at token {end}: pass its own")
+        if special[1] != end: raise ValueError(f"the tokenizer ends texts with token {special[1]}, the tower pools "
+                                               f"at token {end}: pass its own")
         table, blocks, ln_final, positions, project = copy.deepcopy(
-            (tower.token_embedding, tower.transformer.resblocks, tower.ln_final, tower.positional_embedding, tower.text_projection))
-        dim = table.embedding_dim if project is None else project.out_features if isinstance(project, nn.Linear) else project.shape[1]
+            (tower.token_embedding, tower.transformer.resblocks, tower.ln_final, tower.positional_embedding,
+             tower.text_projection))
+        dim = table.embedding_dim if project is None else project.out_features if isinstance(project,
+            nn.Linear) else project.shape[1]
         super().__init__(table, special, dim, len(positions))
         self.tokenizer, self.blocks, self.ln_final, self.positions, self.project = tokenizer, blocks, ln_final, positions, project
         self.requires_grad_(False).eval()
@@ -194,7 +212,8 @@ class CLIPText(TextEncoder):
 
     def _out(self, h):
         h = self.ln_final(h)
-        return h if self.project is None else self.project(h) if isinstance(self.project, nn.Linear) else h @ self.project
+        return h if self.project is None else self.project(h) if isinstance(self.project,
+            nn.Linear) else h @ self.project
 
     def _encode(self, x, where, sizes, P, front):
         (K, n), x = where.shape, x + self.positions[:x.shape[1]]

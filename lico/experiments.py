@@ -27,7 +27,8 @@ from .training import TrainOptions, fit, load_checkpoint, options_from, refuse_p
 
 # %% ../nbs/method/14_experiments.ipynb #0643b12b
 # method -> what it changes in Eq. 8; `None`: no text at all
-METHODS = {'CE': None, 'LICO': {}, 'CE+MM': dict(beta=0.), 'CE+OT': dict(alpha=0.), 'CGC': None, 'GCC': None, 'LICO+CGC': {},
+METHODS = {'CE': None, 'LICO': {}, 'CE+MM': dict(beta=0.), 'CE+OT': dict(alpha=0.), 'CGC': None, 'GCC': None,
+           'LICO+CGC': {},
            'CE+LS': None, 'CE+SupCon': None}
 _cgc = dict(weight='cgc_weight', temperature='cgc_temperature')
 # method -> its class in `lico.rivals`, and argument -> its option
@@ -36,7 +37,8 @@ RIVALS = {'CGC': ('CGC', _cgc), 'GCC': ('GCC', dict(weight='gcc_weight')), 'LICO
           'CE+SupCon': ('SupCon', dict(weight='supcon_weight', temperature='supcon_temperature'))}
 
 # %% ../nbs/method/14_experiments.ipynb #1eb16bb7
-_least = dict(labels=1, shots=1, seed=0, split_seed=0, epochs=1, steps=1, evaluations=1, image_size=1, validation=1, threads=1)  # field of a `Run` -> its smallest value
+_least = dict(labels=1, shots=1, seed=0, split_seed=0, epochs=1, steps=1, evaluations=1, image_size=1, validation=1,
+              threads=1)  # field of a `Run` -> its smallest value
 
 def _whole(name, value):
     "A whole number that is large enough."
@@ -70,9 +72,11 @@ class Run:
         object.__setattr__(self, 'options', tuple(sorted(check_options(**dict(self.options)).items())))
         if self.labels == 'all': object.__setattr__(self, 'labels', None)
         for name in _least:
-            if (value := getattr(self, name)) is not None or name in ('seed', 'evaluations', 'threads'): object.__setattr__(self, name, _whole(name, value))
+            if (value := getattr(self, name)) is not None or name in ('seed', 'evaluations',
+                'threads'): object.__setattr__(self, name, _whole(name, value))
         for a, b in (('epochs', 'steps'), ('labels', 'shots')):
-            if getattr(self, a) and getattr(self, b): raise ValueError(f"{a}={getattr(self, a)} and {b}={getattr(self, b)}: give one of them")
+            if getattr(self, a) and getattr(self, b): raise ValueError(f"{a}={getattr(self, a)} and "
+                                                                       f"{b}={getattr(self, b)}: give one of them")
 
     def __repr__(self): return f"Run({', '.join(f'{f.name}={v!r}' for f in fields(self) if (v := getattr(self, f.name)) != f.default)})"
 
@@ -118,7 +122,8 @@ def encoder_name(
 # %% ../nbs/method/14_experiments.ipynb #b3934e31
 def _options(r): return preset(r.preset, **{**dict(r.options), **({} if r.epochs is None else dict(epochs=r.epochs))})
 
-def load_data(r: Run): return load(r.dataset, labels=r.labels, shots=r.shots, seed=r.split, image_size=r.image_size, validation=r.validation)
+def load_data(r: Run): return load(r.dataset, labels=r.labels, shots=r.shots, seed=r.split, image_size=r.image_size,
+                                   validation=r.validation)
 
 def _names(kind): return [f.name for f in fields(kind)]
 
@@ -144,7 +149,8 @@ def spec(
     "Everything that the result of a run depends on, apart from the protocol."
     o, n = _options(r), len(data.train)
     steps = r.steps or o['epochs']*math.ceil(n/o['batch_size'])
-    out = dict(data=data.digest, images=n, split=None if r.labels is None and r.shots is None else r.split, backbone=r.backbone, image_size=data.image_size,
+    out = dict(data=data.digest, images=n, split=None if r.labels is None and r.shots is None else r.split,
+               backbone=r.backbone, image_size=data.image_size,
                method=r.method, seed=r.seed, steps=steps, evaluations=r.evaluations,
                train=_told(o, [k for k in _names(TrainOptions) if k != 'epochs']))
     if r.validation is not None: out['validation'] = r.validation
@@ -169,7 +175,8 @@ def build(
     net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size)
     if METHODS[r.method] is None: return CrossEntropy(net)
     seed_everything(derive_seed(r.seed, 'text'))
-    prompts = PromptLearner(encoder, data.class_names, **{k: o[k] for k in _prompt_options}, seed=derive_seed(r.seed, 'class_text'))
+    prompts = PromptLearner(encoder, data.class_names, **{k: o[k] for k in _prompt_options},
+                            seed=derive_seed(r.seed, 'class_text'))
     return LICO(net, prompts, options_from(LossOptions, {**o, **METHODS[r.method]}))
 
 # %% ../nbs/method/14_experiments.ipynb #6edc4a39
@@ -178,11 +185,13 @@ def start(
     data,  # its data
     encoder=None,  # its text encoder; not used by CE and the rivals
 ):
-    "The model that a run trains: that of `build`, from pretrained weights if asked for, with a rival's loss if its method is one."
+    """The model that a run trains: that of `build`, from pretrained weights if asked for, with a rival's loss if
+    its method is one."""
     model = build(r, data, encoder)
     if r.pretrained:
         seed_everything(derive_seed(r.seed, 'backbone'))
-        net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size, pretrained=True)
+        net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size,
+                              pretrained=True)
         model.backbone.load_state_dict(net.state_dict())
     if r.method not in RIVALS: return model
     (name, options), o = RIVALS[r.method], _options(r)
@@ -207,7 +216,8 @@ def run_id(
     return f"{_spec_hash(spec(r, data or load_data(r)))}-p{TRAINING_PROTOCOL}"
 
 # %% ../nbs/method/14_experiments.ipynb #f478f798
-def _seal(record): return hashlib.sha256(json.dumps({k: v for k, v in record.items() if k != 'checksum'}, sort_keys=True).encode()).hexdigest()
+def _seal(record): return hashlib.sha256(json.dumps({k: v for k, v in record.items() if k != 'checksum'},
+                                                    sort_keys=True).encode()).hexdigest()
 
 def read_record(folder):
     "The record in a run's folder, `None` if there is none or it is damaged."
@@ -235,8 +245,10 @@ def _outcome(log):
     "The numbers of a finished run: accuracy in percent, last and best of those tested, and how the losses ended."
     tested = [row for row in log if 'test_accuracy' in row]
     best = max(tested, key=lambda row: row['test_accuracy'])
-    last = {k: log[-1][k] for k in ('ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine', 'cgc', 'gcc', 'supcon') if k in log[-1]}
-    return dict(accuracy_last=log[-1]['test_accuracy'], accuracy_best=best['test_accuracy'], best_step=best['step'], tests=len(tested), **last,
+    last = {k: log[-1][k] for k in ('ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine', 'cgc', 'gcc',
+                                    'supcon') if k in log[-1]}
+    return dict(accuracy_last=log[-1]['test_accuracy'], accuracy_best=best['test_accuracy'], best_step=best['step'],
+                tests=len(tested), **last,
                 degenerate=log[-1].get('degenerate'), seconds=sum(row['seconds'] for row in log))
 
 # %% ../nbs/method/14_experiments.ipynb #7daf0a62
@@ -248,14 +260,19 @@ def _train(r, data, folder, progress):
     model, s = _start(r, data), spec(r, data)
     write_atomic(folder/'spec.json', json.dumps(s, indent=1))
     o = {k: v for k, v in _options(r).items() if k in _names(TrainOptions) and k != 'epochs'}
-    log = fit(model, data, steps=s['steps'], preset=r.preset, seed=r.seed, evaluations=r.evaluations, folder=folder, progress=progress, **o)
+    log = fit(model, data, steps=s['steps'], preset=r.preset, seed=r.seed, evaluations=r.evaluations, folder=folder,
+              progress=progress, **o)
     predicted = load_checkpoint(folder/'checkpoint.safetensors')[0]['predicted']
     save_checkpoint(folder/'model.safetensors', model.state_dict(), dict(id=folder.name))
     save_checkpoint(folder/'predictions.safetensors', dict(predicted=predicted), dict(id=folder.name))
     write_atomic(folder/'log.csv', pd.DataFrame(log).to_csv(index=False))
-    record = dict(id=folder.name, run=asdict(r), spec=s, dataset=data.name, classes=len(data.class_names), precision=o['precision'], **_outcome(log), protocol=TRAINING_PROTOCOL, stamp=dict(stamp(), threads=r.threads),
-                  finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()), command=f'python -c "from lico.experiments import *; run({r!r})"')
-    write_atomic(folder/'record.json', json.dumps(dict(record, checksum=_seal(json.loads(json.dumps(record)))), indent=1))
+    record = dict(id=folder.name, run=asdict(r), spec=s, dataset=data.name, classes=len(data.class_names),
+                  precision=o['precision'], **_outcome(log), protocol=TRAINING_PROTOCOL,
+                  stamp=dict(stamp(), threads=r.threads),
+                  finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+                  command=f'python -c "from lico.experiments import *; run({r!r})"')
+    write_atomic(folder/'record.json', json.dumps(dict(record, checksum=_seal(json.loads(json.dumps(record)))),
+                                                  indent=1))
     (folder/'checkpoint.safetensors').unlink(missing_ok=True)
 
 # %% ../nbs/method/14_experiments.ipynb #c88ef896
@@ -282,14 +299,17 @@ def load_backbone(record: dict):
     from safetensors.torch import load_file
     r = run_of(record)
     data, path = load_data(r), runs_folder()/record['id']/'model.safetensors'
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: the record of {r} is here without its weights; remove the folder and run it again")
+    if not path.exists(): raise FileNotFoundError(f"{path} is missing: the record of {r} is here without its "
+                                                  f"weights; remove the folder and run it again")
     net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size)
-    net.load_state_dict({k.removeprefix('backbone.'): v for k, v in load_file(path).items() if k.startswith('backbone.')})
+    net.load_state_dict({k.removeprefix('backbone.'): v for k,
+                         v in load_file(path).items() if k.startswith('backbone.')})
     return net.eval()
 
 # %% ../nbs/method/14_experiments.ipynb #f58a36e9
 def _identify(runs):
-    "The identity of every run, and of those still to be done one each; builds their models, so that what cannot be had is said now."
+    """The identity of every run, and of those still to be done one each; builds their models, so that what cannot
+    be had is said now."""
     ids, missing, data = {}, {}, (None, None)
     for r in runs:
         asked = (r.dataset, r.labels, r.shots, r.split, r.image_size, r.validation)
@@ -303,7 +323,8 @@ def _identify(runs):
 def refuse_threads(executor):
     "Refuse an executor whose workers would draw each other's random numbers."
     if isinstance(executor, ThreadPoolExecutor):
-        raise ValueError("executor is a ThreadPoolExecutor, whose threads share torch's random generator, so that runs would mix: "
+        raise ValueError("executor is a ThreadPoolExecutor, whose threads share torch's random generator, so that "
+                         "runs would mix: "
                          "use a ProcessPoolExecutor")
 
 def sweep(
@@ -319,20 +340,24 @@ def sweep(
         for r in missing: refuse_precision(_options(r)['precision'], device())
     jobs = [executor.submit(run, r, progress=False) for r in missing] if executor else []
     try:
-        for o in tqdm(jobs or missing, f"{len(missing)} of {len(runs)} runs to do", unit='run', leave=False, disable=not progress):
+        for o in tqdm(jobs or missing, f"{len(missing)} of {len(runs)} runs to do", unit='run', leave=False,
+                      disable=not progress):
             o.result() if executor else run(o, progress=progress)
     finally:
         for o in jobs: o.cancel()  # no more than what is under way is waited for if one fails
     return [dict(read_record(runs_folder()/ids[r]), run=asdict(r)) for r in runs]
 
 # %% ../nbs/method/14_experiments.ipynb #37b62e50
-_shown = ('dataset', 'data', 'labels', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'split', 'validation', 'image_size', 'steps', 'training', 'classes',
-          'accuracy_last', 'accuracy_best', 'best_step', 'tests', 'ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine', 'seconds', 'id', 'protocol', 'finished', 'command')
+_shown = ('dataset', 'data', 'labels', 'backbone', 'method', 'preset', 'options', 'text_encoder', 'seed', 'split',
+          'validation', 'image_size', 'steps', 'training', 'classes',
+          'accuracy_last', 'accuracy_best', 'best_step', 'tests', 'ce', 'mm', 'ot', 'tau', 'entropy_image',
+          'entropy_text', 'cosine', 'seconds', 'id', 'protocol', 'finished', 'command')
 _where_used = ('precision', 'pretrained', 'tau_image', 'cgc', 'gcc', 'supcon')  # columns of runs that have them
 _stamped = ('python', 'torch', 'hardware', 'instructions', 'threads', 'commit')
 
 def _row(r):
-    "A record as a row: of a dataset that was recognised its name, else what was asked for; `data` and `training` are short hashes of the images and of how the training starts and goes on."
+    """A record as a row: of a dataset that was recognised its name, else what was asked for; `data` and `training`
+    are short hashes of the images and of how the training starts and goes on."""
     flat = {**r['run'], **r['spec'], **r, 'labels': 'all' if r['spec']['split'] is None else r['spec']['images']}
     if r['dataset'].startswith('folder:'): flat['dataset'] = r['run']['dataset']
     starts = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'threads')}

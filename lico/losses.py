@@ -20,7 +20,8 @@ def _unit(x):
 
 # %% ../nbs/method/01_losses.ipynb #46e88830
 def _distances(x, distance, normalise):
-    "[B, n] -> all distances [B, B], through a Gram matrix in float64; what float32 cannot tell apart is at distance zero, with a zero gradient."
+    """[B, n] -> all distances [B, B], through a Gram matrix in float64; what float32 cannot tell apart is at
+    distance zero, with a zero gradient."""
     x = x if x.device.type == 'mps' else x.double()  # Apple's GPUs have no float64
     if normalise or distance == 'cosine': x = _unit(x)
     gram = x@x.mT
@@ -51,7 +52,8 @@ def log_adjacency(
     choose('distance', distance, ('euclidean', 'cosine'))
     choose('sign', sign, (-1, 1))
     choose('diagonal', diagonal, ('in', 'out'))
-    if not tau > 0: raise ValueError(f"tau is {float(tau):g}: expected a positive number; tau_form = exp keeps a learned one positive")
+    if not tau > 0: raise ValueError(f"tau is {float(tau):g}: expected a positive number; tau_form = exp keeps a "
+                                     f"learned one positive")
     D = _distances(x.flatten(1), distance, normalise).to(torch.promote_types(x.dtype, torch.float32))
     return _log_rows(D, tau, sign, diagonal)
 
@@ -72,7 +74,8 @@ def kl_rows(
     log_q,  # [B, B]: logarithm of the rows that shall approach them
 ):
     "Mean over rows of KL[p ‖ q], in nats (Eq. 2)."
-    if log_p.shape != log_q.shape: raise ValueError(f"{len(log_p)} samples on one side and {len(log_q)} on the other: both must come from one batch")
+    if log_p.shape != log_q.shape: raise ValueError(f"{len(log_p)} samples on one side and {len(log_q)} on the "
+                                                    f"other: both must come from one batch")
     return (log_p.exp()*_where_mass(log_p - log_q, log_p)).sum(1).mean()
 
 # %% ../nbs/method/01_losses.ipynb #dfb899c5
@@ -167,9 +170,11 @@ def cost_matrix(
     F,  # [B, N, d']: feature rows of each image
     G,  # [B, M, d']: prompt rows of its class
 ):
-    "Squared Euclidean distance between L2-normalised rows, [B, N, M], from 0 to 4; a zero row stays zero and is 1 away from every other."
+    """Squared Euclidean distance between L2-normalised rows, [B, N, M], from 0 to 4; a zero row stays zero and is 1
+    away from every other."""
     if F.ndim != 3 or G.ndim != 3 or len(F) != len(G) or F.shape[2] != G.shape[2]:
-        raise ValueError(f"features {list(F.shape)} and prompts {list(G.shape)}: expected [B, N, d'] and [B, M, d'] of one batch and one width")
+        raise ValueError(f"features {list(F.shape)} and prompts {list(G.shape)}: expected [B, N, d'] and [B, M, d'] "
+                         f"of one batch and one width")
     f, g = _unit(F), _unit(G)
     return (f.square().sum(2)[:, :, None] + g.square().sum(2)[:, None] - 2*f@g.mT).clamp_min(0)
 
@@ -204,7 +209,8 @@ def ot_alignment(
     grad='envelope',  # "envelope": plan held fixed, cost differentiated; "unrolled": through the iterations too; "none": a constant (released code)
     value='transport',  # "transport": ⟨P, C⟩; "regularised": ⟨P, C⟩ - eps·H(P), Eq. 5 with its sign put right
 ):
-    "L_OT: the mean over the batch of the transport cost between an image's feature rows and its prompt's rows, a scalar."
+    """L_OT: the mean over the batch of the transport cost between an image's feature rows and its prompt's rows, a
+    scalar."""
     choose('grad', grad, ('envelope', 'unrolled', 'none'))
     choose('value', value, ('transport', 'regularised'))
     C = cost_matrix(F, G)

@@ -22,7 +22,8 @@ def _absent(): return torch.tensor(float('nan'))
 
 @dataclass
 class Output:
-    "What a model returns for a batch: the loss, its terms (not a number where the method has no such term), the logits [B, C], and diagnostics."
+    """What a model returns for a batch: the loss, its terms (not a number where the method has no such term), the
+    logits [B, C], and diagnostics."""
     loss: Tensor
     ce: Tensor
     logits: Tensor
@@ -82,7 +83,8 @@ def mapping_net(
     options: LossOptions,  # .hidden and .dropout
 ) -> nn.Sequential:
     "The mapping net h_psi [hidden, out] of Section 3.1: an MLP with one hidden layer."
-    return nn.Sequential(nn.Linear(width, options.hidden), nn.Dropout(options.dropout), nn.ReLU(), nn.Linear(options.hidden, out))
+    return nn.Sequential(nn.Linear(width, options.hidden), nn.Dropout(options.dropout), nn.ReLU(),
+                         nn.Linear(options.hidden, out))
 
 # %% ../nbs/method/07_model.ipynb #d5351a4c
 class Temperature(nn.Module):
@@ -117,12 +119,17 @@ class CalibratedTemperatures(nn.Module):
 
 # %% ../nbs/method/07_model.ipynb #d5af2d06
 def refuse_unfit(backbone, prompts, options):
-    "Refuse parts of the wrong kind, and feature maps of one position, on which transport has no gradient. (Calls of `refuse…` are no training code to records.)"
-    if not isinstance(options, LossOptions): raise ValueError(f"options is {type(options).__name__}: expected LossOptions(...)")
-    if not hasattr(prompts, 'class_names'): raise ValueError(f"prompts is {type(prompts).__name__}: expected PromptLearner(encoder, class_names)")
-    if not hasattr(backbone, 'feature_shape'): raise ValueError(f"{type(backbone).__name__} has no feature_shape: make the backbone with create_backbone")
+    """Refuse parts of the wrong kind, and feature maps of one position, on which transport has no gradient. (Calls
+    of `refuse…` are no training code to records.)"""
+    if not isinstance(options, LossOptions): raise ValueError(f"options is {type(options).__name__}: expected "
+                                                              f"LossOptions(...)")
+    if not hasattr(prompts, 'class_names'): raise ValueError(f"prompts is {type(prompts).__name__}: expected "
+                                                             f"PromptLearner(encoder, class_names)")
+    if not hasattr(backbone, 'feature_shape'): raise ValueError(f"{type(backbone).__name__} has no feature_shape: "
+                                                                f"make the backbone with create_backbone")
     if options.beta and backbone.feature_shape[1] == 1:
-        raise ValueError(f"the feature maps have one position at {backbone.image_size} pixels, on which optimal transport trains nothing: give a larger image_size, or beta=0")
+        raise ValueError(f"the feature maps have one position at {backbone.image_size} pixels, on which optimal "
+                         f"transport trains nothing: give a larger image_size, or beta=0")
 
 # %% ../nbs/method/07_model.ipynb #67170dfc
 class _TwoSides(CrossEntropy):
@@ -134,7 +141,8 @@ class _TwoSides(CrossEntropy):
     ):
         refuse_unfit(backbone, prompts, options)
         if len(prompts.class_names) != backbone.num_classes:
-            raise ValueError(f"the backbone has {backbone.num_classes} classes and the prompts {len(prompts.class_names)}: give both the same classes")
+            raise ValueError(f"the backbone has {backbone.num_classes} classes and the prompts "
+                             f"{len(prompts.class_names)}: give both the same classes")
         super().__init__(backbone)
         self.prompts, self.options = prompts, options
         self.mapping = mapping_net(prompts.dim, backbone.feature_shape[1], options)
@@ -146,7 +154,8 @@ class _TwoSides(CrossEntropy):
         return torch.cat([y, torch.arange(len(self.prompts.class_names), device=y.device)])
 
     def text(self, y):
-        "The raw and the mapped prompt rows of each image's class, [B, M, d] and [B, M, d']; every class of the batch is encoded once."
+        """The raw and the mapped prompt rows of each image's class, [B, M, d] and [B, M, d']; every class of the
+        batch is encoded once."""
         classes, of = torch.unique(y, return_inverse=True)
         raw = wide(self.prompts(classes))
         rows = raw, exact(self.mapping)(raw)
@@ -169,7 +178,8 @@ class _TwoSides(CrossEntropy):
 
 # %% ../nbs/method/07_model.ipynb #c38a2483
 class LICO(_TwoSides):
-    "LICO (Eq. 8): a backbone trained by cross-entropy, manifold matching and optimal transport against a frozen text encoder."
+    """LICO (Eq. 8): a backbone trained by cross-entropy, manifold matching and optimal transport against a frozen
+    text encoder."""
     @exact
     def matching(self, maps, rows, raw, mapped):
         "The manifold matching loss (Eqs. 1 and 2) and its diagnostics; the prompt rows are those of `asked(y)`."
@@ -199,6 +209,7 @@ class LICO(_TwoSides):
             more['mm'], more['stats'] = self.matching(maps, rows, raw, mapped)
             more['loss'] = o.alpha*more['mm']
         if o.beta:
-            more['ot'] = exact(ot_alignment)(rows, mapped[:len(y)], o.ot_eps, o.ot_iters, o.ot_tol, o.ot_grad, o.ot_value)
+            more['ot'] = exact(ot_alignment)(rows, mapped[:len(y)], o.ot_eps, o.ot_iters, o.ot_tol, o.ot_grad,
+                                             o.ot_value)
             more['loss'] = more['loss'] + o.beta*more['ot']
         return more

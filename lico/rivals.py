@@ -98,10 +98,12 @@ class Consistent(CrossEntropy):
 def refuse_flat(backbone):
     "Refuse maps of one position, which CGC cannot tell apart. (Calls of `refuse…` are no training code to records.)"
     if getattr(backbone, 'feature_shape', (0, 0))[1] == 1:
-        raise ValueError(f"the feature maps have one position at {backbone.image_size} pixels, so all Grad-CAM maps are alike: give a larger image_size, or use GCC")
+        raise ValueError(f"the feature maps have one position at {backbone.image_size} pixels, so all Grad-CAM maps "
+                         f"are alike: give a larger image_size, or use GCC")
 
 class CGC(Consistent):
-    "Contrastive Grad-CAM consistency (Pillai et al. 2022): the map of a view is the view of the map, and unlike other pictures' maps."
+    """Contrastive Grad-CAM consistency (Pillai et al. 2022): the map of a view is the view of the map, and unlike
+    other pictures' maps."""
     name = 'cgc'
 
     def __init__(self,
@@ -139,10 +141,12 @@ def tile(
 def composites(
     y: Tensor,  # labels [B]
 ):
-    "For each image of a batch, which images to put into the four cells, [B, 4] (B: none), and the cell that is its own, [B]."
+    """For each image of a batch, which images to put into the four cells, [B, 4] (B: none), and the cell that is
+    its own, [B]."""
     others = (y[:, None] != y).float()
     weights = torch.cat([others, 1 - others.amax(1, keepdim=True)], 1)
-    index, cell, rows = torch.multinomial(weights, 4, replacement=True), torch.randint(4, y.shape, device=y.device), torch.arange(len(y), device=y.device)
+    index, cell, rows = torch.multinomial(weights, 4, replacement=True), torch.randint(4, y.shape,
+        device=y.device), torch.arange(len(y), device=y.device)
     index[rows, cell] = rows
     return index, cell
 
@@ -155,13 +159,15 @@ def gcc_loss(
     maps: Tensor,  # maps of the single images, [B, h, w]
     cell: Tensor,  # the cell of each image, [B]
 ) -> Tensor:
-    "How far the map of a composite is from the map of its one image in its cell: L1, mean over positions (Pillai and Pirsiavash 2021)."
+    """How far the map of a composite is from the map of its one image in its cell: L1, mean over positions (Pillai
+    and Pirsiavash 2021)."""
     wanted = tile(maps[:, None]*F.one_hot(cell, 4)[..., None, None])
     return (_shares(seen) - _shares(F.adaptive_avg_pool2d(wanted, seen.shape[1:]))).abs().mean()
 
 # %% ../nbs/method/13_rivals.ipynb #cd3ddec2
 class GCC(Consistent):
-    "Grad-CAM consistency (Pillai and Pirsiavash 2021): among three images of other classes, the map of an image stays its map."
+    """Grad-CAM consistency (Pillai and Pirsiavash 2021): among three images of other classes, the map of an image
+    stays its map."""
     name = 'gcc'
 
     def __init__(self,
@@ -173,7 +179,8 @@ class GCC(Consistent):
         "The distance of a batch."
         index, cell = composites(target)
         pictures = tile(torch.cat([x, torch.zeros_like(x[:1])])[index])
-        if fixed := getattr(getattr(self.backbone, 'patch_embed', None), 'img_size', None): pictures = F.interpolate(pictures, fixed, mode='bilinear', antialias=True)
+        if fixed := getattr(getattr(self.backbone, 'patch_embed', None), 'img_size',
+                            None): pictures = F.interpolate(pictures, fixed, mode='bilinear', antialias=True)
         seen, _ = grad_cam(self.backbone, pictures, target)
         return gcc_loss(seen, maps, cell)
 

@@ -27,9 +27,11 @@ def rise_masks(
     p=0.5,  # probability that a cell is seen
     device='cpu',  # where the masks are made, from the same random numbers
 ):
-    "Random masks [n, H, W]: a binary grid one cell larger than the picture, enlarged bilinearly and shifted by less than a cell (Petsiuk et al. 2018)."
+    """Random masks [n, H, W]: a binary grid one cell larger than the picture, enlarged bilinearly and shifted by
+    less than a cell (Petsiuk et al. 2018)."""
     u, cell = torch.rand(n, cells*cells + 2, generator=generator).to(device), [-(-pixels//cells) for pixels in size]
-    large = F.interpolate((u[:, None, :-2] < p).float().unflatten(2, (cells, cells)), [(cells + 1)*o for o in cell], mode='bilinear')[:, 0]
+    large = F.interpolate((u[:, None, :-2] < p).float().unflatten(2, (cells, cells)), [(cells + 1)*o for o in cell],
+                          mode='bilinear')[:, 0]
     rows, columns = ((u[:, -2 + i]*cell[i]).long()[:, None] + torch.arange(size[i], device=device) for i in (0, 1))
     return large[torch.arange(n, device=device)[:, None, None], rows[:, :, None], columns[:, None]]
 
@@ -40,8 +42,11 @@ def rise(
     n_masks=4000,  # N
     cells=7, p=0.5,  # as in `rise_masks`
 ):
-    "RISE maps [B, H, W] (Petsiuk et al. 2018, Eq. 6): the mean of random masks, weighted by the class's probability in the picture behind them."
-    if n_masks < 1 or cells < 1 or not 0 < p < 1: raise ValueError(f"RISE with {n_masks} masks of {cells} cells and p = {p}: expected at least 1, at least 1, and a probability between 0 and 1")
+    """RISE maps [B, H, W] (Petsiuk et al. 2018, Eq. 6): the mean of random masks, weighted by the class's
+    probability in the picture behind them."""
+    if n_masks < 1 or cells < 1 or not 0 < p < 1: raise ValueError(f"RISE with {n_masks} masks of {cells} cells and "
+                                                                   f"p = {p}: expected at least 1, at least 1, and a "
+                                                                   f"probability between 0 and 1")
     generator, total, per = torch.Generator().manual_seed(seed), torch.zeros_like(x[:, 0]), max(1, batch_size//len(x))
     with torch.no_grad():
         for i in tqdm(range(0, n_masks, per), 'RISE', unit='batch', delay=2, leave=False):
@@ -60,7 +65,8 @@ def input_gradient(
 
 # %% ../nbs/method/10_saliency.ipynb #53549666
 _rectifiers = ('ReluBackward0', 'LeakyReluBackward0', 'HardtanhBackward0')  # ReLU6 is a Hardtanh from 0 to 6
-_no_rule = ('Abs', 'Celu', 'Clamp', 'Elu', 'Gelu', 'Glu', 'Hardshrink', 'Hardsigmoid', 'Hardswish', 'Hardtanh', 'LogSigmoid', 'Maximum', 'Minimum', 'Mish', 'Prelu', 'Rrelu', 'ScaledDotProduct',
+_no_rule = ('Abs', 'Celu', 'Clamp', 'Elu', 'Gelu', 'Glu', 'Hardshrink', 'Hardsigmoid', 'Hardswish', 'Hardtanh',
+            'LogSigmoid', 'Maximum', 'Minimum', 'Mish', 'Prelu', 'Rrelu', 'ScaledDotProduct',
             'Sigmoid', 'Silu', 'Softmax', 'Softplus', 'Softshrink', 'Tanh', 'Threshold')
 
 def _nodes(node):
@@ -76,13 +82,15 @@ def _rectifies(node):
     name = node.name()
     if name in _rectifiers and getattr(node, '_saved_min_val', 0) == 0: return True
     if name.startswith(_no_rule) or isinstance(node, torch.autograd.function.BackwardCFunction):
-        raise ValueError(f"guided-backprop has no rule for {name.split('Backward')[0]}: it is defined for ReLU, ReLU6 and LeakyReLU; choose another method for this network")
+        raise ValueError(f"guided-backprop has no rule for {name.split('Backward')[0]}: it is defined for ReLU, "
+                         f"ReLU6 and LeakyReLU; choose another method for this network")
     return False
 
 def guided_backprop(
     net, x, target,  # a backbone within `undisturbed`, images [B, 3, H, W], class indices [B]
 ):
-    "Guided back-propagation maps [B, H, W] (Springenberg et al. 2015): only positive gradients pass a rectifier; absolute values summed over the colours."
+    """Guided back-propagation maps [B, H, W] (Springenberg et al. 2015): only positive gradients pass a rectifier;
+    absolute values summed over the colours."""
     x = x.detach().clone().requires_grad_()
     score = net(x).gather(1, target[:, None]).sum()
     for node in _nodes(score.grad_fn):
@@ -97,13 +105,15 @@ def smoothgrad(
     samples=50,  # n: noisy copies of each image
     noise=0.15,  # standard deviation of the noise, as a part of the range of the image's values
 ):
-    "SmoothGrad maps [B, H, W] (Smilkov et al. 2017): mean gradient of noisy copies; absolute values summed over the colours."
+    """SmoothGrad maps [B, H, W] (Smilkov et al. 2017): mean gradient of noisy copies; absolute values summed over
+    the colours."""
     from captum.attr import NoiseTunnel, Saliency
     tunnel, maps = NoiseTunnel(Saliency(net)), []
     generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator
     for image, c in tqdm(list(zip(x, target.tolist())), 'SmoothGrad', unit='image', delay=2, leave=False):
         generator.manual_seed(seed)
-        maps.append(tunnel.attribute(image[None].clone().requires_grad_(), nt_samples=samples, nt_samples_batch_size=batch_size,
+        maps.append(tunnel.attribute(image[None].clone().requires_grad_(), nt_samples=samples,
+                                     nt_samples_batch_size=batch_size,
                                      stdevs=noise*(image.max() - image.min()).item(), target=c, abs=False))
     return torch.cat(maps).detach().abs().sum(1)
 
@@ -115,7 +125,8 @@ def integrated_gradients(
 ):
     "Integrated gradients [B, H, W] from zero (Sundararajan et al. 2017); absolute values summed over the colours."
     from captum.attr import IntegratedGradients
-    attribution = IntegratedGradients(net).attribute(x.clone().requires_grad_(), target=target, n_steps=steps, internal_batch_size=batch_size)
+    attribution = IntegratedGradients(net).attribute(x.clone().requires_grad_(), target=target, n_steps=steps,
+                                                     internal_batch_size=batch_size)
     return attribution.detach().abs().sum(1)
 
 # %% ../nbs/method/10_saliency.ipynb #e695a033
@@ -139,19 +150,28 @@ def guided_path_attribution(
     fraction=0.25,  # of the features, how many move at a time
     anchors=20,  # points of the straight line that the path must pass, besides its ends
 ):
-    "Guided integrated gradients [B, 3, H, W] from zero, with their signs (Kapishnikov et al. 2021, Algorithm 1, between anchors)."
-    if steps < 1 or anchors < 0 or not 0 < fraction <= 1: raise ValueError(f"guided-ig with {steps} steps, fraction {fraction} and {anchors} anchors: expected at least 1, a part of 1, and at least 0")
+    """Guided integrated gradients [B, 3, H, W] from zero, with their signs (Kapishnikov et al. 2021, Algorithm 1,
+    between anchors)."""
+    if steps < 1 or anchors < 0 or not 0 < fraction <= 1: raise ValueError(f"guided-ig with {steps} steps, fraction "
+                                                                           f"{fraction} and {anchors} anchors: "
+                                                                           f"expected at least 1, a part of 1, and "
+                                                                           f"at least 0")
     end = (x if x.device.type == 'mps' else x.double()).flatten(1)  # Apple's GPUs have no float64
-    z, attribution, per, distance = torch.zeros_like(end), torch.zeros_like(end), -(-steps//(anchors + 1)), end.abs().sum(1)/(anchors + 1)
+    z, attribution, per, distance = torch.zeros_like(end), torch.zeros_like(end), -(-steps//(anchors
+        + 1)), end.abs().sum(1)/(anchors + 1)
     for step in tqdm(range(per*(anchors + 1)), 'guided IG', unit='step', delay=2, leave=False):
         slope = input_gradient(net, z.view_as(x).to(x), target).flatten(1).to(z)
-        if not slope.isfinite().all(): raise ValueError("guided-ig met a gradient that is not finite: check the network's weights and that its input is normalised as in training")
-        moved = _guided_step(z, end*((step//per + 1)/(anchors + 1)), slope, distance*(1 - (step % per + 1)/per), fraction)
+        if not slope.isfinite().all(): raise ValueError("guided-ig met a gradient that is not finite: check the "
+                                                        "network's weights and that its input is normalised as in "
+                                                        "training")
+        moved = _guided_step(z, end*((step//per + 1)/(anchors + 1)), slope, distance*(1 - (step % per + 1)/per),
+                             fraction)
         z, attribution = moved, attribution + (moved - z)*slope
     return attribution.view_as(x).to(x)
 
 def guided_ig(net, x, target, steps=200, fraction=0.25, anchors=20):
-    "Guided integrated gradients as maps [B, H, W]: absolute values of `guided_path_attribution`, summed over the colours."
+    """Guided integrated gradients as maps [B, H, W]: absolute values of `guided_path_attribution`, summed over the
+    colours."""
     return guided_path_attribution(net, x, target, steps, fraction, anchors).abs().sum(1)
 
 # %% ../nbs/method/10_saliency.ipynb #25f608a9
@@ -161,16 +181,19 @@ def xrai(
     steps=100,  # of the integrated gradients
     fast=False,  # the library's faster, coarser algorithm
 ):
-    "XRAI maps [B, H, W] (Kapishnikov et al. 2019) from PAIR's `saliency`; integrated gradients enter by their largest value over the colours."
+    """XRAI maps [B, H, W] (Kapishnikov et al. 2019) from PAIR's `saliency`; integrated gradients enter by their
+    largest value over the colours."""
     from saliency.core import INPUT_OUTPUT_GRADIENTS, XRAI, XRAIParameters
     flat = (x.amax((1, 2, 3)) == x.amin((1, 2, 3))).tolist()
     if any(flat): raise ValueError(f"xrai cannot cut image {flat.index(True)} into segments: all its values are equal")
 
     def gradients(batch, call_model_args, expected_keys):
         batch = torch.as_tensor(batch).to(x).movedim(-1, 1)
-        return {INPUT_OUTPUT_GRADIENTS: input_gradient(net, batch, call_model_args.expand(len(batch))).movedim(1, -1).cpu().numpy()}
+        return {INPUT_OUTPUT_GRADIENTS: input_gradient(net, batch, call_model_args.expand(len(batch))).movedim(1,
+            -1).cpu().numpy()}
 
-    parameters, images = XRAIParameters(steps=steps, algorithm='fast' if fast else 'full'), x.movedim(1, -1).cpu().numpy()
+    parameters, images = XRAIParameters(steps=steps, algorithm='fast' if fast else 'full'), x.movedim(1,
+        -1).cpu().numpy()
     maps = [XRAI().GetMask(image, gradients, c, batch_size=batch_size, extra_parameters=parameters)
             for image, c in tqdm(list(zip(images, target)), 'XRAI', unit='image', delay=2, leave=False)]
     return torch.stack([torch.from_numpy(o) for o in maps]).to(x)
@@ -187,22 +210,29 @@ def edges(net, x, target):
     return torch.stack([torch.from_numpy(sobel(grey)) for grey in x.mean(1).cpu().numpy()]).to(x)
 
 # %% ../nbs/method/10_saliency.ipynb #d23aa2bd
-METHODS = {'grad-cam': partial(cam, kind='grad-cam'), 'grad-cam++': partial(cam, kind='grad-cam++'), 'score-cam': partial(cam, kind='score-cam'), 'rise': rise, 'group-cam': group_cam,
-           'xrai': xrai, 'guided-backprop': guided_backprop, 'smoothgrad': smoothgrad, 'integrated-gradients': integrated_gradients, 'guided-ig': guided_ig,
+METHODS = {'grad-cam': partial(cam, kind='grad-cam'), 'grad-cam++': partial(cam, kind='grad-cam++'),
+           'score-cam': partial(cam, kind='score-cam'), 'rise': rise, 'group-cam': group_cam,
+           'xrai': xrai, 'guided-backprop': guided_backprop, 'smoothgrad': smoothgrad,
+           'integrated-gradients': integrated_gradients, 'guided-ig': guided_ig,
            'random': noise, 'edges': edges}
 
 def _check(net, x, method, batch_size, options):
     "Refuse what cannot be explained; return the names of the arguments that the method takes."
-    names = [n for n in inspect.signature(METHODS[choose('saliency method', method, METHODS)]).parameters if n not in ('net', 'x', 'target', 'kind')]
+    names = [n for n in inspect.signature(METHODS[choose('saliency method', method, METHODS)]).parameters
+             if n not in ('net', 'x', 'target', 'kind')]
     own = [n for n in names if n not in ('batch_size', 'seed')]
     for name in options:
-        if name not in own: raise ValueError(f"{method} has no option {name!r}: its options are {', '.join(own) or 'none'}")
+        if name not in own: raise ValueError(f"{method} has no option {name!r}: its options are "
+                                             f"{', '.join(own) or 'none'}")
     if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3 or not x.numel():
-        raise ValueError(f"images {list(x.shape) if torch.is_tensor(x) else type(x).__name__}: expected a tensor [B, 3, H, W] of floats, normalised as the network takes it")
-    if not x.isfinite().all(): raise ValueError("images hold values that are not finite: expected what the preprocessing gives")
+        raise ValueError(f"images {list(x.shape) if torch.is_tensor(x) else type(x).__name__}: expected a tensor [B, "
+                         f"3, H, W] of floats, normalised as the network takes it")
+    if not x.isfinite().all(): raise ValueError("images hold values that are not finite: expected what the "
+                                                "preprocessing gives")
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size}: expected at least 1")
     if missing := [n for n in ('forward_features', 'forward_head', 'num_classes') if not hasattr(net, n)]:
-        raise ValueError(f"{type(net).__name__} has no {missing[0]}: expected a classifier with timm's protocol, such as lico.backbones.create_backbone or timm makes")
+        raise ValueError(f"{type(net).__name__} has no {missing[0]}: expected a classifier with timm's protocol, "
+                         f"such as lico.backbones.create_backbone or timm makes")
     return names
 
 def _classes(net, x, target, batch_size):
@@ -211,8 +241,11 @@ def _classes(net, x, target, batch_size):
         with torch.no_grad(): return torch.cat([net(o).argmax(1) for o in x.split(batch_size)])
     target = torch.as_tensor(target, device=x.device)
     if target.is_floating_point() or target.dtype == torch.bool or target.shape not in ((), (len(x),)):
-        raise ValueError(f"target is {target.dtype} of shape {list(target.shape)}: expected one class index, or one for each of {len(x)} images")
-    if target.min() < 0 or target.max() >= net.num_classes: raise ValueError(f"target {target.tolist()}: expected class indices from 0 to {net.num_classes - 1}")
+        raise ValueError(f"target is {target.dtype} of shape {list(target.shape)}: expected one class index, or one "
+                         f"for each of {len(x)} images")
+    if target.min() < 0 or target.max() >= net.num_classes: raise ValueError(f"target {target.tolist()}: expected "
+                                                                             f"class indices from 0 to "
+                                                                             f"{net.num_classes - 1}")
     return target.long().expand(len(x))
 
 # %% ../nbs/method/10_saliency.ipynb #544d9cd8
@@ -225,7 +258,8 @@ def explain(
     seed: int = 0,  # of `rise`, `smoothgrad` and `random`
     **options,  # what the method's own function takes: n_masks, cells, p; groups, denoise; samples, noise; steps, fraction, anchors, fast
 ) -> torch.Tensor:
-    "Saliency maps [B, H, W], each scaled to [0, 1]; a map that is constant becomes zeros. The network runs in eval mode."
+    """Saliency maps [B, H, W], each scaled to [0, 1]; a map that is constant becomes zeros. The network runs in
+    eval mode."""
     names = _check(net, x, method, batch_size, options)
     shared = {k: v for k, v in (('batch_size', batch_size), ('seed', seed)) if k in names}
     with undisturbed(net, x.device):

@@ -52,7 +52,8 @@ def _backgrounds():
     return [Image.fromarray(getattr(data, name)()).convert('RGB') for name in _photographs]
 
 def _resized(image, size):
-    "PIL image -> float [C, size, size] in [0, 255], bicubic; PIL computes in whole numbers, so every machine gets the same."
+    """PIL image -> float [C, size, size] in [0, 255], bicubic; PIL computes in whole numbers, so every machine gets
+    the same."""
     from PIL import Image
     pixels = np.array(image.resize((size, size), Image.Resampling.BICUBIC), np.float32)
     return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1).contiguous()
@@ -69,7 +70,8 @@ def _places(rng, sizes, largest, image_size):
     "Upper left corners (row, column) of squares that do not overlap."
     across = image_size//largest
     cells = rng.choice(across**2, len(sizes), replace=False)
-    def place(cell, size): return tuple(int(i*image_size//across + rng.integers(0, image_size//across - size + 1)) for i in divmod(int(cell), across))
+    def place(cell, size): return tuple(int(i*image_size//across + rng.integers(0, image_size//across - size + 1))
+                                        for i in divmod(int(cell), across))
     return [place(*o) for o in zip(cells, sizes)]
 
 # %% ../nbs/method/12_scenes.ipynb #f305b79d
@@ -81,7 +83,8 @@ def _ink(rng, under):
 def _draw(rng, picture, digit, size, place):
     "Put a digit [8, 8] into the picture [3, S, S], in place; its mask [S, S]."
     from PIL import Image
-    opacity, mask = (_resized(Image.fromarray(digit.numpy()), size)/170).clamp(max=1), torch.zeros(picture.shape[1:], dtype=torch.bool)  # two thirds of the ink already cover
+    opacity, mask = (_resized(Image.fromarray(digit.numpy()), size)/170).clamp(max=1), torch.zeros(picture.shape[1:],
+        dtype=torch.bool)  # two thirds of the ink already cover
     window = np.s_[..., place[0]:place[0] + size, place[1]:place[1] + size]
     under = picture[window]
     picture[window] = opacity*_ink(rng, under) + (1 - opacity)*under
@@ -92,7 +95,8 @@ def _scene(picture, labels, masks, crowd, name):
     "A `Scene`, each box as tight as its mask."
     from torchvision.ops import masks_to_boxes
     boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1]) if len(masks) else torch.zeros(0, 4)
-    return Scene(picture.round().to(torch.uint8), torch.tensor(labels, dtype=torch.int64), boxes, masks, torch.tensor(crowd, dtype=torch.bool), name)
+    return Scene(picture.round().to(torch.uint8), torch.tensor(labels, dtype=torch.int64), boxes, masks,
+                 torch.tensor(crowd, dtype=torch.bool), name)
 
 # %% ../nbs/method/12_scenes.ipynb #1e058aec
 def _labels(rng, k, kind, n_classes):
@@ -120,8 +124,11 @@ def digit_scenes(
     (few, many), (small, large) = _range('objects', objects, 1), _range('digit_size', digit_size, 4)
     data = load('digits', image_size=8)
     if many > (image_size//large)**2:
-        raise ValueError(f"{many} digits of {large} pixels do not fit into {image_size} x {image_size}: at most {(image_size//large)**2} do")
-    if kind == 'different' and many > len(data.class_names): raise ValueError(f"objects = {objects}: there are {len(data.class_names)} different digits")
+        raise ValueError(f"{many} digits of {large} pixels do not fit into {image_size} x {image_size}: at most "
+                         f"{(image_size//large)**2} do")
+    if kind == 'different' and many > len(data.class_names): raise ValueError(f"objects = {objects}: there are "
+                                                                              f"{len(data.class_names)} different "
+                                                                              f"digits")
     source = getattr(data, part)
 
     def read(i):
@@ -142,12 +149,15 @@ def _write(folder, n):
     for part, m in (('train', n - n//5), ('test', n//5)):
         scenes = digit_scenes(m, 32, 1, _side, part=part)
         for name in scenes.class_names: (folder/part/name).mkdir(parents=True)
-        for s in scenes: Image.fromarray(s.image.permute(1, 2, 0).numpy()).save(folder/part/scenes.class_names[s.labels[0]]/f'{int(s.name):04}.png')
+        for s in scenes: Image.fromarray(s.image.permute(1, 2,
+                                                         0).numpy()).save(folder/part/scenes.class_names[s.labels[0]]/
+                                                             f'{int(s.name):04}.png')
 
 def scene_dataset(
     n: int = 2500,  # scenes in all, a fifth of them for testing
 ) -> str:
-    "The name, for `lico.data` and `lico.experiments.Run`, of scenes of 32 pixels with one digit each; `data/digit-scenes` is written if it is not there yet."
+    """The name, for `lico.data` and `lico.experiments.Run`, of scenes of 32 pixels with one digit each;
+    `data/digit-scenes` is written if it is not there yet."""
     folder = root()/'data'/('digit-scenes' if n == 2500 else f'digit-scenes-{n}')
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f'{folder}.lock'):
@@ -171,8 +181,10 @@ def unseen_scenes(
 def _mask(segmentation, height, width):
     "Polygons or run lengths as a mask [height, width]."
     from pycocotools import mask as coco
-    if isinstance(segmentation, list): return coco.decode(coco.merge(coco.frPyObjects(segmentation, height, width))).astype(bool)
-    return coco.decode(coco.frPyObjects(segmentation, height, width) if isinstance(segmentation['counts'], list) else segmentation).astype(bool)
+    if isinstance(segmentation, list): return coco.decode(coco.merge(coco.frPyObjects(segmentation, height,
+        width))).astype(bool)
+    return coco.decode(coco.frPyObjects(segmentation, height, width) if isinstance(segmentation['counts'], list)
+                       else segmentation).astype(bool)
 
 # %% ../nbs/method/12_scenes.ipynb #34c166a9
 def _square(image, size, method):
@@ -185,9 +197,11 @@ def _annotated(path, size, height, width, objects):
     from PIL import Image
     with Image.open(path) as image:
         if image.size != (width, height):
-            raise ValueError(f"{path.name} has {image.width} x {image.height} pixels and its annotation says {width} x {height}: they do not belong together")
+            raise ValueError(f"{path.name} has {image.width} x {image.height} pixels and its annotation says {width} "
+                             f"x {height}: they do not belong together")
         picture = torch.from_numpy(_square(image.convert('RGB'), size, 'BICUBIC')).permute(2, 0, 1)
-    masks = [torch.from_numpy(_square(Image.fromarray(_mask(s, height, width)), size, 'NEAREST')) for _, s, _ in objects]
+    masks = [torch.from_numpy(_square(Image.fromarray(_mask(s, height, width)), size, 'NEAREST')) for _, s,
+             _ in objects]
     kept = [(label, mask, crowd) for (label, _, crowd), mask in zip(objects, masks) if mask.any()]
     labels, masks, crowd = zip(*kept) if kept else ((), (torch.zeros(0, size, size, dtype=torch.bool),), ())
     return _scene(picture, labels, torch.stack(masks) if kept else masks[0], crowd, path.name)
@@ -195,10 +209,13 @@ def _annotated(path, size, height, width, objects):
 # %% ../nbs/method/12_scenes.ipynb #eb329ff1
 def _instances(file):
     "The content of an annotation file, checked as far as reading needs."
-    if not file.is_file(): raise FileNotFoundError(f"no annotations at {file}: expected COCO's, annotations/instances_val2017.json beside val2017/ (cocodataset.org), or another file named with annotations=")
+    if not file.is_file(): raise FileNotFoundError(f"no annotations at {file}: expected COCO's, "
+                                                   f"annotations/instances_val2017.json beside val2017/ "
+                                                   f"(cocodataset.org), or another file named with annotations=")
     try: content = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{file} is not JSON ({e}): fetch it again") from None
-    missing = [k for k in ('images', 'annotations', 'categories') if k not in (content if isinstance(content, dict) else ())]
+    missing = [k for k in ('images', 'annotations', 'categories')
+               if k not in (content if isinstance(content, dict) else ())]
     if missing: raise ValueError(f"{file} has no {' and no '.join(missing)}: expected COCO's instance annotations")
     return content
 
@@ -207,8 +224,10 @@ def _objects(content, labels, file):
     objects, images = defaultdict(list), {image['id'] for image in content['images']}
     for a in content['annotations']:
         if a['category_id'] not in labels or a['image_id'] not in images:
-            raise ValueError(f"{file}: annotation {a.get('id')} names category {a['category_id']} and image {a['image_id']}, of which one is not in the file")
-        if not a.get('segmentation'): raise ValueError(f"{file}: annotation {a.get('id')} has no segmentation: expected polygons or run lengths")
+            raise ValueError(f"{file}: annotation {a.get('id')} names category {a['category_id']} and image "
+                             f"{a['image_id']}, of which one is not in the file")
+        if not a.get('segmentation'): raise ValueError(f"{file}: annotation {a.get('id')} has no segmentation: "
+                                                       f"expected polygons or run lengths")
         objects[a['image_id']].append((labels[a['category_id']], a['segmentation'], bool(a.get('iscrowd', 0))))
     return objects
 
@@ -219,7 +238,8 @@ def coco_scenes(
     annotations: str = 'annotations/instances.json',  # the annotation file in `folder`; COCO's own: "annotations/instances_val2017.json"
     images: str = 'images',  # the folder of images in `folder`; COCO's own: "val2017"
 ) -> Scenes:
-    "Scenes from annotations in COCO's format (Appendix B), in the order of their image ids; class names are the categories in the order of theirs."
+    """Scenes from annotations in COCO's format (Appendix B), in the order of their image ids; class names are the
+    categories in the order of theirs."""
     folder = Path(folder).expanduser()
     content = _instances(file := folder/annotations)
     categories = sorted(content['categories'], key=lambda c: c['id'])
@@ -227,14 +247,17 @@ def coco_scenes(
     listed = sorted(content['images'], key=lambda image: image['id'])
     missing = [image['file_name'] for image in listed if not (folder/images/image['file_name']).is_file()]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(listed)} images are not in {folder/images}, first {missing[0]}: "
+        raise FileNotFoundError(f"{len(missing)} of {len(listed)} images are not in {folder/images}, first "
+                                f"{missing[0]}: "
                                 "put them there, or name the folder with images=")
-    read = lambda i: _annotated(folder/images/(o := listed[i])['file_name'], image_size, o['height'], o['width'], objects[o['id']])
+    read = lambda i: _annotated(folder/images/(o := listed[i])['file_name'], image_size, o['height'], o['width'],
+                                objects[o['id']])
     return Scenes(tuple(c['name'] for c in categories), tuple(o['file_name'] for o in listed), read)
 
 # %% ../nbs/method/12_scenes.ipynb #21b5bb7e
 def coco_to_imagenet() -> dict:
-    "For each COCO category that ImageNet-1k knows, the indices of its classes there; the pairs with their names are in `coco_imagenet.csv` beside this module."
+    """For each COCO category that ImageNet-1k knows, the indices of its classes there; the pairs with their names
+    are in `coco_imagenet.csv` beside this module."""
     classes = defaultdict(list)
     with (importlib.resources.files('lico')/'coco_imagenet.csv').open(encoding='utf-8', newline='') as f:
         for row in csv.DictReader(f): classes[row['category']].append(int(row['index']))

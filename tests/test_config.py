@@ -15,12 +15,14 @@ def test_defaults_are_the_paper_preset():
 
 def test_paper_hyper_parameters_as_printed():
     "Section 4.2 and Table 6, typed from the paper."
-    printed = dict(alpha=10, beta=1, n_context=12, epochs=200, batch_size=64, lr=0.03, momentum=0.9, weight_decay=1e-4, hidden=512, schedule='cos7/16')
+    printed = dict(alpha=10, beta=1, n_context=12, epochs=200, batch_size=64, lr=0.03, momentum=0.9,
+                   weight_decay=1e-4, hidden=512, schedule='cos7/16')
     assert printed.items() <= config.preset('paper').items()
 
 
 def test_every_profile_fills_every_parameter_of_table3():
-    declared = [c for c in nbformat.read(config.root()/'nbs'/'table3.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', [])]
+    declared = [c for c in nbformat.read(config.root()/'nbs'/'table3.ipynb', 4).cells
+                if 'parameters' in c.metadata.get('tags', [])]
     assert len(declared) == 1
     names = tuple(config._assigned(declared[0].source))
     for profile in ('smoke', 'laptop', 'paper'):
@@ -36,13 +38,16 @@ def test_a_changed_protocol_is_said():
 
 def test_options_of_training_on_the_command_line():
     given = dict(profile='smoke', out='', options='precision=bf16, supcon_weight=2, label_smoothing=0')
-    assert config.parameters('table3', given, tuple(given)).options == dict(precision='bf16', supcon_weight=2., label_smoothing=0.)
-    with pytest.raises(ValueError, match="option precision: 'half': choose one of fp32, bf16"): config._as_options('precision=half')
+    assert config.parameters('table3', given, tuple(given)).options == dict(precision='bf16', supcon_weight=2.,
+        label_smoothing=0.)
+    with pytest.raises(ValueError, match="option precision: 'half': choose one of fp32, bf16"): config._as_options(
+        'precision=half')
 
 
 def test_stored_is_checked_before_anything_runs():
     given = dict(profile='smoke', out='', stored='olny')
-    with pytest.raises(ValueError, match="unknown value of stored: 'olny': choose one of add, only"): config.parameters('table1', given, tuple(given))
+    with pytest.raises(ValueError, match="unknown value of stored: 'olny': choose one of add, only"): config.parameters(
+        'table1', given, tuple(given))
 
 
 def test_root_is_found_in_order(tmp_path, monkeypatch):
@@ -71,7 +76,8 @@ def test_someone_elses_settings_ini_is_not_ours(tmp_path, monkeypatch):
 def test_import_is_light(module):
     heavy = "('open_clip', 'transformers', 'captum', 'matplotlib', 'timm', 'sklearn', 'accelerate')"
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          check=True).stdout.strip() == '[]'
 
 
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
@@ -80,5 +86,6 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     config.write_atomic(path, 'old')
     def full(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError, match='No space left on device.*make room there and start again'): config.write_atomic(path, 'new')
+    with pytest.raises(OSError, match='No space left on device.*make room there and start again'): config.write_atomic(path,
+        'new')
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]

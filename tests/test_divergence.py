@@ -22,7 +22,8 @@ def encoder(): return load_text_encoder('minilm')
 @pytest.mark.filterwarnings('ignore::lico.training.DegenerateLossWarning')
 @pytest.mark.parametrize('method', ['CE', 'LICO'])
 def test_weights_along_are_those_of_the_record(lico_root, encoder, method):
-    "Watching changes nothing: the last weights are those that `run` stores, the first those of `build`, in between all differ."
+    """Watching changes nothing: the last weights are those that `run` stores, the first those of `build`, in
+    between all differ."""
     from safetensors.torch import load_file
     r = Run(labels=40, backbone='wrn_10_1', method=method, steps=3, seed=4)
     data, record = load_data(r), run(r, progress=False)
@@ -31,7 +32,8 @@ def test_weights_along_are_those_of_the_record(lico_root, encoder, method):
     assert list(kept) == [0, 2, 3] and kept[3].keys() == stored.keys()
     for k, v in stored.items(): assert torch.equal(v, kept[3][k]), k
     for k, v in build(r, data, encoder).state_dict().items(): assert torch.equal(v, kept[0][k]), k
-    assert all(not torch.equal(kept[a]['backbone.fc.weight'], kept[b]['backbone.fc.weight']) for a, b in ((0, 2), (2, 3)))
+    assert all(not torch.equal(kept[a]['backbone.fc.weight'], kept[b]['backbone.fc.weight']) for a,
+               b in ((0, 2), (2, 3)))
 
 
 class Tiny(torch.nn.Module):
@@ -84,13 +86,16 @@ def test_curves_exchange_one_thing_at_a_time(encoder, lico_root):
     df, data = curves(r, points=2, images=64), load_data(r)
     assert sorted(df.step.unique()) == [0, 1, 4] and (df.seed == 1).all()
     end = df[df.step == 4].set_index(['method', 'prompts', 'tau_of'])
-    lico, ce = weights_along(r, (0, 4), data, encoder), weights_along(Run(**{**r.__dict__, 'method': 'CE', 'options': r.options}), (0, 4), data)
+    lico, ce = weights_along(r, (0, 4), data,
+                             encoder), weights_along(Run(**{**r.__dict__, 'method': 'CE', 'options': r.options}),
+                                                     (0, 4), data)
     model, places = build(r, data, encoder).eval(), {'first': 0, 'learned': 4}
     for (method, prompts, tau), row in end.iterrows():
         text = {k: v for k, v in lico[places[prompts]].items() if k.startswith(('prompts', 'mapping'))}
         state = {**(lico if method == 'LICO' else ce)[4], **text, 'tau.value': lico[places[tau]]['tau.value']}
         model.load_state_dict(state)
-        assert row.kl == pytest.approx(gap(model, map_batches(model.backbone, data, 64))['kl'], rel=1e-4), (method, prompts, tau)
+        assert row.kl == pytest.approx(gap(model, map_batches(model.backbone, data, 64))['kl'], rel=1e-4), (method,
+            prompts, tau)
     tau = end.tau
     assert tau[('CE', 'first', 'first')] == pytest.approx(0.5)
     assert tau[('CE', 'first', 'learned')] == tau[('LICO', 'learned', 'learned')] != 0.5
@@ -99,14 +104,16 @@ def test_curves_exchange_one_thing_at_a_time(encoder, lico_root):
 
 def test_compose_takes_each_part_from_its_place():
     a, b, c = ({f'{k}.w': (n, k) for k in ('backbone', 'prompts', 'mapping', 'tau')} for n in 'abc')
-    assert compose(a, b, c) == {'backbone.w': ('a', 'backbone'), 'prompts.w': ('b', 'prompts'), 'mapping.w': ('b', 'mapping'), 'tau.w': ('c', 'tau')}
+    assert compose(a, b, c) == {'backbone.w': ('a', 'backbone'), 'prompts.w': ('b', 'prompts'),
+                                'mapping.w': ('b', 'mapping'), 'tau.w': ('c', 'tau')}
 
 
 def toy():
     "Five views of three seeds, two steps; KL after training differs by known factors."
     views = [('CE', 'first', 'first'), ('CE', 'first', 'learned'), ('CE', 'learned', 'learned'),
              ('LICO', 'learned', 'learned'), ('LICO', 'first', 'first')]
-    rows = [dict(method=m, prompts=p, tau_of=t, step=k, seed=s, kl=1. if k == 0 else [2, 1, 1, .5 + .1*s, 4][i], tau=1., cosine=.5,
+    rows = [dict(method=m, prompts=p, tau_of=t, step=k, seed=s, kl=1. if k == 0 else [2, 1, 1, .5 + .1*s, 4][i],
+                 tau=1., cosine=.5,
                  dataset='digits', labels='all', backbone='wrn_10_1', preset='paper', id=f'{s}-p1')
             for i, (m, p, t) in enumerate(views) for s in range(3) for k in (0, 9)]
     return pd.DataFrame(rows)
@@ -115,14 +122,17 @@ def toy():
 def test_factors_are_geometric_means_over_pairs():
     c = ends(toy()).set_index('view')
     lico = c.loc["LICO, learned prompts, learned τ (the paper's curve)"]
-    assert lico['KL after'] == pytest.approx(stats.gmean([.5, .6, .7])) == pytest.approx(lico['factor']) and lico['% of looks that fall'] == 100
+    assert lico['KL after'] == pytest.approx(stats.gmean([.5, .6,
+                                                          .7])) == pytest.approx(lico['factor']) and lico[
+                                                              '% of looks that fall'] == 100
     assert c.loc["CE, first prompts, first τ (the paper's curve)"].factor == pytest.approx(2) and (c.n == 3).all()
     d = np.log(np.array([.5, .6, .7])/2)
     low, high = (math.exp(d.mean() + s*stats.t.ppf(.975, 2)*stats.sem(d)) for s in (-1, 1))
     said = divergence_sentences(toy())
     assert f"LICO's is {math.exp(d.mean()):.3g} times ({low:.3g} to {high:.3g}) the baseline's" in said
     assert "the baseline's is 0.5 times (0.5 to 0.5) what it was" in said and "from before training it is 2 times (2 to 2)" in said
-    assert "is 0.25 times the baseline's" in divergence_sentences(toy()[lambda o: o.seed == 0]), 'no interval of one seed'
+    assert "is 0.25 times the baseline's" in divergence_sentences(toy()[lambda o: o.seed
+        == 0]), 'no interval of one seed'
 
 
 def test_rows_of_other_seeds_are_kept(tmp_path):
@@ -134,9 +144,11 @@ def test_rows_of_other_seeds_are_kept(tmp_path):
 
 
 def smoke(tmp_path, name):
-    "A notebook in the smoke profile from any folder, and drawn again without data or records: its folder, and both tables."
+    """A notebook in the smoke profile from any folder, and drawn again without data or records: its folder, and
+    both tables."""
     env = {**os.environ, 'LICO_ROOT': str(tmp_path), 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [Path(sys.executable).with_name('papermill'), TOP/'nbs'/f'{name}.ipynb', 'x.ipynb', '-p', 'profile', 'smoke']
+    command = [Path(sys.executable).with_name('papermill'), TOP/'nbs'/f'{name}.ipynb', 'x.ipynb', '-p', 'profile',
+               'smoke']
     def mill(*args):
         p = subprocess.run([*command, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert p.returncode == 0, p.stderr[-3000:]

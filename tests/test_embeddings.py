@@ -8,8 +8,10 @@ from scipy import stats
 from lico.backbones import create_backbone
 from lico.config import root
 from lico.data import load
-from lico.evidence.embeddings import (MEASURES, centroids, collect_embeddings, describe, draw_embeddings, embed, harder_splits,
-                                      linear_probe, measure_features, order_correlation, order_sentences, pooled_features,
+from lico.evidence.embeddings import (MEASURES, centroids, collect_embeddings, describe, draw_embeddings, embed,
+                                      harder_splits,
+                                      linear_probe, measure_features, order_correlation, order_sentences,
+                                      pooled_features,
                                       read_points, write_points)
 from lico.evidence.stats import METRICS, conditions, paired
 from lico.evidence.store import read_results
@@ -62,7 +64,8 @@ def test_describe_measures_what_the_names_allow():
     names = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
     cifar = describe(features, y, names)[0]
     assert not any('ordinal' in k for k in cifar) and cifar['vehicles'] < 90 and np.isfinite(list(cifar.values())).all()
-    assert {'trustworthiness', 'silhouette', 'silhouette_embedded'} == set(describe(features, y, tuple('abcdefghij'))[0])
+    assert {'trustworthiness', 'silhouette', 'silhouette_embedded'} == set(describe(features, y,
+        tuple('abcdefghij'))[0])
     np.testing.assert_array_equal(embed(features[:40], 3), embed(features[:40], 3))
 
 
@@ -72,7 +75,8 @@ def test_every_measure_can_be_compared():
 
 def test_pictures_have_the_perplexity_asked_for():
     features = rng.normal(size=(100, 5))
-    assert not np.array_equal(embed(features, perplexity=5), embed(features)) and np.isfinite(embed(features[:12], perplexity=50)).all()
+    assert not np.array_equal(embed(features, perplexity=5),
+                              embed(features)) and np.isfinite(embed(features[:12], perplexity=50)).all()
 
 
 def test_points_are_kept_or_replaced(tmp_path):
@@ -90,7 +94,8 @@ def test_points_are_kept_or_replaced(tmp_path):
 def test_collected_rows_points_and_picture(lico_root):
     "One baseline serves both presets; points are of the first seed; what is stored is what is returned."
     import matplotlib.pyplot as plt
-    p = SimpleNamespace(out=lico_root/'f', images=100, seeds=[3, 4], workers=1, stored=None, stand_in=None, protocol='test')
+    p = SimpleNamespace(out=lico_root/'f', images=100, seeds=[3, 4], workers=1, stored=None, stand_in=None,
+                        protocol='test')
     runs = [Run(labels=40, backbone='wrn_10_1', method=m, preset=pre, steps=1, seed=s)
             for s in p.seeds for pre in ('paper', 'repaired') for m in ('CE', 'LICO')]
     df, points = collect_embeddings(p, runs)
@@ -110,7 +115,8 @@ def test_collected_rows_points_and_picture(lico_root):
 
 def test_order_sentences_have_the_textbooks_interval():
     d = np.array([.1, .25, .3, .05])
-    df = pd.DataFrame(dict(dataset='digits', labels='40', arm='CE', preset='paper', text_encoder=None, ordinal=.2, ordinal_0_as_10=.2 + d,
+    df = pd.DataFrame(dict(dataset='digits', labels='40', arm='CE', preset='paper', text_encoder=None, ordinal=.2,
+                           ordinal_0_as_10=.2 + d,
                            ordinal_embedded=[-.5, .1, .2, .31], ordinal_text=np.nan))
     half = stats.t.ppf(.975, 3)*stats.sem(d)
     assert f'changes by +{d.mean():.2f} ± {half:.2f}' in order_sentences(df) and 'from -0.50 to 0.31' in order_sentences(df)
@@ -123,9 +129,11 @@ def test_committed_points_are_of_committed_networks():
 
 
 def smoke(tmp_path, name):
-    "A notebook in the smoke profile from any folder, and drawn again without data or records: its folder, and both tables."
+    """A notebook in the smoke profile from any folder, and drawn again without data or records: its folder, and
+    both tables."""
     env = {**os.environ, 'LICO_ROOT': str(tmp_path), 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [Path(sys.executable).with_name('papermill'), TOP/'nbs'/f'{name}.ipynb', 'x.ipynb', '-p', 'profile', 'smoke']
+    command = [Path(sys.executable).with_name('papermill'), TOP/'nbs'/f'{name}.ipynb', 'x.ipynb', '-p', 'profile',
+               'smoke']
     def mill(*args):
         p = subprocess.run([*command, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert p.returncode == 0, p.stderr[-3000:]
@@ -140,6 +148,8 @@ def smoke(tmp_path, name):
 
 def test_figure9_smoke_and_drawn_again_from_files(tmp_path):
     out, table, again = smoke(tmp_path, 'figure9')
-    assert {f.name for f in out.iterdir() if not f.name.startswith('.')} == {'results.csv', 'points.csv', 'table.md', 'figure.png'}
+    assert {f.name for f in out.iterdir() if not f.name.startswith('.')} == {'results.csv', 'points.csv', 'table.md',
+        'figure.png'}
     assert again == table and 'digits' in table and 'smoke' in table
-    assert {'seed', 'hardware', 'torch', 'commit', 'profile', 'classes', 'ordinal'} <= set(pd.read_csv(out/'results.csv'))
+    assert {'seed', 'hardware', 'torch', 'commit', 'profile', 'classes',
+            'ordinal'} <= set(pd.read_csv(out/'results.csv'))

@@ -22,7 +22,8 @@ TEXT = dict(epochs=1, batch_size=8, n_context=3)
 BASES = {
     'CE paper': dict(CNN, dataset='digits', labels=40, steps=5, options=dict(batch_size=16)),
     'LICO paper': dict(CNN, dataset='digits', labels=40, steps=3, method='LICO', options={}),
-    **{f'LICO {name}': dict(CNN, steps=2, method='LICO', preset=name, options={}) for name in ('released', 'repaired', 'semantic')},
+    **{f'LICO {name}': dict(CNN, steps=2, method='LICO', preset=name, options={})
+       for name in ('released', 'repaired', 'semantic')},
     'CE CNN': CNN,
     **{method: dict(CNN, steps=1, method=method) for method in ('CGC', 'GCC', 'LICO+CGC')},
     'CE': SMALL,
@@ -48,7 +49,8 @@ VARIANTS = [  # a case, and what another one changes of its fields or options
     ('CGC', dict(cgc_weight=2)), ('CGC', dict(cgc_temperature=0.1)), ('GCC', dict(gcc_weight=5)),
     ('LICO+CGC', dict(cgc_weight=2)), ('LICO+CGC', dict(alpha=3)),
     *(('LICO', {option: value}) for option, value in (
-        ('mm_diagonal', 'out'), ('mm_centre', True), ('tau', 'calibrated'), ('class_text', 'shuffled'), ('class_text', 'random'))),
+        ('mm_diagonal', 'out'), ('mm_centre', True), ('tau', 'calibrated'), ('class_text', 'shuffled'),
+        ('class_text', 'random'))),
     ('LICO, tau=calibrated', dict(tau_share=0.5)), ('CE+LS', dict(label_smoothing=0.3)),
     ('CE+SupCon', dict(supcon_weight=3)), ('CE+SupCon', dict(supcon_temperature=0.5))]
 
@@ -62,7 +64,8 @@ def varied(fields, changes):
 
 RUNS = dict(BASES)
 for case, changes in VARIANTS: RUNS[named(case, changes)] = varied(RUNS[case], changes)
-LOGGED = ('loss', 'ce', 'mm', 'ot', 'cgc', 'gcc', 'supcon', 'tau', 'tau_image', 'entropy_image', 'entropy_text', 'cosine', 'grad_norm',
+LOGGED = ('loss', 'ce', 'mm', 'ot', 'cgc', 'gcc', 'supcon', 'tau', 'tau_image', 'entropy_image', 'entropy_text',
+          'cosine', 'grad_norm',
           'train_accuracy', 'test_accuracy')
 
 # parts that no run has or shows: case -> options of `PromptLearner`, `None` for what takes none

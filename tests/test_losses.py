@@ -9,10 +9,12 @@ from lico.losses import (LossOptions, adjacency, calibrated_taus, cost_matrix, i
 
 torch.set_num_threads(1)
 
-def normal(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def normal(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape,
+    generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 def feature_rows(B=16, N=128, M=13, width=64, dtype=torch.float32):
-    "Rows as in training: feature maps after a leaky ReLU, one of them dead, and prompts whose rows share most of what they say."
+    """Rows as in training: feature maps after a leaky ReLU, one of them dead, and prompts whose rows share most of
+    what they say."""
     F = torch.nn.functional.leaky_relu(normal(B, N, width, dtype=dtype) + normal(1, N, 1, seed=1, dtype=dtype), 0.1)
     F[:, 0] = 0
     return F, normal(1, M, width, seed=2, dtype=dtype) + 0.3*normal(B, M, width, seed=3, dtype=dtype)
@@ -46,11 +48,13 @@ def test_entropy_and_cosine_against_loops():
     x = normal(6, 4)
     A, u = adjacency(x, 0.5).numpy(), x.numpy()/np.linalg.norm(x.numpy(), axis=1, keepdims=True)
     assert math.isclose(row_entropy(log_adjacency(x, 0.5)), -(A*np.log(A)).sum()/6, rel_tol=1e-9)
-    assert math.isclose(mean_cosine(x), np.mean([u[i]@u[j] for i in range(6) for j in range(6) if i != j]), abs_tol=1e-6)
+    assert math.isclose(mean_cosine(x), np.mean([u[i]@u[j] for i in range(6) for j in range(6) if i != j]),
+                        abs_tol=1e-6)
 
 @pytest.mark.parametrize('distance', ('euclidean', 'cosine'))
 def test_gradients_of_manifold_matching(distance):
-    F, G, tau = normal(5, 3, 2).requires_grad_(), normal(5, 4, seed=1).requires_grad_(), torch.tensor(0.6, dtype=torch.float64, requires_grad=True)
+    F, G, tau = normal(5, 3, 2).requires_grad_(), normal(5, 4, seed=1).requires_grad_(), torch.tensor(0.6,
+        dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance), (F, G, tau))
     torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance, normalise=False, sign=1), (F, G, tau))
     torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance, diagonal='out'), (F, G, tau))
@@ -64,7 +68,9 @@ def test_the_same_prompt_twice_in_a_batch():
     torch.autograd.gradcheck(lambda G: manifold_matching(F, G[[0, 1, 2, 0]], 0.5, diagonal='out'), (G,))
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16))
-@pytest.mark.parametrize('x', (torch.ones(4, 3, 2), torch.zeros(4, 3, 2), torch.cat([torch.zeros(2, 6), torch.eye(2, 6)]), torch.ones(1, 5), 1e-30*torch.ones(3, 2)),
+@pytest.mark.parametrize('x', (torch.ones(4, 3, 2), torch.zeros(4, 3, 2),
+                               torch.cat([torch.zeros(2, 6), torch.eye(2, 6)]), torch.ones(1, 5),
+                               1e-30*torch.ones(3, 2)),
                          ids=('identical', 'zero', 'some zero', 'one', 'tiny'))
 @pytest.mark.parametrize('diagonal', ('in', 'out'))
 @pytest.mark.parametrize('distance', ('euclidean', 'cosine'))
@@ -115,7 +121,8 @@ def test_distance_zero_is_zero_and_small_distances_are_right_in_float32():
     log_p = log_adjacency(x, 1e-3, normalise=False).double()
     assert torch.allclose((log_p.diagonal()[:, None] - log_p)*1e-3, true, rtol=1e-4)
 
-vectors = st.integers(2, 6).flatmap(lambda B: st.tuples(st.just(B), st.integers(1, 5), st.integers(1, 4), st.integers(0, 10**6)))
+vectors = st.integers(2, 6).flatmap(lambda B: st.tuples(st.just(B), st.integers(1, 5), st.integers(1, 4),
+                                                        st.integers(0, 10**6)))
 choices = st.fixed_dictionaries(dict(distance=st.sampled_from(('euclidean', 'cosine')), normalise=st.booleans(),
                                      sign=st.sampled_from((-1, 1)),
                                     diagonal=st.sampled_from(('in', 'out'))))
@@ -132,7 +139,8 @@ def test_properties_of_manifold_matching(shape, tau, choice):
     order = torch.randperm(B, generator=torch.Generator().manual_seed(seed))
     assert torch.allclose(adjacency(F[order], tau, **choice), A[order][:, order])
     assert torch.isclose(manifold_matching(F[order], G[order], tau, **choice), loss)
-    if choice['normalise']: assert torch.allclose(adjacency(F*torch.arange(1, B + 1)[:, None, None], tau, **choice), A, atol=1e-6)
+    if choice['normalise']: assert torch.allclose(adjacency(F*torch.arange(1, B + 1)[:, None, None], tau, **choice),
+                                                  A, atol=1e-6)
 
 def test_a_large_tau_empties_the_loss():
     F, G = normal(8, 3), normal(8, 3, seed=1)
@@ -181,7 +189,8 @@ def test_a_sample_alone_in_its_class_says_nothing_of_tau_without_the_diagonal():
     (lambda F, G, y: (F[:4], G[:4], y[:4], 0.25, 'euclidean', True, 'out'),
      r'of 4 samples of 4 classes a share from nan to nan of .*\(nan: no sample has another of its class\)'),
     (lambda F, G, y: (F[:1], G[:1], y[:1]), 'of 1 samples of 1 classes a share from 0 to 0'),
-    (lambda F, G, y: (F[:1].expand(12, 5), G, y), "the images' rows can have a mean entropy from 2.48 to 2.48 nats, not "
+    (lambda F, G, y: (F[:1].expand(12, 5), G, y),
+     "the images' rows can have a mean entropy from 2.48 to 2.48 nats, not "
      "the text's .*: their features are too much alike")])
 def test_what_cannot_be_calibrated_is_refused(case, message):
     with pytest.raises(ValueError, match=message) as e: calibrated_taus(*case(*labelled()))
@@ -201,17 +210,21 @@ def test_what_counts_as_inactive(image, text, cosine, reason):
 
 # optimal transport
 
-def references(C, eps): return torch.stack([torch.tensor(ot.bregman.sinkhorn(np.full(len(c), 1/len(c)), np.full(len(c.T), 1/len(c.T)), c, eps, method='sinkhorn_log',
-                                                                             numItermax=20000, stopThr=1e-13)) for c in C.numpy()])
+def references(C, eps): return torch.stack([torch.tensor(ot.bregman.sinkhorn(np.full(len(c), 1/len(c)),
+    np.full(len(c.T), 1/len(c.T)), c, eps, method='sinkhorn_log',
+                                                                             numItermax=20000, stopThr=1e-13))
+                                                                             for c in C.numpy()])
 
 def test_cost_matrix_against_pot_and_zero_rows():
     F, G = normal(3, 5, 4), normal(3, 2, 4, seed=1)
     unit = lambda x: (x/x.norm(dim=2, keepdim=True)).numpy()
-    assert np.allclose(cost_matrix(F, G), [ot.dist(f, g, metric='sqeuclidean') for f, g in zip(unit(F), unit(G))], atol=1e-12)
+    assert np.allclose(cost_matrix(F, G), [ot.dist(f, g, metric='sqeuclidean') for f, g in zip(unit(F), unit(G))],
+                       atol=1e-12)
     F[0, 0] = 0
     F.requires_grad_()
     cost_matrix(F, G).sum().backward()
-    assert cost_matrix(F, G)[0, 0].tolist() == pytest.approx([1, 1], abs=1e-12) and (F.grad[0, 0] == 0).all() and F.grad.isfinite().all()
+    assert cost_matrix(F, G)[0, 0].tolist() == pytest.approx([1, 1],
+        abs=1e-12) and (F.grad[0, 0] == 0).all() and F.grad.isfinite().all()
 
 @pytest.mark.parametrize('eps', (0.05, 0.1, 0.5))
 @pytest.mark.parametrize('shape', ((3, 16, 13), (2, 5, 9), (2, 1, 6), (2, 6, 1), (1, 1, 1)))
@@ -247,7 +260,8 @@ def test_regularised_value_against_pot():
 @pytest.mark.parametrize('value', ('transport', 'regularised'))
 def test_unrolled_gradient(value):
     F, G = normal(2, 4, 3).requires_grad_(), normal(2, 3, 3, seed=1).requires_grad_()
-    torch.autograd.gradcheck(lambda *a: ot_alignment(*a, eps=0.2, n_iter=7, tol=0, grad='unrolled', value=value), (F, G))
+    torch.autograd.gradcheck(lambda *a: ot_alignment(*a, eps=0.2, n_iter=7, tol=0, grad='unrolled', value=value),
+                             (F, G))
     torch.autograd.gradcheck(lambda F, G: sinkhorn(cost_matrix(F, G), 0.2, 7, 0), (F, G))
 
 @pytest.mark.parametrize('value', ('transport', 'regularised'))
@@ -258,7 +272,8 @@ def test_envelope_gradient_is_that_of_the_converged_regularised_value(value):
     ot_alignment(x, y, **solve, value=value).backward()
     def difference(side, k):
         step = torch.zeros_like(side).flatten(); step[k] = h; step = step.view_as(side)
-        f = lambda s: ot_alignment(F + s*step if side is F else F, G + s*step if side is G else G, **solve, value='regularised')
+        f = lambda s: ot_alignment(F + s*step if side is F else F, G + s*step if side is G else G, **solve,
+                                   value='regularised')
         return ((f(1) - f(-1))/2/h).item()
     for side, got in ((F, x.grad), (G, y.grad)):
         assert np.allclose(got.flatten(), [difference(side, k) for k in range(side.numel())], atol=1e-7)
@@ -270,7 +285,8 @@ def test_gradient_none_is_a_constant():
         assert not free.requires_grad and torch.equal(free, ot_alignment(F, G, value=value))
 
 def test_marginals_at_the_defaults():
-    "Rows to rounding, columns of the worst sample within 1e-3 (L1), for costs as in training; and it stops as soon as that holds."
+    """Rows to rounding, columns of the worst sample within 1e-3 (L1), for costs as in training; and it stops as
+    soon as that holds."""
     C = cost_matrix(*feature_rows())
     violation = lambda P: (P.sum(1) - 1/13).abs().sum(1).max()
     P = sinkhorn(C)
@@ -292,7 +308,8 @@ def test_float32_is_stable(eps, grad, value):
     loss = ot_alignment(F, G, eps=eps, grad=grad, value=value, n_iter=30)
     loss.backward()
     assert F.grad.isfinite().all() and G.grad.isfinite().all()
-    assert math.isclose(loss.detach(), ot_alignment(F.detach().double(), G.detach().double(), eps=eps, value=value, n_iter=30), rel_tol=1e-3, abs_tol=1e-4)
+    assert math.isclose(loss.detach(), ot_alignment(F.detach().double(), G.detach().double(), eps=eps, value=value,
+                                                    n_iter=30), rel_tol=1e-3, abs_tol=1e-4)
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.floats(0.5, 2), st.integers(0, 10**6))
@@ -301,7 +318,8 @@ def test_properties_of_plans(B, N, M, eps, seed):
     C = cost_matrix(F, G)
     P = sinkhorn(C, eps, n_iter=20000, tol=1e-9)
     assert (C >= 0).all() and (C <= 4 + 1e-12).all() and (P >= 0).all()
-    assert torch.allclose(P.sum(2), torch.tensor(1/N).double(), atol=1e-12) and ((P.sum(1) - 1/M).abs().sum(1) < 1e-9).all()
+    assert torch.allclose(P.sum(2), torch.tensor(1/N).double(),
+                          atol=1e-12) and ((P.sum(1) - 1/M).abs().sum(1) < 1e-9).all()
     assert torch.allclose(cost_matrix(F*3, G*torch.arange(1, M + 1)[:, None]), C, atol=1e-9)
     g = torch.Generator().manual_seed(seed)
     n, m = torch.randperm(N, generator=g), torch.randperm(M, generator=g)
@@ -313,7 +331,8 @@ class Largest(TorchDispatchMode):
     size = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.size = max([self.size, *(o.numel() for o in torch.utils._pytree.tree_leaves(out) if isinstance(o, torch.Tensor))])
+        self.size = max([self.size, *(o.numel() for o in torch.utils._pytree.tree_leaves(out)
+                                      if isinstance(o, torch.Tensor))])
         return out
 
 def test_memory():
@@ -327,7 +346,8 @@ def test_memory():
 # options and errors
 
 @pytest.mark.parametrize('call, message', [
-    (lambda x: cost_matrix(x, x[:, :, 1:]), r"features \[2, 3, 4\] and prompts \[2, 3, 3\]: expected \[B, N, d'\] and \[B, M, d'\] of one batch and one width"),
+    (lambda x: cost_matrix(x, x[:, :, 1:]),
+     r"features \[2, 3, 4\] and prompts \[2, 3, 3\]: expected \[B, N, d'\] and \[B, M, d'\] of one batch and one width"),
     (lambda x: cost_matrix(x, x[:1]), r"features \[2, 3, 4\] and prompts \[1, 3, 4\]"),
     (lambda x: cost_matrix(x, x[0]), r"prompts \[3, 4\]"),
     (lambda x: sinkhorn(x[0]), r"cost of shape \[3, 4\]: expected \[B, N, M\]"),

@@ -1,4 +1,5 @@
-"Notebooks as a user runs them: parameters refused or obeyed, smokes of all, committed tables drawn again from their files, tags and links that hold."
+"""Notebooks as a user runs them: parameters refused or obeyed, smokes of all, committed tables drawn again from
+their files, tags and links that hold."""
 import os, re, shutil, subprocess, sys
 from pathlib import Path
 
@@ -16,16 +17,19 @@ NOTEBOOKS = sorted((TOP/'nbs').rglob('*.ipynb'))
 def papermill(notebook, *args, cwd, lico_root, output=None):
     "A notebook in a kernel of its own, from the command line."
     env = {**os.environ, 'LICO_ROOT': str(lico_root), 'PATH': f"{BIN}:{os.environ['PATH']}"}
-    return subprocess.run([BIN/'papermill', TOP/'nbs'/notebook, *([output] if output else []), *args], cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run([BIN/'papermill', TOP/'nbs'/notebook, *([output] if output else []), *args], cwd=cwd,
+                          env=env, capture_output=True, text=True)
 
 
 def run(notebook, **parameters):
-    "A notebook in this process, which has imported what it needs: what papermill would put behind its first cell, then its cells, one after the other."
+    """A notebook in this process, which has imported what it needs: what papermill would put behind its first cell,
+    then its cells, one after the other."""
     from IPython.core.interactiveshell import InteractiveShell
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
     import matplotlib.pyplot as plt
-    nb, shell = parameterize_notebook(load_notebook_node(str(TOP/'nbs'/f'{notebook}.ipynb')), parameters), InteractiveShell()
+    nb, shell = parameterize_notebook(load_notebook_node(str(TOP/'nbs'/f'{notebook}.ipynb')),
+                                      parameters), InteractiveShell()
     try:
         for cell in (c for c in nb.cells if c.cell_type == 'code'):
             source = '\n'.join(line for line in cell.source.splitlines() if not line.startswith('%config'))
@@ -46,13 +50,16 @@ def test_table3_from_any_folder(tmp_path):
     assert nbformat.reads(p.stdout, 4).cells, 'with no output path papermill writes the notebook to standard output'
     assert 'Unable to parse line' not in p.stderr and 'profile smoke' in p.stdout and 'minilm' in p.stdout
     out = tmp_path/'data'/'smoke'/'table3'
-    assert {f.name for f in out.iterdir()} - {'.lock'} == {'figure.png', 'results.csv', 'table.md'} and not (tmp_path/'figures').exists()
+    assert {f.name for f in out.iterdir()} - {'.lock'} == {'figure.png', 'results.csv',
+                                                           'table.md'} and not (tmp_path/'figures').exists()
     df = pd.read_csv(out/'results.csv')
-    assert df.method.tolist() == ['CE', 'LICO'] and (df.profile == 'smoke').all() and 'digits (for CIFAR-10)' in (out/'table.md').read_text()
+    assert df.method.tolist() == ['CE', 'LICO'] and (df.profile
+                                                     == 'smoke').all() and 'digits (for CIFAR-10)' in (out/'table.md').read_text()
 
 
 def test_table3_on_a_folder(tmp_path):
-    "datasets (with a comma in its path), labels, seeds, backbones and out do what they say, and what was run before is not run again."
+    """datasets (with a comma in its path), labels, seeds, backbones and out do what they say, and what was run
+    before is not run again."""
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -61,7 +68,8 @@ def test_table3_on_a_folder(tmp_path):
         path = tmp_path/'my, images'/('train' if i < 200 else 'test')/f'digit {target[i]}'/f'{i}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((images[i].reshape(8, 8)*15.9).astype(np.uint8)).resize((16, 16)).save(path)
-    args = ['-y', f'datasets: ["folder:{tmp_path}/my, images"]', '-p', 'labels', '20', '-p', 'seeds', '0,1', '-p', 'backbones', 'wrn_10_1', '-p', 'steps', '1', '-p', 'out', f'{tmp_path}/out', '-p', 'profile', 'smoke']
+    args = ['-y', f'datasets: ["folder:{tmp_path}/my, images"]', '-p', 'labels', '20', '-p', 'seeds', '0,1', '-p',
+            'backbones', 'wrn_10_1', '-p', 'steps', '1', '-p', 'out', f'{tmp_path}/out', '-p', 'profile', 'smoke']
     p = papermill('table3.ipynb', *args, cwd=tmp_path, lico_root=tmp_path, output='x.ipynb')
     assert p.returncode == 0, p.stderr[-3000:]
     df = pd.read_csv(tmp_path/'out'/'results.csv')
@@ -74,9 +82,11 @@ def test_table3_on_a_folder(tmp_path):
 @pytest.mark.parametrize('n', sorted(set(TABLES) - {3}))
 def test_tables_smoke(lico_root, n):
     out = smoke(f'table{n}', lico_root)
-    assert {'figure.png', 'results.csv', 'table.md'} <= {f.name for f in out.iterdir()} <= {'figure.png', 'results.csv', 'table.md', 'scores.csv', '.lock'}
+    assert {'figure.png', 'results.csv', 'table.md'} <= {f.name for f in out.iterdir()} <= {'figure.png',
+        'results.csv', 'table.md', 'scores.csv', '.lock'}
     df = pd.read_csv(out/'results.csv')
-    assert TABLES[n].reference in set(df.arm) and df.arm.nunique() > 1 and (df.profile == 'smoke').all() and f'Table {n}' in (out/'table.md').read_text()
+    assert TABLES[n].reference in set(df.arm) and df.arm.nunique() > 1 and (df.profile
+        == 'smoke').all() and f'Table {n}' in (out/'table.md').read_text()
     if (out/'scores.csv').exists(): assert len(pd.read_csv(out/'scores.csv')) == df.images.sum()
 
 
@@ -94,7 +104,8 @@ def test_fidelity_smoke(lico_root):
 
 def test_study_smoke(lico_root):
     df = pd.read_csv(smoke('study', lico_root)/'results.csv')
-    assert (df.validation == 100).all() and (df.seed >= 100).all() and set(df.arm.str.split(':').str[0]) == {'repaired', 'supcon', 'semantic'}
+    assert (df.validation == 100).all() and (df.seed >= 100).all() and set(df.arm.str.split(':').str[0]) == {'repaired',
+        'supcon', 'semantic'}
 
 
 def test_language_smoke(lico_root):
@@ -108,7 +119,8 @@ def test_protocol_is_what_the_code_says(lico_root):
     assert (lico_root/'out'/'table.md').read_text() == (TOP/'figures'/'protocol'/'table.md').read_text()
 
 
-@pytest.mark.parametrize('folder', sorted(p.parent for p in (TOP/'figures').glob('*/results.csv')), ids=lambda p: p.name)
+@pytest.mark.parametrize('folder', sorted(p.parent for p in (TOP/'figures').glob('*/results.csv')),
+                         ids=lambda p: p.name)
 def test_committed_results_are_drawn_from_the_file_alone(lico_root, folder):
     "In a root without data and without records, `-p stored only` gives the committed table, letter for letter."
     out = shutil.copytree(folder, lico_root/'figures'/folder.name)
@@ -119,16 +131,20 @@ def test_committed_results_are_drawn_from_the_file_alone(lico_root, folder):
 
 
 @pytest.mark.parametrize('given, sentence', [
-    (dict(sedes='0'), "unknown parameter of table3: 'sedes': choose one of profile, out, datasets"), (dict(profile='lapotp'), "unknown profile 'lapotp': choose one of smoke, laptop, paper"),
+    (dict(sedes='0'), "unknown parameter of table3: 'sedes': choose one of profile, out, datasets"),
+    (dict(profile='lapotp'), "unknown profile 'lapotp': choose one of smoke, laptop, paper"),
     (dict(datasets='digit'), "unknown dataset 'digit'"), (dict(text_encoder='clip'), 'clip')])
 def test_what_is_refused_is_said_in_one_sentence(lico_root, given, sentence):
-    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as e: run('table3', **dict(profile='smoke') | given)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as e: run('table3',
+        **dict(profile='smoke') | given)
     assert '\n' not in str(e.value) and len(str(e.value)) > 40
 
 
 def test_the_last_line_of_papermill_is_that_sentence(tmp_path):
-    p = papermill('table3.ipynb', '-p', 'profile', 'smoke', '-p', 'sedes', '0', cwd=tmp_path, lico_root=tmp_path, output='x.ipynb')
-    assert p.returncode != 0 and "ValueError: unknown parameter of table3: 'sedes'" in [o for o in p.stderr.splitlines() if o.strip()][-1]
+    p = papermill('table3.ipynb', '-p', 'profile', 'smoke', '-p', 'sedes', '0', cwd=tmp_path, lico_root=tmp_path,
+                  output='x.ipynb')
+    assert p.returncode != 0 and "ValueError: unknown parameter of table3: 'sedes'" in [o
+        for o in p.stderr.splitlines() if o.strip()][-1]
 
 
 def test_parameters_tag_survives_cleaning(tmp_path):
@@ -137,12 +153,14 @@ def test_parameters_tag_survives_cleaning(tmp_path):
     (project/'nbs').mkdir(parents=True)
     (project/'lico').mkdir()
     for f in ('pyproject.toml', 'nbs/table3.ipynb', 'lico/__init__.py'): shutil.copy(TOP/f, project/f)
-    def tags(): return [c.metadata.get('tags') for c in nbformat.read(project/'nbs'/'table3.ipynb', 4).cells if c.metadata.get('tags')]
+    def tags(): return [c.metadata.get('tags') for c in nbformat.read(project/'nbs'/'table3.ipynb', 4).cells
+                        if c.metadata.get('tags')]
     def clean(): subprocess.run([BIN/'nbdev-clean'], cwd=project, check=True, capture_output=True)
     clean()
     assert tags() == [['parameters']]
     text = (project/'pyproject.toml').read_text()
-    (project/'pyproject.toml').write_text('\n'.join(o for o in text.splitlines() if not o.startswith('allowed_cell_metadata_keys')))
+    (project/'pyproject.toml').write_text('\n'.join(o for o in text.splitlines()
+                                                    if not o.startswith('allowed_cell_metadata_keys')))
     clean()
     assert tags() == [], 'the setting is what keeps it'
 
@@ -151,41 +169,52 @@ def test_parameters_tag_survives_cleaning(tmp_path):
 def test_notebook_is_fit_to_read(path):
     nb = nbformat.read(path, 4)
     code = [c for c in nb.cells if c.cell_type == 'code']
-    assert path.stat().st_size < 200_000 and any(c.cell_type == 'markdown' and c.source.startswith('# ') for c in nb.cells)
+    assert path.stat().st_size < 200_000 and any(c.cell_type == 'markdown' and c.source.startswith('# ')
+                                                 for c in nb.cells)
     assert not any(o.output_type == 'error' for c in code for o in c.outputs)
     if path.parent == TOP/'nbs' and path.stem != 'index':
         assert code[0].metadata.get('tags') == ['parameters'] and "'" not in code[0].source, 'papermill cannot parse a line with an apostrophe'
         lines = [line for c in code[1:] for line in c.source.splitlines() if line.strip()]
-        assert len(lines) <= (60 if path.stem in ('study', 'your_data') else 40), 'what is not its own belongs into the library'
+        assert len(lines) <= (60 if path.stem in ('study', 'your_data')
+                              else 40), 'what is not its own belongs into the library'
 
 
 def test_notebooks_stand_in_the_order_of_imports():
     "Numbers are unique, and every import is of a module with a lower one."
     number, exports = {}, {}
     for path in NOTEBOOKS:
-        source = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code' and '#| export' in c.source or 'default_exp' in c.source)
+        source = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code'
+                           and '#| export' in c.source or 'default_exp' in c.source)
         if m := re.search(r'default_exp (\S+)', source): number[m[1]], exports[m[1]] = int(path.stem[:2]), source
     assert len(set(number.values())) == len(number) == len(exports)
     for module, source in exports.items():
-        for other in re.findall(r'(?:from|import) lico\.([\w.]+)', source): assert number[other] < number[module], f'{module} imports {other}'
-    assert not [m for m, s in exports.items() if not m.startswith('evidence') and m != 'paper' and 'lico.evidence' in s], 'nothing in the method imports from the wing'
+        for other in re.findall(r'(?:from|import) lico\.([\w.]+)',
+                                source): assert number[other] < number[module], f'{module} imports {other}'
+    assert not [m for m, s in exports.items() if not m.startswith('evidence') and m != 'paper'
+                and 'lico.evidence' in s], 'nothing in the method imports from the wing'
 
 
 def test_links_lead_somewhere():
     for path in NOTEBOOKS + [TOP/'README.md']:
-        text = path.read_text() if path.suffix == '.md' else '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown')
-        for target in re.findall(r'\]\((?!https?:|#|mailto:)([^)#\s]+)', text): assert (path.parent/target).exists(), f'{path.name}: {target}'
-        for name in re.findall(r'`(\d\d_[a-z_]+)`', text): assert list((TOP/'nbs').rglob(f'{name}.ipynb')), f'{path.name}: {name}'
+        text = path.read_text() if path.suffix == '.md' else '\n'.join(c.source for c in nbformat.read(path, 4).cells
+            if c.cell_type == 'markdown')
+        for target in re.findall(r'\]\((?!https?:|#|mailto:)([^)#\s]+)',
+                                 text): assert (path.parent/target).exists(), f'{path.name}: {target}'
+        for name in re.findall(r'`(\d\d_[a-z_]+)`',
+                               text): assert list((TOP/'nbs').rglob(f'{name}.ipynb')), f'{path.name}: {name}'
 
 
 def test_lines_of_code_are_short():
-    long = [f'{p.relative_to(TOP)}:{i}' for p in [*(TOP/'lico').rglob('*.py'), *(TOP/'tests').glob('*.py')] if p.name != '_modidx.py' for i, line in enumerate(p.read_text().splitlines(), 1) if len(line) > 120]
+    long = [f'{p.relative_to(TOP)}:{i}' for p in [*(TOP/'lico').rglob('*.py'), *(TOP/'tests').glob('*.py')]
+            if p.name != '_modidx.py' for i, line in enumerate(p.read_text().splitlines(), 1) if len(line) > 120]
     assert not long, f'{len(long)} lines over 120 characters: {", ".join(long[:5])}'
 
 
 @pytest.mark.slow
 def test_wheel_carries_settings_and_numbers(tmp_path):
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, TOP], check=True, env={k: v for k, v in os.environ.items() if k != 'PIP_CONSTRAINT'})
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '-w', tmp_path, TOP], check=True,
+                   env={k: v for k, v in os.environ.items() if k != 'PIP_CONSTRAINT'})
     import zipfile
     names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
-    assert {'lico/settings.ini', 'lico/paper_results.csv', 'lico/model.py', 'lico/evidence/stats.py'} <= set(names) and not any('nbs' in n or 'tests' in n for n in names)
+    assert {'lico/settings.ini', 'lico/paper_results.csv', 'lico/model.py',
+            'lico/evidence/stats.py'} <= set(names) and not any('nbs' in n or 'tests' in n for n in names)

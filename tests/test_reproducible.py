@@ -18,10 +18,14 @@ from lico.training import fit, load_checkpoint
 TINY = Run(labels=250, backbone='wrn_10_1', steps=2)
 VIT = dict(backbone='test_vit', image_size=32)
 RUNS = {'CE': TINY, 'CGC': replace(TINY, method='CGC'), 'GCC': replace(TINY, method='GCC'),
-        **{f'{m} {p}': replace(TINY, method=m, preset=p) for m in ('LICO', 'CE+MM', 'CE+OT', 'LICO+CGC') for p in ('paper', 'released', 'repaired')},
-        'class': replace(TINY, method='LICO', options=dict(context='class')), 'rolled': replace(TINY, method='LICO', options=dict(prompt='rolled')),
-        'rolled class': replace(TINY, method='LICO', options=dict(prompt='rolled', context='class')), 'front': replace(TINY, method='LICO', options=dict(class_position='front')),
-        'unrolled': replace(TINY, method='LICO', options=dict(ot_grad='unrolled', ot_value='regularised')), 'cosine': replace(TINY, method='LICO', options=dict(distance='cosine')),
+        **{f'{m} {p}': replace(TINY, method=m, preset=p) for m in ('LICO', 'CE+MM', 'CE+OT', 'LICO+CGC')
+           for p in ('paper', 'released', 'repaired')},
+        'class': replace(TINY, method='LICO', options=dict(context='class')),
+        'rolled': replace(TINY, method='LICO', options=dict(prompt='rolled')),
+        'rolled class': replace(TINY, method='LICO', options=dict(prompt='rolled', context='class')),
+        'front': replace(TINY, method='LICO', options=dict(class_position='front')),
+        'unrolled': replace(TINY, method='LICO', options=dict(ot_grad='unrolled', ot_value='regularised')),
+        'cosine': replace(TINY, method='LICO', options=dict(distance='cosine')),
         'random': replace(TINY, method='LICO', options=dict(dropout=0.5, noise=0.1, ema=0.9)),
         **{f'ViT {m}': replace(TINY, method=m, preset='repaired', **VIT) for m in METHODS}}
 
@@ -34,7 +38,8 @@ def threads(n):
     finally: torch.set_num_threads(before)
 
 
-def digest(tensors): return hashlib.sha256(b''.join(tensors[k].contiguous().numpy().tobytes() for k in sorted(tensors))).hexdigest()
+def digest(tensors): return hashlib.sha256(b''.join(tensors[k].contiguous().numpy().tobytes()
+                                                    for k in sorted(tensors))).hexdigest()
 
 
 def trained(r):
@@ -44,7 +49,8 @@ def trained(r):
     model = start(r, data, wide_encoder())
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        fit(model, data, steps=r.steps, preset=r.preset, seed=r.seed, progress=False, **{k: options[k] for k in ('noise', 'ema') if k in options})
+        fit(model, data, steps=r.steps, preset=r.preset, seed=r.seed, progress=False,
+            **{k: options[k] for k in ('noise', 'ema') if k in options})
     return digest(model.state_dict())
 
 
@@ -56,7 +62,8 @@ def wide_encoder():
     "One layer as wide as MiniLM's six."
     from transformers import BertConfig, BertModel
     torch.manual_seed(0)
-    return BERTText(BertModel(BertConfig(hidden_size=384, num_hidden_layers=1, num_attention_heads=12, intermediate_size=384), add_pooling_layer=False), load_encoder().tokenizer)
+    return BERTText(BertModel(BertConfig(hidden_size=384, num_hidden_layers=1, num_attention_heads=12,
+                                         intermediate_size=384), add_pooling_layer=False), load_encoder().tokenizer)
 
 
 def test_methods_are_all_here(): assert {r.method for r in RUNS.values()} == set(METHODS)
@@ -75,14 +82,16 @@ def test_eight_runs_of_everything_end_alike(name, n):
     with threads(n): assert len({trained(RUNS[name]) for _ in range(8)}) == 1
 
 
-@pytest.mark.parametrize('name', ['CE', 'CGC', 'GCC', 'LICO paper', 'LICO repaired', 'LICO+CGC paper', 'class', 'unrolled', 'cosine', 'random', 'ViT CE', 'ViT LICO', 'ViT CGC', 'ViT GCC'])
+@pytest.mark.parametrize('name', ['CE', 'CGC', 'GCC', 'LICO paper', 'LICO repaired', 'LICO+CGC paper', 'class',
+                                  'unrolled', 'cosine', 'random', 'ViT CE', 'ViT LICO', 'ViT CGC', 'ViT GCC'])
 def test_torch_finds_nothing_that_is_not_deterministic(name):
     torch.use_deterministic_algorithms(True)
     try: trained(replace(RUNS[name], steps=1))
     finally: torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize('mine', [lambda rows, of: LICO.text(of_model(rows), of)[0], lambda rows, of: prompts_of(rows)(of)])
+@pytest.mark.parametrize('mine', [lambda rows, of: LICO.text(of_model(rows), of)[0], lambda rows,
+                                  of: prompts_of(rows)(of)])
 def test_gradients_of_repeated_rows_have_one_order(mine):
     "Two threads give the gradient of one, bit for bit, which is that of indexing."
     torch.manual_seed(0)
@@ -115,8 +124,10 @@ def test_a_run_has_its_own_number_of_threads(lico_root, monkeypatch):
     monkeypatch.setattr(experiments, 'fit', lambda *a, **k: (seen.append(torch.get_num_threads()), advance(*a, **k))[1])
     with threads(2): one = run(TINY, progress=False)
     with threads(1): two = run(replace(TINY, threads=2), progress=False)
-    assert seen == [1, 2] and [r['stamp']['threads'] for r in (one, two)] == [1, 2] and [r['run']['threads'] for r in (one, two)] == [1, 2]
-    assert 'threads' not in one['spec'] and two['spec']['threads'] == 2 and one['id'] != two['id'] and 'threads=2' in two['command'] and 'threads' not in one['command']
+    assert seen == [1, 2] and [r['stamp']['threads'] for r in (one, two)] == [1,
+        2] and [r['run']['threads'] for r in (one, two)] == [1, 2]
+    assert 'threads' not in one['spec'] and two['spec']['threads'] == 2 and one['id'] != two['id'] and 'threads=2' in two[
+        'command'] and 'threads' not in one['command']
     data = load_data(TINY)
     for n, r in ((1, one), (2, two)):
         model = start(TINY, data)
@@ -125,7 +136,8 @@ def test_a_run_has_its_own_number_of_threads(lico_root, monkeypatch):
 
 
 def test_runs_of_other_numbers_of_threads_are_no_pair(lico_root):
-    runs = [replace(TINY, steps=1, method=m, threads=n, seed=s) for m, n in (('CE', 1), ('CE', 2), ('CE+OT', 2)) for s in (0, 1)]
+    runs = [replace(TINY, steps=1, method=m, threads=n, seed=s) for m, n in (('CE', 1), ('CE', 2), ('CE+OT', 2))
+            for s in (0, 1)]
     df = frame(sweep(runs, progress=False))
     assert df.threads.tolist() == [1, 1, 2, 2, 2, 2] and df.training.nunique() == 2
     [pairs] = pairs_of(df)
@@ -138,7 +150,8 @@ def test_generators_and_threads_are_left_as_they_were(lico_root):
     seeded()
     expected = drawn()
     experiments._loaded.cache_clear()
-    for todo in (lambda: run(replace(TINY, steps=1, method='CE+OT'), progress=False), lambda: sweep([replace(TINY, steps=1, seed=1, threads=2)], progress=False)):
+    for todo in (lambda: run(replace(TINY, steps=1, method='CE+OT'), progress=False),
+                 lambda: sweep([replace(TINY, steps=1, seed=1, threads=2)], progress=False)):
         seeded()
         with threads(2): todo(); assert torch.get_num_threads() == 2
         assert drawn() == expected
@@ -146,7 +159,10 @@ def test_generators_and_threads_are_left_as_they_were(lico_root):
 
 def test_threads_of_one_process_are_refused(lico_root, monkeypatch):
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="executor is a ThreadPoolExecutor, .*: use a ProcessPoolExecutor"): sweep([TINY], progress=False, executor=pool)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError,
+                                                      match="executor is a ThreadPoolExecutor, .*: use a "
+                                                            "ProcessPoolExecutor"): sweep([TINY], progress=False,
+                                                                executor=pool)
 
 
 @pytest.fixture
@@ -161,8 +177,10 @@ def changed(folder, how):
         weights = load_file(folder/'model.safetensors')
         weights['encoder.layer.5.output.dense.weight'][0, 0] += 1
         save_file(weights, folder/'model.safetensors', metadata=dict(format='pt'))
-    elif how == 'heads': (folder/'config.json').write_text((folder/'config.json').read_text().replace('"num_attention_heads": 12', '"num_attention_heads": 6'))
-    else: (folder/'tokenizer.json').write_text((folder/'tokenizer.json').read_text().replace('"frog":', '"\x07":').replace('"zebra":', '"frog":').replace('"\x07":', '"zebra":'))
+    elif how == 'heads': (folder/'config.json').write_text((folder/'config.json').read_text().replace(
+        '"num_attention_heads": 12', '"num_attention_heads": 6'))
+    else: (folder/'tokenizer.json').write_text((folder/'tokenizer.json').read_text().replace('"frog":',
+        '"\x07":').replace('"zebra":', '"frog":').replace('"\x07":', '"zebra":'))
 
 
 @pytest.mark.parametrize('how', ['weights', 'vocabulary', 'heads'])
@@ -183,7 +201,8 @@ def test_a_known_name_with_other_weights_is_another_encoder(folder, monkeypatch)
     changed(folder, 'weights')
     monkeypatch.setattr(experiments, 'load_text_encoder', lambda name: load_text_encoder(folder))
     experiments._loaded.cache_clear()
-    try: assert encoder_name('minilm').startswith('minilm@') and encoder_name('clip:ViT-B-32/openai').startswith('clip:ViT-B-32/openai@')
+    try: assert encoder_name('minilm').startswith('minilm@') and encoder_name('clip:ViT-B-32/openai').startswith(
+        'clip:ViT-B-32/openai@')
     finally: experiments._loaded.cache_clear()
 
 
@@ -212,7 +231,8 @@ CHANGES = dict(
     position=(lambda d: dict(model=small(d, class_position='front')), r'prompts.front \(false there, true here\)'),
     dynamic=(lambda d: dict(model=small(d, dynamic=False)), r'prompts.dynamic \(true there, false here\)'),
     alpha=(lambda d: dict(model=small(d, losses=LossOptions(alpha=1.))), r'options.alpha \(10.0 there, 1.0 here\)'),
-    dropout=(lambda d: dict(model=small(d, losses=LossOptions(dropout=0.5))), r'options.dropout \(0.0 there, 0.5 here\), mapping.1.p .*'),
+    dropout=(lambda d: dict(model=small(d, losses=LossOptions(dropout=0.5))),
+             r'options.dropout \(0.0 there, 0.5 here\), mapping.1.p .*'),
 )
 
 
@@ -223,7 +243,8 @@ def test_fit_goes_on_from_its_own_checkpoint_only(tmp_path, digits, change):
     first = call()
     assert call() == first, 'the same call finds it'
     other, differs = CHANGES[change]
-    with pytest.raises(ValueError, match=f'is the checkpoint of another run, which differs in {differs}: give this run a folder of its own'): call(**other(digits))
+    with pytest.raises(ValueError, match=f'is the checkpoint of another run, which differs in {differs}: give this '
+                                         f'run a folder of its own'): call(**other(digits))
 
 
 def test_fit_does_not_go_on_with_another_number_of_threads(tmp_path, digits):
@@ -235,7 +256,9 @@ def test_fit_does_not_go_on_with_another_number_of_threads(tmp_path, digits):
 def test_fit_knows_the_text_encoder(tmp_path, digits, folder):
     def model(encoder):
         torch.manual_seed(0)
-        return LICO(create_backbone('wrn_10_1', 10, 16), PromptLearner(encoder, digits.class_names), LossOptions(alpha=0.))
+        return LICO(create_backbone('wrn_10_1', 10, 16), PromptLearner(encoder, digits.class_names),
+                    LossOptions(alpha=0.))
     changed(folder, 'weights')
     fit(model(load_encoder()), digits, steps=1, folder=tmp_path/'run', progress=False)
-    with pytest.raises(ValueError, match='differs in text encoder: give'): fit(model(load_text_encoder(folder)), digits, steps=1, folder=tmp_path/'run', progress=False)
+    with pytest.raises(ValueError, match='differs in text encoder: give'): fit(model(load_text_encoder(folder)),
+        digits, steps=1, folder=tmp_path/'run', progress=False)

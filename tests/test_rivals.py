@@ -12,7 +12,8 @@ from lico.backbones import create_backbone
 from lico.data import load
 from lico.experiments import Run, frame, load_data, run, spec, start
 from lico.model import CrossEntropy
-from lico.rivals import (CGC, GCC, LabelSmoothing, SupCon, cgc_loss, composites, gcc_loss, random_views, statistics_kept, supcon_loss,
+from lico.rivals import (CGC, GCC, LabelSmoothing, SupCon, cgc_loss, composites, gcc_loss, random_views,
+                         statistics_kept, supcon_loss,
                          tile, view)
 from lico.training import fit
 
@@ -23,7 +24,8 @@ class Local(nn.Module):
     "Every position sees its own pixel only, every map counts for the classes of `head` [K, 3]."
     def __init__(self, head):
         super().__init__()
-        self.scale, self.head, self.norm = nn.Parameter(torch.ones(())), nn.Parameter(head), nn.BatchNorm2d(3, affine=False)
+        self.scale, self.head, self.norm = nn.Parameter(torch.ones(())), nn.Parameter(head), nn.BatchNorm2d(3,
+            affine=False)
 
     def forward_features(self, x):
         self.norm(x)  # for its statistics
@@ -77,7 +79,8 @@ def test_cgc_loss_from_its_formula(T):
     np.fill_diagonal(similarity, (unit(u)*unit(v)).sum(1))
     expected = (logsumexp(similarity/T, axis=1) - similarity.diagonal()/T).mean()
     got = cgc_loss(*(torch.from_numpy(m).view(7, 1, 5, 6) for m in (u, v)), T)
-    assert math.isclose(got, expected, rel_tol=1e-10) and math.isclose(got, cgc_loss(3*torch.from_numpy(u), torch.from_numpy(v)/7, T), rel_tol=1e-10)
+    assert math.isclose(got, expected, rel_tol=1e-10) and math.isclose(got,
+        cgc_loss(3*torch.from_numpy(u), torch.from_numpy(v)/7, T), rel_tol=1e-10)
 
 
 def test_cgc_loss_at_its_ends():
@@ -96,7 +99,8 @@ def test_cgc_loss_at_its_ends():
 
 
 def test_a_map_without_evidence_does_no_harm():
-    for loss in (lambda m: cgc_loss(m, m.detach().flip(0), 0.5), lambda m: gcc_loss(tile(m[:, None].expand(-1, 4, -1, -1)), m, torch.tensor([0, 3]))):
+    for loss in (lambda m: cgc_loss(m, m.detach().flip(0), 0.5),
+                 lambda m: gcc_loss(tile(m[:, None].expand(-1, 4, -1, -1)), m, torch.tensor([0, 3]))):
         maps = torch.zeros(2, 3, 3)
         maps[0, 1, 1] = 1.
         maps.requires_grad_()
@@ -143,7 +147,8 @@ def test_gcc_loss_from_its_formula():
     expected = np.abs(seen/seen.sum((1, 2), keepdims=True) - wanted).mean()
     got = gcc_loss(torch.from_numpy(seen), torch.from_numpy(maps), torch.from_numpy(cell))
     assert math.isclose(got, expected, rel_tol=1e-10) and got < 2/(4*h*w)
-    assert math.isclose(gcc_loss(torch.from_numpy(5*seen), torch.from_numpy(maps/9), torch.from_numpy(cell)), expected, rel_tol=1e-10)
+    assert math.isclose(gcc_loss(torch.from_numpy(5*seen), torch.from_numpy(maps/9), torch.from_numpy(cell)),
+                        expected, rel_tol=1e-10)
 
 
 def test_composites():
@@ -182,13 +187,15 @@ def test_gradient_by_differences(kind, name, size):
         torch.manual_seed(1)
         out = model(x.double(), y)
         return out.loss - out.ce
-    exact = sum((g*d).sum() for g, d in zip(torch.autograd.grad(term(), weights, allow_unused=True), along) if g is not None).item()
+    exact = sum((g*d).sum() for g, d in zip(torch.autograd.grad(term(), weights, allow_unused=True), along)
+                if g is not None).item()
     numeric = (term(1e-8) - term(-2e-8)).item()/2e-8
     assert abs(exact) > 1e-3 and math.isclose(exact, numeric, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('name, size', [('parn_18', 16), ('resnet10t', 64), ('test_efficientnet', 64), ('test_convnext', 64), ('test_vit', 32)])
+@pytest.mark.parametrize('name, size', [('parn_18', 16), ('resnet10t', 64), ('test_efficientnet', 64),
+                                        ('test_convnext', 64), ('test_vit', 32)])
 def test_any_backbone(kind, name, size):
     net, (x, y) = small(name=name, size=size), batch(6, size)
     out = kind(net)(x, y)
@@ -216,7 +223,8 @@ def test_statistics_are_those_of_the_images(kind):
     nets = small(), small()
     CrossEntropy(nets[0])(x, y), kind(nets[1])(x, y)
     for a, b in zip(*(n.modules() for n in nets)):
-        if isinstance(a, nn.BatchNorm2d): assert torch.equal(a.running_mean, b.running_mean) and torch.equal(a.running_var, b.running_var) and a.momentum == b.momentum
+        if isinstance(a, nn.BatchNorm2d): assert torch.equal(a.running_mean,
+            b.running_mean) and torch.equal(a.running_var, b.running_var) and a.momentum == b.momentum
 
 
 def test_statistics_kept_restores_after_an_error():
@@ -233,7 +241,8 @@ def test_without_weight_it_is_the_baseline(kind):
         net = small()
         runs.append((net.state_dict(), fit(make(net), data, steps=3, batch_size=16, seed=0, progress=False)))
     (a, log_a), (b, log_b) = runs
-    assert all(torch.equal(a[k], b[k]) for k in a if 'tracked' not in k) and [r['ce'] for r in log_a] == [r['ce'] for r in log_b]
+    assert all(torch.equal(a[k], b[k]) for k in a if 'tracked' not in k) and [r['ce'] for r in log_a] == [r['ce']
+        for r in log_b]
     assert log_b[-1][kind.name] > 0 and not {'mm', 'ot'} & set(log_b[-1])
 
 
@@ -246,7 +255,8 @@ def test_a_killed_training_goes_on_bit_for_bit(kind, tmp_path, monkeypatch):
     def killed(t, x, y):
         if t.step == 4: raise KeyboardInterrupt
         return advance(t, x, y)
-    go = lambda: fit(kind(parts), data, steps=6, batch_size=20, seed=0, folder=tmp_path, checkpoint_seconds=0, progress=False)
+    go = lambda: fit(kind(parts), data, steps=6, batch_size=20, seed=0, folder=tmp_path, checkpoint_seconds=0,
+                     progress=False)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(training._Trainer, 'advance', killed)
         go()
@@ -294,11 +304,13 @@ def test_supcon_from_its_formula(T, y):
     z = np.random.default_rng(0).normal(size=(8, 5))
     got = supcon_loss(torch.from_numpy(z), torch.tensor(y), T)
     assert got.dtype == torch.float64 and math.isclose(got, plain_supcon(z, y, T), rel_tol=1e-10, abs_tol=1e-14)
-    assert math.isclose(supcon_loss(7*torch.from_numpy(z).view(8, 5, 1), torch.tensor(y), T), got, rel_tol=1e-10), 'lengths do not count'
+    assert math.isclose(supcon_loss(7*torch.from_numpy(z).view(8, 5, 1), torch.tensor(y), T), got,
+                        rel_tol=1e-10), 'lengths do not count'
 
 
 def test_supcon_of_one_positive_and_one_negative():
-    "Section 3.2.3 of the paper: with one of each it is the triplet loss, made smooth; with two images there is nothing to tell apart."
+    """Section 3.2.3 of the paper: with one of each it is the triplet loss, made smooth; with two images there is
+    nothing to tell apart."""
     T, z = 0.1, F.normalize(torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
     pair, y = z[0] @ z[1], torch.tensor([5, 5, 7])
     expected = sum(math.log1p(math.exp((z[a] @ z[2] - pair)/T)) for a in (0, 1))/2
@@ -328,7 +340,8 @@ def test_supcon_of_a_dead_feature():
     z.requires_grad_()
     loss = supcon_loss(z, torch.tensor([0, 0, 1, 1]), 0.1)
     loss.backward()
-    assert loss.isfinite() and z.grad.isfinite().all() and torch.equal(z.grad[1], torch.zeros(3)) and z.grad[2].abs().sum() > 0
+    assert loss.isfinite() and z.grad.isfinite().all() and torch.equal(z.grad[1],
+        torch.zeros(3)) and z.grad[2].abs().sum() > 0
 
 
 @pytest.mark.parametrize('smoothing', [0.1, 0.4])
@@ -347,7 +360,8 @@ def test_label_smoothing_from_its_formula(smoothing):
 
 @pytest.mark.parametrize('kind, strength', [(LabelSmoothing, 'label_smoothing'), (SupCon, 'weight')])
 def test_the_classes_and_nothing_else(kind, strength):
-    "At strength zero it is the baseline bit for bit; else it is told apart by its text, and its gradient is that of its loss."
+    """At strength zero it is the baseline bit for bit; else it is told apart by its text, and its gradient is that
+    of its loss."""
     data, ends = load('digits', labels=40, seed=0), []
     for make in (CrossEntropy, partial(kind, **{strength: 0.}), kind):
         net = small()
@@ -375,4 +389,5 @@ def test_controls_are_run_like_any_other(lico_root, method, options):
     assert {getattr(model, k.removeprefix('supcon_')) for k in options} == {0.7}
     assert torch.equal(model.backbone.fc.weight, start(Run(backbone='wrn_10_1'), data).backbone.fc.weight)
     record = run(r, progress=False)
-    assert record['degenerate'] is None and ('supcon' in record) == ('supcon' in frame([record])) == (method == 'CE+SupCon')
+    assert record['degenerate'] is None and ('supcon' in record) == ('supcon' in frame([record])) == (method
+        == 'CE+SupCon')

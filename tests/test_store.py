@@ -15,17 +15,21 @@ TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
 
 
 def p_of(out, **more): return SimpleNamespace(**dict(
-    protocol='smoke', out=out, datasets=['digits'], backbones=['wrn_10_1'], labels=[40], methods=['CE', 'LICO'], presets=['paper'], options={}, text_encoder='minilm', seeds=[0, 1], steps=1, threads=1,
-    epochs=None, evaluations=1, image_size=None, workers=1, stored=None, stand_in=None, saliency=[], metrics=[], saliency_options='', test_images=4, batch_size=16) | more)
+    protocol='smoke', out=out, datasets=['digits'], backbones=['wrn_10_1'], labels=[40], methods=['CE', 'LICO'],
+    presets=['paper'], options={}, text_encoder='minilm', seeds=[0, 1], steps=1, threads=1,
+    epochs=None, evaluations=1, image_size=None, workers=1, stored=None, stand_in=None, saliency=[], metrics=[],
+    saliency_options='', test_images=4, batch_size=16) | more)
 
 
 def test_stored_rows(lico_root, monkeypatch, capsys):
-    "`add` keeps the rows of other runs, `only` runs nothing, neither changes a row; without it the file holds what was asked for, and says what it held."
+    """`add` keeps the rows of other runs, `only` runs nothing, neither changes a row; without it the file holds
+    what was asked for, and says what it held."""
     p = lambda stored: p_of(lico_root/'out', stored=stored)
     with pytest.raises(FileNotFoundError, match='without `stored`'): collect(p('only'), [TINY])
     first = collect(p(None), [TINY])
     both = collect(p('add'), [replace(TINY, seed=1)])
-    assert both.seed.tolist() == [0, 1] and both.iloc[0].to_dict() == pytest.approx(first.iloc[0].to_dict(), nan_ok=True)
+    assert both.seed.tolist() == [0, 1] and both.iloc[0].to_dict() == pytest.approx(first.iloc[0].to_dict(),
+        nan_ok=True)
     assert collect(p('add'), [replace(TINY, seed=1)]).equals(both) and not capsys.readouterr().err
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
     assert collect(p('only'), [replace(TINY, seed=7)]).equals(both) and collect(p(None), [TINY]).seed.tolist() == [0]
@@ -35,7 +39,8 @@ def test_stored_rows(lico_root, monkeypatch, capsys):
 def test_that_results_cannot_be_written_is_said_before_anything_runs(lico_root, monkeypatch):
     monkeypatch.setattr(store, 'sweep', lambda *a, **k: pytest.fail('a run was started'))
     (lico_root/'file').write_text('')
-    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'): collect(p_of(lico_root/'file'), [TINY])
+    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'): collect(p_of(lico_root/
+        'file'), [TINY])
 
 
 def test_two_that_add_at_once_lose_nothing(tmp_path):
@@ -51,7 +56,8 @@ def test_a_table_from_start_to_end(lico_root):
     p = p_of(lico_root/'out', arms=['Learnable', 'Random'], options=dict(alpha=5.))
     df = collect(p, grid(p, 13), 13)
     assert df.arm.tolist() == ['Learnable', 'Learnable', 'Random', 'Random'] and set(df.options) == {'alpha=5.0'}
-    assert df.command.str.contains("'trainable', False").tolist() == [False, False, True, True] and (df.protocol == 1).all() and (df.paper_dataset == 'ImageNet-1k').all()
+    assert df.command.str.contains("'trainable', False").tolist() == [False, False, True,
+        True] and (df.protocol == 1).all() and (df.paper_dataset == 'ImageNet-1k').all()
     np.testing.assert_allclose(df.overall, df.insertion - df.deletion, atol=1e-3)  # scores are kept with five digits
     assert (compare(df, 13, columns_of(13)).groupby('metric').n.sum() == 2).all()
     images = read_scores(p.out)
@@ -72,19 +78,24 @@ def test_top5_and_shots(lico_root):
     with torch.no_grad(): order = net(data.normalise(data.test.x)).argsort(1, descending=True)
     rank = (order == data.test.y[:, None]).float().argmax(1)
     mine = df[df.id == record['id']].iloc[0]
-    np.testing.assert_allclose([mine.accuracy_last, mine.top5], [100*(rank < k).float().mean() for k in (1, 5)], atol=0.21)  # ties
+    np.testing.assert_allclose([mine.accuracy_last, mine.top5], [100*(rank < k).float().mean() for k in (1, 5)],
+                               atol=0.21)  # ties
     c = compare(df, 2, ['accuracy_last', 'top5'])
     assert c.labels.tolist() == ['1-shot', 'all']*2 and set(c.printed_value) == {74.40, 92.12}
 
 
 def test_pairs_share_everything_but_the_method(lico_root):
-    "Runs of another length, image size or dataset are no partners, whatever their seeds; nor are images of another folder with the same last name."
+    """Runs of another length, image size or dataset are no partners, whatever their seeds; nor are images of
+    another folder with the same last name."""
     from PIL import Image
     folders, rng = [lico_root/'a'/'pets', lico_root/'b'/'pets'], np.random.default_rng(0)
-    for path in (f/part/name/f'{i}.png' for f in folders for part in ('train', 'test') for name in ('cat', 'dog') for i in range(4)):
+    for path in (f/part/name/f'{i}.png' for f in folders for part in ('train', 'test') for name in ('cat', 'dog')
+                 for i in range(4)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(path)
-    base = [TINY, replace(TINY, steps=2), replace(TINY, image_size=8), *(replace(TINY, dataset=f'folder:{f}', labels=4) for f in folders)]
-    df = rows_of(sweep([replace(r, method=m, seed=s) for r in base for m in ('CE', 'CE+OT') for s in (0, 1)], progress=False), 3)
+    base = [TINY, replace(TINY, steps=2), replace(TINY, image_size=8),
+            *(replace(TINY, dataset=f'folder:{f}', labels=4) for f in folders)]
+    df = rows_of(sweep([replace(r, method=m, seed=s) for r in base for m in ('CE', 'CE+OT') for s in (0, 1)],
+                       progress=False), 3)
     c = compare(df, 3)
     assert len(df) == 20 and c.n.tolist() == [2]*5 and c.dataset.tolist() == ['digits']*3 + ['folder:pets']*2

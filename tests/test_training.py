@@ -11,7 +11,8 @@ from lico.model import LICO, CrossEntropy
 from lico.text import PromptLearner, load_text_encoder
 from lico.training import DegenerateLossWarning, fit, load_checkpoint
 
-RUN = Run(labels=250, backbone='wrn_10_1', method='LICO', steps=14, evaluations=3, options=dict(ema=0.9, noise=0.1, dropout=0.5, tau_init=0.3))
+RUN = Run(labels=250, backbone='wrn_10_1', method='LICO', steps=14, evaluations=3,
+          options=dict(ema=0.9, noise=0.1, dropout=0.5, tau_init=0.3))
 
 CHILD = textwrap.dedent('''
     import os, sys, warnings
@@ -31,7 +32,8 @@ CHILD = textwrap.dedent('''
 
 
 def child(root, r):
-    return subprocess.Popen([sys.executable, '-c', CHILD.format(run=r)], env={**os.environ, 'LICO_ROOT': str(root)}, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, '-c', CHILD.format(run=r)], env={**os.environ, 'LICO_ROOT': str(root)},
+                            stdout=subprocess.PIPE, text=True)
 
 
 def outcome(root, monkeypatch):
@@ -84,7 +86,8 @@ def test_full_disk_while_training(tmp_path):
             fsync(fd)
         os.fsync = full
         run({run!r}'''))
-    p = subprocess.run([sys.executable, '-c', full.format(run=RUN)], env={**os.environ, 'LICO_ROOT': str(tmp_path)}, capture_output=True, text=True)
+    p = subprocess.run([sys.executable, '-c', full.format(run=RUN)], env={**os.environ, 'LICO_ROOT': str(tmp_path)},
+                       capture_output=True, text=True)
     assert p.returncode != 0
     assert p.stderr.strip().splitlines()[-1].startswith('OSError: cannot write ') and 'make room there and start again' in p.stderr.strip().splitlines()[-1]
     [checkpoint] = tmp_path.glob('data/runs/*/checkpoint.safetensors')
@@ -96,7 +99,8 @@ def test_damaged_checkpoint_is_set_aside(tmp_path):
     model = CrossEntropy(create_backbone('wrn_10_1', num_classes=10, image_size=16))
     (tmp_path/'checkpoint.safetensors').write_bytes(b'not a checkpoint')
     with pytest.warns(RuntimeWarning, match='is damaged'): fit(model, data, steps=1, folder=tmp_path, progress=False)
-    assert len(list(tmp_path.glob('checkpoint.safetensors.damaged-*'))) == 1 and load_checkpoint(tmp_path/'checkpoint.safetensors')[1]['step'] == 1
+    assert len(list(tmp_path.glob('checkpoint.safetensors.damaged-*'))) == 1 and load_checkpoint(tmp_path/
+        'checkpoint.safetensors')[1]['step'] == 1
 
 
 def test_fit_leaves_the_random_state(tmp_path):
@@ -135,11 +139,14 @@ def test_learning_on_real_digits():
     assert log[-1]['test_accuracy'] > 60 and log[-1]['ce'] < 0.6*log[0]['ce']
 
 
-@pytest.mark.parametrize('options, kind', [(dict(tau_init=1e6, tau='fixed'), 'uniform'), (dict(tau_init=0.3, tau='fixed', mm_text='raw', mm_rows='class', mm_features='pooled', alpha=1.), None)])
+@pytest.mark.parametrize('options, kind', [(dict(tau_init=1e6, tau='fixed'), 'uniform'),
+                                           (dict(tau_init=0.3, tau='fixed', mm_text='raw', mm_rows='class',
+                                                 mm_features='pooled', alpha=1.), None)])
 def test_degenerate_warning(options, kind):
     data = load('digits', labels=40)
     torch.manual_seed(0)
-    model = LICO(create_backbone('wrn_10_1', num_classes=10, image_size=16), PromptLearner(load_text_encoder('minilm'), data.class_names), LossOptions(**options))
+    model = LICO(create_backbone('wrn_10_1', num_classes=10, image_size=16),
+                 PromptLearner(load_text_encoder('minilm'), data.class_names), LossOptions(**options))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', DegenerateLossWarning)
         log = fit(model, data, steps=3, progress=False)
@@ -151,7 +158,8 @@ def test_released_preset_trains(lico_root):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         record = run(Run(labels=40, backbone='wrn_10_1', method='LICO', preset='released', steps=3), progress=False)
-    assert record['spec']['train']['batch_size'] == 128 and record['spec']['losses']['ot_grad'] == 'none' and record['mm'] > 0
+    assert record['spec']['train']['batch_size'] == 128 and record['spec']['losses']['ot_grad'] == 'none' and record[
+        'mm'] > 0
 
 
 def test_several_processes(tmp_path):
@@ -170,7 +178,8 @@ def test_several_processes(tmp_path):
         torch.save({k: v for k, v in model.named_parameters() if v.requires_grad}, f'{sys.argv[1]}/{rank}.pt')
     ''')
     (tmp_path/'child.py').write_text(code)
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(tmp_path/'child.py'), str(tmp_path)],
+    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone',
+                        str(tmp_path/'child.py'), str(tmp_path)],
                        env={**os.environ, 'ACCELERATE_USE_CPU': 'true'}, capture_output=True, text=True, timeout=240)
     assert p.returncode == 0, p.stderr[-2000:]
     a, b = (torch.load(tmp_path/f'{i}.pt') for i in (0, 1))

@@ -49,7 +49,8 @@ _ce, _lico = Arm('CE', 'CE', printed='baseline'), Arm('LICO')
 _cgc, _gcc = (Arm(m, m, printed=m) for m in ('CGC', 'GCC'))
 _maps, _terms = ('insertion', 'deletion'), tuple(Arm(m, m, printed=None) for m in ('CE+MM', 'CE+OT'))
 _with_cgc = Arm('CGC', 'CGC', printed='baseline', variant='CGC'), Arm('LICO+CGC', 'LICO+CGC', variant='CGC')
-_parts = Arm('CE', 'CE', printed='baseline', variant='CE'), *(Arm(m, m, variant=m) for m in ('CE+OT', 'CE+MM')), Arm('LICO', variant='CE+MM+OT')
+_parts = Arm('CE', 'CE', printed='baseline', variant='CE'), *(Arm(m, m, variant=m)
+    for m in ('CE+OT', 'CE+MM')), Arm('LICO', variant='CE+MM+OT')
 _imagenet, _birds, _grad_cam = 'ImageNet-1k', 'CUB-200', ('grad-cam',)
 TABLES = {  # of the paper, by number
     1: Table((_ce, _lico, *_with_cgc, *_terms), 'CE', (*_maps, 'overall'), stand_in=_imagenet),
@@ -57,24 +58,29 @@ TABLES = {  # of the paper, by number
     3: Table((_ce, _lico, *_terms), 'CE'),
     4: Table((_ce, _cgc, _lico), 'CE', stand_in=_birds),
     5: Table(_parts, 'CE', ('top1', 'top5', *_maps), saliency=_grad_cam, stand_in=_imagenet),
-    8: Table((_ce, _lico, *_terms), 'CE', ('pointing_game',), ('energy', 'sch'), dataset='MS-COCO-2017-val', trained_on=_imagenet, stand_in='MS-COCO-2017-val'),
+    8: Table((_ce, _lico, *_terms), 'CE', ('pointing_game',), ('energy', 'sch'), dataset='MS-COCO-2017-val',
+             trained_on=_imagenet, stand_in='MS-COCO-2017-val'),
     9: Table((_ce, _lico), 'CE', ('top1', *_maps), saliency=_grad_cam, stand_in=_imagenet)}
 
 # %% ../../nbs/evidence/17_arms.ipynb #973a8377
 _dynamic = tuple(Arm(f'DC {o}', options=dict(dynamic=o == 'on'), tag=f'DC={o}') for o in ('on', 'off'))
-_prompts = {'Learnable': dict(init=None, n_context=12, trainable=True), 'Fixed': dict(init='a photo of a', n_context=4, trainable=False),
+_prompts = {'Learnable': dict(init=None, n_context=12, trainable=True),
+            'Fixed': dict(init='a photo of a', n_context=4, trainable=False),
             'Random': dict(init=None, n_context=12, trainable=False)}
 _context = dict(n_context=12, trainable=True)  # Table 12: with which the encoders differ in nothing else, and the word vectors' arms in this
-_encoders = {'CLIP': ('clip', {}), 'BERT': ('bert', {}), 'BERT-ALIGN': ('align', {}), 'W2V': ('glove', dict(n_context=0)), 'W2V-P': ('glove', dict(trainable=False))}
+_encoders = {'CLIP': ('clip', {}), 'BERT': ('bert', {}), 'BERT-ALIGN': ('align', {}),
+             'W2V': ('glove', dict(n_context=0)), 'W2V-P': ('glove', dict(trainable=False))}
 _texts = tuple(Arm(k, text_encoder=enc, options=_context | o, tag=f'encoder={k}') for k, (enc, o) in _encoders.items())
 _minilm = Arm('MiniLM', text_encoder='minilm', options=_context, tag='encoder=BERT', stands_for='BERT')
 _tokens = tuple(Arm(f'{n} tokens', options=dict(n_context=n), tag=f'context_tokens={n}') for n in (0, 4, 8, 12, 16, 20))
 TABLES |= {
     6: Table(_tokens, '12 tokens', ('top1', 'top5', *_maps), saliency=_grad_cam, stand_in=_imagenet),
-    7: Table(tuple(Arm(o, options=dict(distance=o.lower()), tag=f'distance={o}') for o in ('Euclidean', 'Cosine')), 'Euclidean'),
+    7: Table(tuple(Arm(o, options=dict(distance=o.lower()), tag=f'distance={o}') for o in ('Euclidean', 'Cosine')),
+             'Euclidean'),
     10: Table(_dynamic, 'DC on'), 11: Table(_dynamic, 'DC on', stand_in=_birds),
     12: Table((Arm('CE', 'CE', printed='baseline', tag='encoder=None', options=_context), *_texts, _minilm), 'CE'),
-    13: Table(tuple(Arm(k, options=o, tag=f'prompt={k}') for k, o in _prompts.items()), 'Learnable', ('top1', *_maps), saliency=_grad_cam, stand_in=_imagenet)}
+    13: Table(tuple(Arm(k, options=o, tag=f'prompt={k}') for k, o in _prompts.items()), 'Learnable', ('top1', *_maps),
+              saliency=_grad_cam, stand_in=_imagenet)}
 
 # %% ../../nbs/evidence/17_arms.ipynb #36859a3b
 def arm_named(
@@ -93,7 +99,8 @@ def arm_of(
     fits = lambda a: a.method == r.method and a.options.items() <= dict(r.options).items() and a.text_encoder in (None, r.text_encoder)
     found = [a for a in TABLES[table].arms if fits(a)]
     if found: return found[0]
-    raise ValueError(f"{r} is of no arm of table {table}, which has {', '.join(a.label for a in TABLES[table].arms)}: make the runs with grid(p, {table})")
+    raise ValueError(f"{r} is of no arm of table {table}, which has "
+                     f"{', '.join(a.label for a in TABLES[table].arms)}: make the runs with grid(p, {table})")
 
 def arms_of(
     table: int,
@@ -101,10 +108,12 @@ def arms_of(
 ) -> list:
     "The arms of a table that a notebook asks for; all that the paper prints if none are named."
     names = p.arms if hasattr(p, 'arms') else p.methods
-    return [arm_named(table, n) for n in names] if names else [a for a in TABLES[table].arms if a.printed and not a.stands_for]
+    return [arm_named(table, n) for n in names] if names else [a for a in TABLES[table].arms if a.printed
+        and not a.stands_for]
 
 # %% ../../nbs/evidence/17_arms.ipynb #58c5389e
-_families = {'wrn': 'WRN', 'parn': 'PARN-18', 'resnet18': 'ResNet-18', 'resnet50': 'ResNet-50', 'vgg19': 'VGG-19', 'vit_base': 'ViT-B/16'}
+_families = {'wrn': 'WRN', 'parn': 'PARN-18', 'resnet18': 'ResNet-18', 'resnet50': 'ResNet-50', 'vgg19': 'VGG-19',
+             'vit_base': 'ViT-B/16'}
 
 def family(backbone: str):
     "The paper's name of a network; `None` if it has none."
@@ -115,7 +124,8 @@ def paper_dataset(
     table: int = None,  # in which it may stand for another dataset than it always does
     stand_in: str = None,  # what it stands for, if the settings do not know
 ) -> tuple:
-    "The paper's name of a dataset, and whether it is only a stand-in for it; (`None`, `True`) if it stands in for nothing."
+    """The paper's name of a dataset, and whether it is only a stand-in for it; (`None`, `True`) if it stands in for
+    nothing."""
     own = dataset_settings(name)
     if 'paper_name' in own: return own['paper_name'], False
     return stand_in or (TABLES[table].stand_in if table and 'stand_in' in own else '') or own.get('stand_in'), True
@@ -135,18 +145,22 @@ def printed_place(
     backbone: str,
     stand_in: bool,  # whether the row stands in for that dataset
 ) -> dict:
-    "The `size` and the `backbone` beside whose printed numbers a row of results belongs; `None` for what the table does not have."
+    """The `size` and the `backbone` beside whose printed numbers a row of results belongs; `None` for what the
+    table does not have."""
     places = [(k.size, k.backbone) for k in printed_numbers() if (k.table, k.dataset) == (table, dataset)]
     sizes, nets = ([*dict.fromkeys(o)] for o in zip(*places)) if places else ([], [])
     size, net = 'full' if labels == 'all' else labels, family(backbone)
     size = size if size in sizes else sizes[0] if stand_in and len(sizes) == 1 else None
-    return dict(size=size, backbone=net if net in nets else '' if '' in nets else nets[0] if nets and stand_in else None)
+    return dict(size=size, backbone=net if net in nets else '' if '' in nets else nets[0] if nets and stand_in
+                else None)
 
 # %% ../../nbs/evidence/17_arms.ipynb #7fe8b112
-_saliency = {'grad-cam': 'Grad-CAM', 'grad-cam++': 'Grad-CAM++', 'rise': 'RISE', 'score-cam': 'Score-CAM', 'group-cam': 'Group-CAM', 'xrai': 'XRAI'}  # -> as printed
+_saliency = {'grad-cam': 'Grad-CAM', 'grad-cam++': 'Grad-CAM++', 'rise': 'RISE', 'score-cam': 'Score-CAM',
+             'group-cam': 'Group-CAM', 'xrai': 'XRAI'}  # -> as printed
 
 def columns_of(table: int) -> list:
-    "The columns of results in which a table's metrics are found; before insertion the label's probability in the whole image, where its curve ends, and in the blurred one, where it begins."
+    """The columns of results in which a table's metrics are found; before insertion the label's probability in the
+    whole image, where its curve ends, and in the blurred one, where it begins."""
     metrics = ['accuracy_last' if m == 'top1' else m for m in TABLES[table].metrics]
     return [o for m in metrics for o in (('probability', 'blurred', m) if m == 'insertion' else (m,))]
 
@@ -158,14 +172,17 @@ def printed_as(
 ) -> Printed:
     "Where the paper prints an arm's number, if it does."
     variant = arm.variant
-    if METRICS[metric].of_maps: variant = (arm.variant if saliency == 'grad-cam' else None) if arm.variant else _saliency.get(saliency)
-    return Printed(table, dataset, method=arm.printed, tag=arm.tag, variant=variant, metric='top1' if metric.startswith('accuracy') else metric, **place)
+    if METRICS[metric].of_maps: variant = (arm.variant if saliency == 'grad-cam'
+                                           else None) if arm.variant else _saliency.get(saliency)
+    return Printed(table, dataset, method=arm.printed, tag=arm.tag, variant=variant,
+                   metric='top1' if metric.startswith('accuracy') else metric, **place)
 
 # %% ../../nbs/evidence/17_arms.ipynb #168993a3
 def _datasets(p, table):
     "The datasets asked for, else those of the paper that a table prints."
     if p.datasets: return p.datasets
-    names = dict.fromkeys([TABLES[table].trained_on] if TABLES[table].trained_on else [k.dataset for k in printed_numbers() if k.table == table])
+    names = dict.fromkeys([TABLES[table].trained_on] if TABLES[table].trained_on
+                          else [k.dataset for k in printed_numbers() if k.table == table])
     return [datasets_of_the_paper()[n] for n in names]
 
 def _of(p, name, dataset, default):
@@ -175,15 +192,18 @@ def _of(p, name, dataset, default):
     return [int(o) if o.strip().isdigit() else o.strip() for o in text.split(',')]
 
 def _networks_and_sizes(p, table, dataset):
-    "Pairs of a backbone and a number of labels; of those left open, the ones that the table prints for a dataset of the paper."
+    """Pairs of a backbone and a number of labels; of those left open, the ones that the table prints for a dataset
+    of the paper."""
     name, stand_in = paper_dataset(dataset, table, p.stand_in)
     name = None if table is None else printed_dataset(table, name, stand_in)
-    printed = {(k.size, k.backbone) for k in printed_numbers() if (k.table, k.dataset) == (table, name) and not stand_in}
+    printed = {(k.size, k.backbone) for k in printed_numbers() if (k.table, k.dataset) == (table, name)
+               and not stand_in}
     for b in _of(p, 'backbones', dataset, 'wrn_28_2'):
         for n in _of(p, 'labels', dataset, 'all'):
             place = printed_place(table, name, str(n), b, False)
             if printed and not p.backbones and place['backbone'] is None or printed and not p.labels and place['size'] is None: continue
-            if printed and not p.backbones and not p.labels and (place['size'], place['backbone']) not in printed: continue
+            if printed and not p.backbones and not p.labels and (place['size'],
+                place['backbone']) not in printed: continue
             yield b, n
 
 def _training(p, dataset):
@@ -192,7 +212,8 @@ def _training(p, dataset):
     epochs = p.epochs or (None if p.steps else parse_value(own.get('epochs', '')))
     given = getattr(p, 'pretrained', None)
     pretrained = parse_value(own.get('pretrained', 'no')) if given is None else given
-    return dict(steps=p.steps, epochs=epochs, pretrained=pretrained), {k: parse_value(v) for k, v in own.items() if k in OPTIONS and k != 'epochs'}
+    return dict(steps=p.steps, epochs=epochs, pretrained=pretrained), {k: parse_value(v) for k,
+        v in own.items() if k in OPTIONS and k != 'epochs'}
 
 # %% ../../nbs/evidence/17_arms.ipynb #d6bf102b
 def _size(n): return dict(shots=int(n.removesuffix('-shot'))) if str(n).endswith('-shot') else dict(labels=n)
@@ -208,14 +229,17 @@ def grid(
         name = dataset_name(d)  # a folder may hold a known dataset
         fields, own = _training(p, name)
         for b, n in _networks_and_sizes(p, table, name):
-            shared = dict(dataset=d, backbone=b, **_size(n), **fields, evaluations=p.evaluations, image_size=p.image_size, **fixed)
-            runs += [Run(**shared, preset=pre, method=a.method, seed=s, text_encoder=a.text_encoder or p.text_encoder, options={**own, **p.options, **a.options})
+            shared = dict(dataset=d, backbone=b, **_size(n), **fields, evaluations=p.evaluations,
+                          image_size=p.image_size, **fixed)
+            runs += [Run(**shared, preset=pre, method=a.method, seed=s, text_encoder=a.text_encoder or p.text_encoder,
+                         options={**own, **p.options, **a.options})
                      for pre in p.presets for a in arms for s in p.seeds]
     return runs
 
 # %% ../../nbs/evidence/17_arms.ipynb #a236e5b0
 def grade(r) -> str:
-    "What a row of results can show, one of `GRADES`: the paper's own dataset and network, other photographs, or digits."
+    """What a row of results can show, one of `GRADES`: the paper's own dataset and network, other photographs, or
+    digits."""
     own = dataset_settings(r.dataset)
     if parse_value(own.get('demonstration', 'no')): return 'demonstration'
     if not r.is_stand_in and r.backbone in own['backbones'].replace(' ', '').split(','): return "the paper's data"
@@ -225,8 +249,11 @@ def _beside(row, table):
     "What the paper prints beside a row of a comparison."
     name = printed_dataset(table, row.paper_dataset, row.is_stand_in)
     place = printed_place(table, name, row.labels, row.backbone, row.is_stand_in)
-    numbers = [printed_numbers().get(printed_as(table, arm_named(table, a), name, place, row.metric, getattr(row, 'saliency', None)), math.nan) for a in (row.reference, row.arm)]
-    return dict(table=table, printed_for=name, printed_backbone=None if np.isnan(numbers).all() else place['backbone'], printed_baseline=numbers[0], printed_value=numbers[1])
+    numbers = [printed_numbers().get(printed_as(table, arm_named(table, a), name, place, row.metric,
+                                                getattr(row, 'saliency', None)), math.nan)
+                                                for a in (row.reference, row.arm)]
+    return dict(table=table, printed_for=name, printed_backbone=None if np.isnan(numbers).all()
+                else place['backbone'], printed_baseline=numbers[0], printed_value=numbers[1])
 
 def compare(
     df: pd.DataFrame,  # from `read_results`
@@ -234,13 +261,19 @@ def compare(
     metric='accuracy_last',  # which column, a key of `METRICS`; or a list of them
     reference: str = None,  # the arm that is the baseline, if not the table's own
 ) -> pd.DataFrame:
-    "The reference of a table against its other arms, paired on seeds and splits, beside what the paper prints; one row a metric, setting and arm."
+    """The reference of a table against its other arms, paired on seeds and splits, beside what the paper prints;
+    one row a metric, setting and arm."""
     metrics, reference = [metric] if isinstance(metric, str) else list(metric), reference or TABLES[table].reference
-    if missing := {*metrics, 'dataset', 'seed', 'arm', 'paper_dataset'} - set(df): raise ValueError(f"the results have no {', '.join(sorted(missing))}: expected read_results(folder)")
+    if missing := {*metrics, 'dataset', 'seed', 'arm',
+                   'paper_dataset'} - set(df): raise ValueError(f"the results have no {', '.join(sorted(missing))}: "
+                                                                f"expected read_results(folder)")
     known, parts = conditions(df), []
     for m in metrics:
-        rows = known if METRICS[choose('metric', m, METRICS)].of_maps or m in ('probability', 'blurred') else known.drop_duplicates('id').drop(columns=['saliency', 'saliency_options', 'images'], errors='ignore')
+        rows = known if METRICS[choose('metric', m, METRICS)].of_maps or m in ('probability',
+            'blurred') else known.drop_duplicates('id').drop(columns=['saliency', 'saliency_options', 'images'],
+                errors='ignore')
         parts.append(paired(rows, [m], reference, keep=('paper_dataset', 'is_stand_in')))
     c = pd.concat(parts, ignore_index=True)
-    if c.empty: raise ValueError(f"nothing to compare: the results hold no seed at which both {reference} and another method were run, all else being equal")
+    if c.empty: raise ValueError(f"nothing to compare: the results hold no seed at which both {reference} and "
+                                 f"another method were run, all else being equal")
     return pd.concat([c, pd.DataFrame([_beside(r, table) for r in c.itertuples()])], axis=1)

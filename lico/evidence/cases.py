@@ -51,11 +51,13 @@ def trained_network(
 ) -> Network:
     "The network that a run left."
     data = load_data(run_of(record))
-    return Network(record['id'], load_backbone(record).to(device()), data.normalise, data.class_names, data.image_size, source=f'trained_network(run({run_of(record)!r}))')
+    return Network(record['id'], load_backbone(record).to(device()), data.normalise, data.class_names,
+                   data.image_size, source=f'trained_network(run({run_of(record)!r}))')
 
 # %% ../../nbs/evidence/18_cases.ipynb #f5e6942d
 def folded(net: nn.Module) -> nn.Module:
-    "The network, changed in place, with every batch normalisation that follows a convolution folded into it: the same function, in eval mode only."
+    """The network, changed in place, with every batch normalisation that follows a convolution folded into it: the
+    same function, in eval mode only."""
     from torch.nn.utils.fusion import fuse_conv_bn_eval
     children = list(net.named_children())
     for (a, conv), (b, bn) in zip(children, children[1:]):
@@ -77,11 +79,13 @@ def imagenet_network() -> Network:
     "EfficientNet-Lite0 trained on ImageNet-1k, as it is fastest on a CPU; its `id` is a digest of its weights."
     net, _, names = imagenet_classifier()
     sha = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in net.parameters())).hexdigest()
-    return Network(f'imagenet-{sha[:8]}', folded(net).to(device(), memory_format=torch.channels_last), _normalise, tuple(names), 224, _about, 'imagenet_network()')
+    return Network(f'imagenet-{sha[:8]}', folded(net).to(device(), memory_format=torch.channels_last), _normalise,
+                   tuple(names), 224, _about, 'imagenet_network()')
 
 # %% ../../nbs/evidence/18_cases.ipynb #0360594b
 def _in_turn(y, n):
-    "Positions of `n` of the labels `y`, one class after the other in turn, within a class in an order that looks random."
+    """Positions of `n` of the labels `y`, one class after the other in turn, within a class in an order that looks
+    random."""
     members = [by_hash((y == c).nonzero().flatten().tolist()) for c in y.unique()]
     turns = [m[i] for i in range(max(map(len, members))) for m in members if i < len(m)]
     return torch.tensor(turns[:n])
@@ -95,7 +99,8 @@ def test_images(
     if images > len(data.test): raise ValueError(f"images = {images}: {data.name} has {len(data.test)} test images")
     chosen = _in_turn(data.test.y, images)
     x = torch.cat(list(test_batches(data, data.test[chosen], 64)))
-    return Cases(trained_network(record), x, data.test.y[chosen], tuple(map(str, chosen.tolist())), source=f'test_images(run({run_of(record)!r}), {images})')
+    return Cases(trained_network(record), x, data.test.y[chosen], tuple(map(str, chosen.tolist())),
+                 source=f'test_images(run({run_of(record)!r}), {images})')
 
 # %% ../../nbs/evidence/18_cases.ipynb #3d2a07ac
 PHOTOGRAPHS = 'chelsea', 'coffee', 'rocket', 'astronaut', 'camera'  # scikit-image's
@@ -110,9 +115,11 @@ def _labelled_pictures(folder, n):
     "(name, PIL image, class) of `n` pictures of a folder with `labels.csv`."
     from PIL import Image
     if not (folder/'labels.csv').is_file():
-        raise FileNotFoundError(f"no {folder/'labels.csv'}: expected a table with the columns file and class_index, and the files in {folder/'images'}")
+        raise FileNotFoundError(f"no {folder/'labels.csv'}: expected a table with the columns file and class_index, "
+                                f"and the files in {folder/'images'}")
     labels = pd.read_csv(folder/'labels.csv')
-    if missing := {'file', 'class_index'} - set(labels): raise ValueError(f"{folder/'labels.csv'} has no column {' and no '.join(sorted(missing))}")
+    if missing := {'file', 'class_index'} - set(labels): raise ValueError(f"{folder/'labels.csv'} has no column "
+                                                                          f"{' and no '.join(sorted(missing))}")
     if n > len(labels): raise ValueError(f"images = {n}: {folder} has {len(labels)} pictures")
     chosen = labels.set_index('file').class_index.loc[by_hash(labels.file)[:n]]
     return [(name, Image.open(folder/'images'/name).convert('RGB'), int(c)) for name, c in chosen.items()]
@@ -132,8 +139,10 @@ def imagenet_cases(
     return Cases(_of_pictures(network, title), x, target, names, source=f'imagenet_cases({where!r}, {images})')
 
 def _of_pictures(network, title):
-    "The network with the pictures' name in its columns and in its id: what it is asked about is all that its rows differ in."
-    return Network(f'{network.id}-{title}', network.net, network.normalise, network.class_names, network.image_size, network.about | dict(dataset=title), network.source)
+    """The network with the pictures' name in its columns and in its id: what it is asked about is all that its rows
+    differ in."""
+    return Network(f'{network.id}-{title}', network.net, network.normalise, network.class_names, network.image_size,
+                   network.about | dict(dataset=title), network.source)
 
 # %% ../../nbs/evidence/18_cases.ipynb #be05e54e
 def _scene_cases(scenes, prepare, classes, n):
@@ -143,7 +152,8 @@ def _scene_cases(scenes, prepare, classes, n):
         scene = scenes[i]
         for label in scene.labels.unique().tolist():
             name = scenes.class_names[label]
-            if known := classes.get(name): found.append((f'{scene.name} {name}', prepare(scene.image), known, scene.of(label).numpy()))
+            if known := classes.get(name): found.append((f'{scene.name} {name}', prepare(scene.image), known,
+                                                         scene.of(label).numpy()))
         if n and len(found) >= n: return found[:n]
     return found
 
@@ -158,7 +168,8 @@ def on_scenes(
     "Scenes with known objects: one case for each class in a scene that the network knows."
     classes = classes or {name: (i,) for i, name in enumerate(network.class_names)}
     found = _scene_cases(scenes, network.normalise, classes, images)
-    if not found: raise ValueError(f"none of the {len(scenes)} scenes{f' of kind {kind!r}' if kind else ''} has an object of a class that the network knows: expected at least one")
+    if not found: raise ValueError(f"none of the {len(scenes)} scenes{f' of kind {kind!r}' if kind else ''} has an "
+                                   f"object of a class that the network knows: expected at least one")
     names, x, known, regions = zip(*found)
     x = torch.stack(x)
     with torch.no_grad(): logits = torch.cat([network.net(o.to(device())).cpu() for o in x.split(16)])
@@ -172,7 +183,8 @@ def _found(folder):
     return (folder if folder.exists() else root()/folder).resolve()
 
 def of_kind(scenes, kind: str):
-    "Those scenes that hold `one` object, several and all of the `same` class, or several `different` classes; all of them if `kind` is empty."
+    """Those scenes that hold `one` object, several and all of the `same` class, or several `different` classes; all
+    of them if `kind` is empty."""
     if not kind: return scenes
     counted = ((len(s.labels), len(s.labels.unique())) for s in scenes)
     fits = dict(one=lambda n, k: n == 1, same=lambda n, k: n > 1 and k == 1, different=lambda n, k: k > 1)[kind]
@@ -198,7 +210,8 @@ def coco(
 ) -> Cases:
     "The ImageNet classifier, on COCO's images of the categories that both know."
     folder = _found(folder)
-    return on_scenes(_of_pictures(imagenet_network(), folder.name), coco_in(folder), coco_to_imagenet(), images, source=f'coco({str(folder)!r}, {images})')
+    return on_scenes(_of_pictures(imagenet_network(), folder.name), coco_in(folder), coco_to_imagenet(), images,
+                     source=f'coco({str(folder)!r}, {images})')
 
 def scene_cases(
     record: dict,  # of a run on `lico.scenes.scene_dataset()` or on ImageNet-1k
@@ -206,9 +219,13 @@ def scene_cases(
     kind: str = '',  # of scenes: "one" object, several of the "same" class, of "different" classes
     folder: str = 'data/coco',  # for a network that knows ImageNet
 ) -> Cases:
-    "The network that a run left, on scenes that it has not seen: digit scenes for one trained on those, COCO for one that knows ImageNet."
+    """The network that a run left, on scenes that it has not seen: digit scenes for one trained on those, COCO for
+    one that knows ImageNet."""
     network, source = trained_network(record), f'scene_cases(run({run_of(record)!r}), {images}, {kind!r}, {str(folder)!r})'
-    if Path(record['run']['dataset']).name.startswith('digit-scenes'): return on_scenes(network, unseen_scenes(500, kind or 'one'), None, images, kind, source)
-    if len(network.class_names) == 1000: return on_scenes(network, coco_in(folder, network.image_size, kind), coco_to_imagenet(), images, kind, source)
-    raise ValueError(f"{record['dataset']} has {len(network.class_names)} classes: COCO's categories are found among ImageNet's 1,000, "
+    if Path(record['run']['dataset']).name.startswith('digit-scenes'): return on_scenes(network,
+        unseen_scenes(500, kind or 'one'), None, images, kind, source)
+    if len(network.class_names) == 1000: return on_scenes(network, coco_in(folder, network.image_size, kind),
+                                                          coco_to_imagenet(), images, kind, source)
+    raise ValueError(f"{record['dataset']} has {len(network.class_names)} classes: COCO's categories are found among "
+                     f"ImageNet's 1,000, "
                      "so pairs for COCO are trained on imagenet, others on digit-scenes")

@@ -40,8 +40,10 @@ _clip = "CLIP's weights"
 _ablation = f'{_imagenet}; gains of 0.1 point'
 CLAIMS = (
     Claim(1, "LICO's Grad-CAM maps are better at insertion", 'LICO', 'insertion', saliency='grad-cam', needs=_imagenet),
-    Claim(1, "LICO's Grad-CAM maps are better at insertion and deletion together", 'LICO', 'overall', saliency='grad-cam', needs=_imagenet),
-    Claim(1, "with CGC they are better at insertion than with CGC alone", 'LICO+CGC', 'insertion', saliency='grad-cam', against='CGC', needs=_imagenet),
+    Claim(1, "LICO's Grad-CAM maps are better at insertion and deletion together", 'LICO', 'overall',
+          saliency='grad-cam', needs=_imagenet),
+    Claim(1, "with CGC they are better at insertion than with CGC alone", 'LICO+CGC', 'insertion',
+          saliency='grad-cam', against='CGC', needs=_imagenet),
     Claim(2, "LICO costs no accuracy on ImageNet, it gains some", 'LICO', needs=_ablation),
     Claim(2, "CGC costs accuracy", 'CGC', sign=-1, needs=_imagenet),
     Claim(2, "GCC costs accuracy", 'GCC', sign=-1, needs=_imagenet),
@@ -53,13 +55,17 @@ CLAIMS = (
     Claim(5, "both together gain more than matching alone", 'LICO', against='CE+MM', needs=_ablation),
     Claim(6, "without context tokens accuracy is lost", '0 tokens', sign=-1, needs=_imagenet),
     Claim(7, "cosine distance is worse than Euclidean", 'Cosine', sign=-1, needs='CIFAR-10 whole, 200 epochs'),
-    Claim(8, "LICO's Grad-CAM maps point at the object more often", 'LICO', 'pointing_game', saliency='grad-cam', needs=_imagenet),
+    Claim(8, "LICO's Grad-CAM maps point at the object more often", 'LICO', 'pointing_game', saliency='grad-cam',
+          needs=_imagenet),
     Claim(9, "LICO gains accuracy with a vision transformer", 'LICO', needs='ViT-B/16 on ImageNet-1k'),
-    Claim(9, "and its Grad-CAM maps are better at insertion", 'LICO', 'insertion', saliency='grad-cam', needs='ViT-B/16 on ImageNet-1k'),
+    Claim(9, "and its Grad-CAM maps are better at insertion", 'LICO', 'insertion', saliency='grad-cam',
+          needs='ViT-B/16 on ImageNet-1k'),
     Claim(10, "without the dynamic context accuracy is lost", 'DC off', sign=-1, needs='CIFAR-10 whole, 200 epochs'),
     Claim(11, "without it accuracy is lost on fine-grained classes too", 'DC off', sign=-1, needs=_birds),
-    Claim(12, "a text encoder that never saw images (BERT) gains a little", 'MiniLM', needs="CIFAR-10 whole, 200 epochs, BERT's weights"),
-    Claim(12, "word vectors in a frozen random context lose accuracy", 'W2V-P', sign=-1, needs='CIFAR-10 whole, 200 epochs'),
+    Claim(12, "a text encoder that never saw images (BERT) gains a little", 'MiniLM',
+          needs="CIFAR-10 whole, 200 epochs, BERT's weights"),
+    Claim(12, "word vectors in a frozen random context lose accuracy", 'W2V-P', sign=-1,
+          needs='CIFAR-10 whole, 200 epochs'),
     Claim(12, "CLIP gains more", 'CLIP', needs=_clip),
     Claim(13, "frozen random prompts lose accuracy", 'Random', sign=-1, needs=_imagenet),
     Claim(13, "frozen words lose a little", 'Fixed', sign=-1, needs=_imagenet))
@@ -69,7 +75,8 @@ def folders(
     name: str,  # of a notebook: "table3", "language"
 ) -> list:
     "Where results of a notebook are kept."
-    return sorted(p.parent for p in (root()/'figures').glob(f'{name}*/results.csv') if p.parent.name.split('-')[0] == name)
+    return sorted(p.parent for p in (root()/'figures').glob(f'{name}*/results.csv')
+                  if p.parent.name.split('-')[0] == name)
 
 def blocks() -> dict:
     "{block of the programme: its rows} as far as they were run."
@@ -84,7 +91,8 @@ def _rows(claim):
 
 # %% ../../nbs/evidence/28_claims.ipynb #64f6bfe3
 def _differences(claim, df):
-    "The paired differences in the direction of a claim, a dictionary {(preset, setting): differences and what is known of them}."
+    """The paired differences in the direction of a claim, a dictionary {(preset, setting): differences and what is
+    known of them}."""
     if claim.metric not in df: return {}
     df = conditions(df[df.method != 'pretrained']).dropna(subset=[claim.metric])
     if claim.saliency: df = df[df.saliency == claim.saliency]
@@ -95,22 +103,26 @@ def _differences(claim, df):
         if r.arm != claim.arm: continue
         d = towards*(o[claim.metric] - o[f'{claim.metric}_base']).to_numpy(float).round(9)
         where = grade(r) if grade(r) != GRADES[0] or not math.isnan(_printed(claim, r)) else GRADES[1]  # the paper's data, of another table
-        found[r.preset, r.dataset, r.labels, r.backbone] = dict(d=d, grade=where, row=r, failed=float(o.failed.mean()), active=1 - float(o.inactive.mean()) if r.method == 'LICO' else math.nan)
+        found[r.preset, r.dataset, r.labels, r.backbone] = dict(d=d, grade=where, row=r,
+            failed=float(o.failed.mean()), active=1 - float(o.inactive.mean()) if r.method == 'LICO' else math.nan)
     return found
 
 def _printed(claim, r):
     "The gain that the paper prints for a row's setting, in the direction of the claim; not a number if it prints none."
     name = printed_dataset(claim.table, *paper_dataset(r.dataset, claim.table))
     place = printed_place(claim.table, name, r.labels, r.backbone, False)
-    number = lambda arm: printed_numbers().get(printed_as(claim.table, arm_named(claim.table, arm), name, place, claim.metric, claim.saliency), math.nan)
+    number = lambda arm: printed_numbers().get(printed_as(claim.table, arm_named(claim.table, arm), name, place,
+                                                          claim.metric, claim.saliency), math.nan)
     return claim.sign*(-1 if METRICS[claim.metric].lower_is_better else 1)*(number(claim.arm) - number(claim.reference))
 
 def _printed_anywhere(claim):
     "The smallest and the largest gain that the paper prints for a claim, in its direction."
     one, other = (arm_named(claim.table, a) for a in (claim.arm, claim.reference))
     places = {(k.dataset, k.size, k.backbone) for k in printed_numbers() if k.table == claim.table}
-    number = lambda arm, d, s, b: printed_numbers().get(printed_as(claim.table, arm, d, dict(size=s, backbone=b), claim.metric, claim.saliency), math.nan)
-    gains = [claim.sign*(-1 if METRICS[claim.metric].lower_is_better else 1)*(number(one, *p) - number(other, *p)) for p in places]
+    number = lambda arm, d, s, b: printed_numbers().get(printed_as(claim.table, arm, d, dict(size=s, backbone=b),
+        claim.metric, claim.saliency), math.nan)
+    gains = [claim.sign*(-1 if METRICS[claim.metric].lower_is_better else 1)*(number(one, *p) - number(other, *p))
+             for p in places]
     gains = [round(g, 2) for g in gains if not math.isnan(g)]
     return (min(gains), max(gains)) if gains else None
 
@@ -132,23 +144,31 @@ def _row(claim, preset, where, settings):
     "What one preset says of a claim on one grade of evidence."
     e, rows = estimate(*(o['d'] for o in settings)), [o['row'] for o in settings]
     gains = [g for g in (_printed(claim, r) for r in rows) if not math.isnan(g)]
-    return dict(table=claim.table, claim=claim.says, metric=claim.metric, preset=preset, where=where, settings=len(settings), seeds=min(len(o['d']) for o in settings), n=e.n,
-                data=', '.join(f'{r.dataset} {r.labels}' for r in rows), printed=sum(gains)/len(gains) if gains else math.nan, difference=e.mean, half_width=e.half_width, p=e.p(),
-                active=sum(o['active'] for o in settings)/len(settings), failed=sum(o['failed'] for o in settings)/len(settings), margin=min(_smallest(claim, r) for r in rows),
+    return dict(table=claim.table, claim=claim.says, metric=claim.metric, preset=preset, where=where,
+                settings=len(settings), seeds=min(len(o['d']) for o in settings), n=e.n,
+                data=', '.join(f'{r.dataset} {r.labels}' for r in rows),
+                printed=sum(gains)/len(gains) if gains else math.nan, difference=e.mean, half_width=e.half_width,
+                p=e.p(),
+                active=sum(o['active'] for o in settings)/len(settings),
+                failed=sum(o['failed'] for o in settings)/len(settings), margin=min(_smallest(claim, r) for r in rows),
                 folders=', '.join(sorted({o['folder'] for o in settings})), estimate=e)
 
 def claim_rows() -> pd.DataFrame:
-    "One row a claim and preset on its best grade of evidence; a claim of which nothing is known has one row with what it needs."
+    """One row a claim and preset on its best grade of evidence; a claim of which nothing is known has one row with
+    what it needs."""
     rows = []
     for c in CLAIMS:
         found = {k: list(v.values()) for k, v in _measured(c).items() if k[1] != 'demonstration'}
         best = min((GRADES.index(g) for _, g in found), default=None)
         own = [_row(c, preset, g, o) for (preset, g), o in found.items() if GRADES.index(g) == best]
         rows += own or [dict(table=c.table, claim=c.says, metric=c.metric, where='not testable here', needs=c.needs)]
-    df = pd.DataFrame(rows).reindex(columns=['table', 'claim', 'metric', 'preset', 'where', 'settings', 'seeds', 'n', 'data', 'printed', 'difference', 'half_width', 'p', 'active', 'failed', 'margin', 'folders', 'needs', 'estimate'])
+    df = pd.DataFrame(rows).reindex(columns=['table', 'claim', 'metric', 'preset', 'where', 'settings', 'seeds', 'n',
+                                             'data', 'printed', 'difference', 'half_width', 'p', 'active', 'failed',
+                                             'margin', 'folders', 'needs', 'estimate'])
     papers = df['where'] == GRADES[0]
     df.loc[papers, 'p_holm'] = holm(df[papers].p)
-    said = [verdict(r.estimate, r.p_holm if r.where == GRADES[0] else r.p, r.margin, r.where, r.failed) if r.where in GRADES else '' for r in df.itertuples()]
+    said = [verdict(r.estimate, r.p_holm if r.where == GRADES[0] else r.p, r.margin, r.where, r.failed)
+            if r.where in GRADES else '' for r in df.itertuples()]
     return df.assign(verdict=said).drop(columns='estimate')
 
 # %% ../../nbs/evidence/28_claims.ipynb #58c29313
@@ -160,10 +180,15 @@ def claims_table(
     own = rows[rows['where'] == where]
     if own.empty: return 'None.'
     if where not in GRADES:
-        shown = [dict(table=r.table, claim=r.claim, printed=_between(next(_printed_anywhere(c) for c in CLAIMS if c.says == r.claim)), **{'it would take': r.needs}) for r in own.itertuples()]
+        shown = [dict(table=r.table, claim=r.claim,
+                      printed=_between(next(_printed_anywhere(c) for c in CLAIMS if c.says == r.claim)),
+                      **{'it would take': r.needs}) for r in own.itertuples()]
     else:
-        shown = [dict(table=r.table, claim=r.claim, preset=r.preset, data=r.data, printed='—' if math.isnan(r.printed) else f'{r.printed:+.2f}', measured=signed(r.difference, r.half_width), n=f'{r.seeds:.0f} × {r.settings:.0f}',
-                      active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}', verdict=r.verdict) for r in own.itertuples()]
+        shown = [dict(table=r.table, claim=r.claim, preset=r.preset, data=r.data,
+                      printed='—' if math.isnan(r.printed) else f'{r.printed:+.2f}',
+                      measured=signed(r.difference, r.half_width), n=f'{r.seeds:.0f} × {r.settings:.0f}',
+                      active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}',
+                      verdict=r.verdict) for r in own.itertuples()]
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
 
 def _between(ends):
@@ -173,7 +198,8 @@ def _between(ends):
 
 # %% ../../nbs/evidence/28_claims.ipynb #09a613bf
 def _numbers_of(n, rows):
-    "The printed numbers that stand beside rows, each a tuple (paper's dataset, stands in?, labels, backbone, arm, saliency, metrics)."
+    """The printed numbers that stand beside rows, each a tuple (paper's dataset, stands in?, labels, backbone, arm,
+    saliency, metrics)."""
     found = set()
     for name, stand_in, labels, backbone, arm, saliency, metrics in rows:
         name = printed_dataset(n, name, stand_in)
@@ -185,14 +211,16 @@ def _runnable(n):
     "The numbers that the profile `paper` of a table's notebook gives."
     p = parameters(f'table{n}', dict(profile='paper', out=''))
     labels = lambda r: f'{r.shots}-shot' if r.shots else 'all' if r.labels is None else str(r.labels)
-    rows = {(*paper_dataset(r.dataset, n), labels(r), r.backbone, arm_of(n, r).label, s, tuple(columns_of(n))) for r in grid(p, n) for s in p.saliency or TABLES[n].saliency or (None,)}
+    rows = {(*paper_dataset(r.dataset, n), labels(r), r.backbone, arm_of(n, r).label, s, tuple(columns_of(n)))
+            for r in grid(p, n) for s in p.saliency or TABLES[n].saliency or (None,)}
     return _numbers_of(n, [o for o in rows if not o[1]])
 
 def _is_the_papers(n, r):
     "Whether a stored row is of the paper's data, protocol, network and text encoder."
     encoder = getattr(r, 'text_encoder', None)
     reads = isinstance(encoder, str)
-    return grade(r) == GRADES[0] and r.profile == 'paper' and not arm_named(n, r.arm).stands_for and (not reads or bool(arm_named(n, r.arm).text_encoder) or encoder.startswith('clip'))
+    return grade(r) == GRADES[0] and r.profile == 'paper' and not arm_named(n,
+        r.arm).stands_for and (not reads or bool(arm_named(n, r.arm).text_encoder) or encoder.startswith('clip'))
 
 def coverage() -> pd.DataFrame:
     "One row a table: how many numbers are printed, runnable, measured on the paper's data, stood in for."
@@ -203,8 +231,10 @@ def coverage() -> pd.DataFrame:
             df = read_results(f)
             for r in df[df.arm.isin(arms)].itertuples():
                 metrics = tuple(m for m in METRICS if not pd.isna(getattr(r, m, None)))
-                stored[_is_the_papers(n, r)].append((r.paper_dataset, r.is_stand_in, r.labels, r.backbone, r.arm, getattr(r, 'saliency', None), metrics))
-        rows.append(dict(table=n, printed=len(results(n)), runnable=len(_runnable(n)), measured=len(_numbers_of(n, stored[True])), stand_in=len(_numbers_of(n, stored[False]))))
+                stored[_is_the_papers(n, r)].append((r.paper_dataset, r.is_stand_in, r.labels, r.backbone, r.arm,
+                                                     getattr(r, 'saliency', None), metrics))
+        rows.append(dict(table=n, printed=len(results(n)), runnable=len(_runnable(n)),
+                         measured=len(_numbers_of(n, stored[True])), stand_in=len(_numbers_of(n, stored[False]))))
     return pd.DataFrame(rows).set_index('table')
 
 # %% ../../nbs/evidence/28_claims.ipynb #82a3d204
@@ -214,7 +244,9 @@ def readme_table(
     "The claims tested on the paper's data, five narrow columns."
     own = rows[rows['where'] == GRADES[0]]
     if own.empty: return 'None so far.'
-    return pd.DataFrame([{'claim (table)': f'{r.claim.split(",")[0]} ({r.table})', 'preset': r.preset, 'points': signed(r.difference, r.half_width), 'seeds': f'{r.seeds:.0f} × {r.settings:.0f}', 'verdict': r.verdict}
+    return pd.DataFrame([{'claim (table)': f'{r.claim.split(",")[0]} ({r.table})', 'preset': r.preset,
+                          'points': signed(r.difference, r.half_width), 'seeds': f'{r.seeds:.0f} × {r.settings:.0f}',
+                          'verdict': r.verdict}
                          for r in own.itertuples()]).to_markdown(index=False, disable_numparse=True)
 
 def coverage_sentence(
@@ -222,6 +254,10 @@ def coverage_sentence(
     rows: pd.DataFrame,  # from `claim_rows`
 ) -> str:
     "How many claims and numbers of the paper could be tested, and how many could not."
-    total, by = n[['printed', 'runnable', 'measured', 'stand_in']].sum(), rows.drop_duplicates(['table', 'claim'])['where'].value_counts()
-    return (f"Of 24 claims {by.get(GRADES[0], 0)} could be tested on the paper's data, {by.get(GRADES[1], 0)} were seen on other natural images, {by.get('not testable here', 0)} are not testable here ([why](paper.ipynb)). "
-            f"Of {total.printed} printed numbers {total.runnable} have a notebook that gives them with `-p profile paper`; beside {total.stand_in} stands a number measured on a stand-in.")
+    total, by = n[['printed', 'runnable', 'measured', 'stand_in']].sum(), rows.drop_duplicates(['table',
+        'claim'])['where'].value_counts()
+    return (f"Of 24 claims {by.get(GRADES[0], 0)} could be tested on the paper's data, {by.get(GRADES[1], 0)} were "
+            f"seen on other natural images, {by.get('not testable here', 0)} are not testable here "
+            f"([why](paper.ipynb)). "
+            f"Of {total.printed} printed numbers {total.runnable} have a notebook that gives them with `-p profile "
+            f"paper`; beside {total.stand_in} stands a number measured on a stand-in.")

@@ -52,7 +52,8 @@ SCORERS = dict(  # metric -> what it gives for a batch of cases, [b]
     energy=_where(lambda maps, regions: 100*energy_pointing_game(maps, boxes_of(regions))),
     sch=_where(lambda maps, regions: 100*energy_pointing_game(maps, regions)),
     mosu=_where(mosu, several=True),
-    ses=lambda c: 100*ses(c.explain, c.x, torch.cat([random_affine(1, seed=derive_seed('ses', name)) for name in c.names])))
+    ses=lambda c: 100*ses(c.explain, c.x,
+                          torch.cat([random_affine(1, seed=derive_seed('ses', name)) for name in c.names])))
 OF_PLACES = ('pointing_game', 'pointing_mask', 'energy', 'sch', 'mosu')  # those that need to know where objects are
 
 # %% ../../nbs/evidence/19_map_scores.ipynb #8d131fc9
@@ -63,11 +64,14 @@ def _chunk(cases, index, saliency, metrics, batch_size, options):
     began = time.perf_counter()
     maps = make(x)
     seconds = (time.perf_counter() - began)/len(index)
-    c = SimpleNamespace(net=net, x=x, target=target, maps=maps.cpu(), explain=lambda z: maps if z is x else make(z), batch_size=batch_size,
-                        names=[cases.names[i] for i in index], regions=cases.regions and [cases.regions[i] for i in index])
+    c = SimpleNamespace(net=net, x=x, target=target, maps=maps.cpu(), explain=lambda z: maps if z is x else make(z),
+                        batch_size=batch_size,
+                        names=[cases.names[i] for i in index],
+                        regions=cases.regions and [cases.regions[i] for i in index])
     @torch.no_grad()
     def probability(x): return 100*net(x).softmax(1).gather(1, target[:, None])[:, 0].cpu().numpy()
-    df = pd.DataFrame(dict(image=c.names, target=target.tolist(), probability=probability(x), **{m: SCORERS[m](c).cpu().numpy() for m in metrics}))
+    df = pd.DataFrame(dict(image=c.names, target=target.tolist(), probability=probability(x),
+                           **{m: SCORERS[m](c).cpu().numpy() for m in metrics}))
     if 'insertion' in metrics: df['blurred'] = probability(blurred(x))
     if {'insertion', 'deletion'} <= set(metrics): df['overall'] = df.insertion - df.deletion
     return df.assign(constant=(c.maps.flatten(1).amax(1) == c.maps.flatten(1).amin(1)).numpy(), seconds=seconds)
@@ -88,7 +92,8 @@ def _weights(network):
 def _contents(cases):
     "A digest of each case: its name (which seeds what is random), image, class and regions."
     regions = cases.regions or [np.zeros(0)]*len(cases)
-    return [_sha(name, x.numpy(), str(int(y)), np.asarray(r)) for name, x, y, r in zip(cases.names, cases.x.cpu(), cases.target, regions)]
+    return [_sha(name, x.numpy(), str(int(y)), np.asarray(r)) for name, x, y,
+            r in zip(cases.names, cases.x.cpu(), cases.target, regions)]
 
 def _file(cases, saliency, metrics, options):
     key = _sha(json.dumps([saliency, sorted(metrics), sorted(options.items()), MEASURING_PROTOCOL]))
@@ -98,7 +103,8 @@ def _check(cases, saliency, metrics):
     "Refuse a method or metric that does not exist, or that these cases cannot be scored with."
     choose('saliency method', saliency, METHODS)
     for m in metrics:
-        if choose('metric', m, SCORERS) in OF_PLACES and cases.regions is None: raise ValueError(f"{m} needs images with known objects: scene_cases or coco give such cases")
+        if choose('metric', m, SCORERS) in OF_PLACES and cases.regions is None: raise ValueError(
+            f"{m} needs images with known objects: scene_cases or coco give such cases")
 
 def scores(
     cases: Cases,
@@ -108,7 +114,8 @@ def scores(
     progress: bool = True,
     **options,  # of the saliency method
 ) -> pd.DataFrame:
-    "One row a case: image, target, its probability, the metrics and `overall` in percent, whether the map is constant, seconds for the map."
+    """One row a case: image, target, its probability, the metrics and `overall` in percent, whether the map is
+    constant, seconds for the map."""
     _check(cases, saliency, metrics)
     path, wanted = _file(cases, saliency, metrics, options), _contents(cases)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +124,9 @@ def scores(
         chunks = [range(i, min(i + 8, len(cases))) for i in range(0, len(cases), 8)]  # always the same ones, so that what is random does not depend on what was there
         missing = [list(c) for c in chunks if not {wanted[i] for i in c} <= set(done.case)]
         for index in tqdm(missing, f'{saliency}, 8 images', unit='step', delay=2, leave=False, disable=not progress):
-            rows = _chunk(cases, index, saliency, metrics, batch_size, options).assign(case=[wanted[i] for i in index], **{k: stamp()[k] for k in ('hardware', 'instructions', 'torch')})
+            rows = _chunk(cases, index, saliency, metrics, batch_size,
+                          options).assign(case=[wanted[i] for i in index],
+                                          **{k: stamp()[k] for k in ('hardware', 'instructions', 'torch')})
             done = pd.concat([done, rows]).drop_duplicates('case', keep='last') if len(done) else rows
             write_atomic(path, done.to_csv(index=False, float_format='%.5g'))
         return pd.read_csv(path, dtype=dict(image=str)).set_index('case').loc[wanted].reset_index(drop=True)
@@ -131,7 +140,9 @@ def saliency_options(
     for item in filter(None, map(str.strip, str(text or '').split(','))):
         method, dot, rest = item.partition('.')
         name, equals, value = rest.partition('=')
-        if not (dot and equals and name and value): raise ValueError(f"saliency_options = {text!r}: expected METHOD.NAME=VALUE, such as rise.n_masks=500, smoothgrad.samples=25")
+        if not (dot and equals and name
+                and value): raise ValueError(f"saliency_options = {text!r}: expected METHOD.NAME=VALUE, such as "
+                                             f"rise.n_masks=500, smoothgrad.samples=25")
         found.setdefault(choose('saliency method', method, METHODS), {})[name.strip()] = parse_value(value)
     return found
 
@@ -140,10 +151,14 @@ def _means(df, cases, saliency, options, metrics):
     "One row: what the scores of `cases` come to."
     shown = [m for m in ('probability', 'blurred', *metrics, 'overall') if m in df]
     call = f"score([{cases.source}], [{saliency!r}], {tuple(metrics)}, {dict([(saliency, options)])})"
-    return dict(cases.network.about, id=cases.network.id, **({'kind': cases.kind} if cases.kind else {}), saliency=saliency,
-                saliency_options=', '.join(f'{k}={v}' for k, v in sorted(options.items())), images=len(df), **df[shown].mean().to_dict(), constant=int(df.constant.sum()),
-                measured_by=f'python -c "from lico.evidence.cases import *; from lico.evidence.map_scores import *; from lico.experiments import *; print({call}[0])"',
-                map_seconds=df.seconds.median(), measuring_protocol=MEASURING_PROTOCOL, measured_on=', '.join(sorted(set(df.hardware + ', ' + df.instructions))))
+    return dict(cases.network.about, id=cases.network.id, **({'kind': cases.kind} if cases.kind else {}),
+                saliency=saliency,
+                saliency_options=', '.join(f'{k}={v}' for k, v in sorted(options.items())), images=len(df),
+                **df[shown].mean().to_dict(), constant=int(df.constant.sum()),
+                measured_by=f'python -c "from lico.evidence.cases import *; from lico.evidence.map_scores import *; '
+                            f'from lico.experiments import *; print({call}[0])"',
+                map_seconds=df.seconds.median(), measuring_protocol=MEASURING_PROTOCOL,
+                measured_on=', '.join(sorted(set(df.hardware + ', ' + df.instructions))))
 
 def score(
     all_cases,  # an iterable of `Cases`; they are made one by one

@@ -32,7 +32,8 @@ def _as_printed(r):
     text = r['value'] + (f" ± {r['std']}" if r['std'] else '')
     return f'**{text}**' if r['bold'] == '1' else text
 
-def _joined(columns): return pd.concat(columns, axis=1).agg(' '.join, axis=1).str.replace(r'\s+', ' ', regex=True).str.strip()
+def _joined(columns): return pd.concat(columns, axis=1).agg(' '.join, axis=1).str.replace(r'\s+', ' ',
+    regex=True).str.strip()
 
 def printed_table(table: int) -> str:
     "A table of the paper as Markdown: one row a model, one column a setting and metric."
@@ -40,7 +41,8 @@ def printed_table(table: int) -> str:
     t = pd.read_csv(_numbers, dtype=str, keep_default_na=False).query(f'table == "{table}"')
     variants = [t.variant] if t.groupby('metric').variant.nunique().gt(1).any() else []
     metrics = [t.metric] if t.metric.nunique() > 1 else []
-    t = t.assign(row=_joined([t.backbone, t.method, t.tag, *variants]), column=_joined([t.dataset, t['size'], *metrics]), text=t.apply(_as_printed, axis=1))
+    t = t.assign(row=_joined([t.backbone, t.method, t.tag, *variants]),
+                 column=_joined([t.dataset, t['size'], *metrics]), text=t.apply(_as_printed, axis=1))
     t = t.pivot(index='row', columns='column', values='text').reindex(index=t.row.unique(), columns=t.column.unique())
     return t.fillna('').to_markdown()
 
@@ -61,7 +63,8 @@ class Printed:
 def printed_numbers() -> dict:
     "{`Printed`: the number}, 271 of them."
     rows = pd.read_csv(_numbers, dtype=str, keep_default_na=False).itertuples()
-    return {Printed(int(r.table), r.dataset, r.backbone, r.method, r.size or 'full', r.tag, r.variant, r.metric): float(r.value) for r in rows}
+    return {Printed(int(r.table), r.dataset, r.backbone, r.method, r.size or 'full', r.tag, r.variant,
+                    r.metric): float(r.value) for r in rows}
 
 def printed_number(
     *args, **fields,  # of `Printed`

@@ -60,8 +60,11 @@ BLOCKS = {
     'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smallest setting"),
     'B': Block('cifar10', 'wrn_28_2', 250, _all, 10, _maps, 300, says='the same with more labels, and maps'),
     'C': Block('cifar100-part', 'wrn_28_2', 400, _few, 10, says='many classes, where meaning could matter'),
-    'D': Block('cifar10', 'wrn_28_2', 4000, ('CE', 'paper', 'repaired', 'repaired-shuffled'), 5, _maps, 300, says='many labels'),
-    'E': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None, ('CE', 'paper', 'repaired', 'repaired-shuffled', 'semantic', 'CGC'), 5, _maps, 200, says="photographs, a network with ImageNet's weights, maps with boxes")}
+    'D': Block('cifar10', 'wrn_28_2', 4000, ('CE', 'paper', 'repaired', 'repaired-shuffled'), 5, _maps, 300,
+               says='many labels'),
+    'E': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None,
+               ('CE', 'paper', 'repaired', 'repaired-shuffled', 'semantic', 'CGC'), 5, _maps, 200,
+               says="photographs, a network with ImageNet's weights, maps with boxes")}
 
 def block_runs(
     name: str,  # a key of `BLOCKS`
@@ -72,7 +75,8 @@ def block_runs(
     "The runs of a block, all arms of a seed together, so that a block that is stopped has whole seeds."
     b = BLOCKS[choose('block', name, BLOCKS)]
     options = lambda a: {} if a.class_text == 'names' else dict(class_text=a.class_text)
-    return [Run(dataset=dataset, labels=b.labels, backbone=b.backbone, method=ARMS[a].method, preset=ARMS[a].preset, seed=s, options=options(ARMS[a]), **fixed)
+    return [Run(dataset=dataset, labels=b.labels, backbone=b.backbone, method=ARMS[a].method, preset=ARMS[a].preset,
+                seed=s, options=options(ARMS[a]), **fixed)
             for s in (range(b.seeds) if seeds is None else seeds) for a in b.arms]
 
 def arm_name(r: Run) -> str:
@@ -93,23 +97,29 @@ PRIMARY = (Contrast('right names beat shuffled names (repaired)', 'repaired', 'r
            Contrast("LICO as printed beats cross-entropy", 'paper', 'CE'),
            Contrast('LICO repaired beats cross-entropy', 'repaired', 'CE'),
            Contrast('LICO semantic beats cross-entropy', 'semantic', 'CE'))
-SECONDARY = (Contrast('supervised contrast beats cross-entropy', 'CE+SupCon', 'CE'), Contrast('label smoothing beats cross-entropy', 'CE+LS', 'CE'),
-             Contrast('transport alone beats cross-entropy', 'CE+OT', 'CE'), Contrast('LICO repaired beats supervised contrast', 'repaired', 'CE+SupCon'),
-             Contrast('right names beat invented words (repaired)', 'repaired', 'repaired-random'), Contrast('shuffled names beat cross-entropy (repaired)', 'repaired-shuffled', 'CE'))
+SECONDARY = (Contrast('supervised contrast beats cross-entropy', 'CE+SupCon', 'CE'),
+             Contrast('label smoothing beats cross-entropy', 'CE+LS', 'CE'),
+             Contrast('transport alone beats cross-entropy', 'CE+OT', 'CE'),
+             Contrast('LICO repaired beats supervised contrast', 'repaired', 'CE+SupCon'),
+             Contrast('right names beat invented words (repaired)', 'repaired', 'repaired-random'),
+             Contrast('shuffled names beat cross-entropy (repaired)', 'repaired-shuffled', 'CE'))
 
 def smallest(block: str) -> float:
     "The smallest difference in accuracy that matters in a block: 1 point at up to 250 labels, else half of one."
     return 1. if (BLOCKS[block].labels or 10**6) <= 250 else METRICS['accuracy_last'].smallest
 
 def _differences(df, contrast, metric):
-    "The paired differences of a contrast in the rows of one block; and the shares of the arm's runs whose training failed and whose matching was active."
-    found = [o for o in pairs(conditions(df).dropna(subset=[metric]), contrast.reference) if o.arm.iloc[0] == contrast.arm]
+    """The paired differences of a contrast in the rows of one block; and the shares of the arm's runs whose
+    training failed and whose matching was active."""
+    found = [o for o in pairs(conditions(df).dropna(subset=[metric]), contrast.reference)
+             if o.arm.iloc[0] == contrast.arm]
     if not found: return None
     o = found[0]
     active = 1 - o.inactive.mean() if ARMS[contrast.arm].method == 'LICO' else math.nan
     return (o[metric] - o[f'{metric}_base']).to_numpy(float).round(9), float(o.failed.mean()), float(active)
 
-_columns = ['contrast', 'of', 'block', 'settings', 'n', 'difference', 'half_width', 'p', 'margin', 'failed', 'active', 'differences', 'estimate']
+_columns = ['contrast', 'of', 'block', 'settings', 'n', 'difference', 'half_width', 'p', 'margin', 'failed', 'active',
+            'differences', 'estimate']
 
 def contrast_rows(
     blocks: dict,  # block -> its rows of results
@@ -117,7 +127,8 @@ def contrast_rows(
     metric: str = 'accuracy_last',
     family: bool = True,  # are they the declared family, with verdicts?
 ) -> pd.DataFrame:
-    "One row a contrast over all blocks that have it, and one a block below: mean, interval, p values; the verdict of the pooled one."
+    """One row a contrast over all blocks that have it, and one a block below: mean, interval, p values; the verdict
+    of the pooled one."""
     rows = []
     for c in contrasts:
         found = {k: d for k, df in blocks.items() if (d := _differences(df, c, metric))}
@@ -125,8 +136,10 @@ def contrast_rows(
             groups = [found[k] for k in found if where in ('all', k)]
             e, margin = estimate(*(g[0] for g in groups)), min(smallest(k) for k in found if where in ('all', k))
             failed, active = (sum(g[i] for g in groups)/len(groups) for i in (1, 2))
-            rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n, difference=e.mean, half_width=e.half_width, p=e.p(),
-                             margin=margin, failed=failed, active=active, differences=[float(d) for g in groups for d in g[0]], estimate=e))
+            rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n,
+                             difference=e.mean, half_width=e.half_width, p=e.p(),
+                             margin=margin, failed=failed, active=active,
+                             differences=[float(d) for g in groups for d in g[0]], estimate=e))
     df = pd.DataFrame(rows, columns=_columns)
     return _with_verdicts(df) if family else df.drop(columns='estimate')
 
@@ -142,9 +155,12 @@ def contrast_table(
     rows: pd.DataFrame,  # from `contrast_rows`
 ) -> str:
     "Contrasts as Markdown: points of accuracy with the half-width of the 95 % interval."
-    shown = [dict(contrast=r.contrast, **{'arm − reference': r.of}, block=r.block, pairs=r.n, difference=signed(r.difference, r.half_width), p=f'{r.p:.2g}',
-                  **({"Holm's p": f'{r.p_holm:.2g}' if r.p_holm == r.p_holm else '', 'verdict': r.verdict if isinstance(r.verdict, str) else ''} if 'verdict' in rows else {}),
-                  active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}') for r in rows.itertuples()]
+    shown = [dict(contrast=r.contrast, **{'arm − reference': r.of}, block=r.block, pairs=r.n,
+                  difference=signed(r.difference, r.half_width), p=f'{r.p:.2g}',
+                  **({"Holm's p": f'{r.p_holm:.2g}' if r.p_holm == r.p_holm else '',
+                      'verdict': r.verdict if isinstance(r.verdict, str) else ''} if 'verdict' in rows else {}),
+                  active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}')
+                  for r in rows.itertuples()]
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
 
 def draw_contrasts(
@@ -156,7 +172,8 @@ def draw_contrasts(
     return forest(rows.assign(arm=rows.contrast, kind=kinds, metric='accuracy_last', reference='the reference'), fig)
 
 # %% ../../nbs/evidence/26_programme.ipynb #533e4167
-_says = dict(supported='Yes', contradicted='No, the other way round', equivalent='No, no difference that matters', inconclusive='Cannot tell')
+_says = dict(supported='Yes', contradicted='No, the other way round', equivalent='No, no difference that matters',
+             inconclusive='Cannot tell')
 
 def _answer(rows):
     "The verdicts of some contrasts in words, each once."
@@ -167,18 +184,25 @@ def _points(r): return f'{signed(r.difference, r.half_width)} ({r.of})'
 def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts and of the further ones
 ) -> str:
-    "Five sentences that follow from the numbers: does it work, is it the language, does the literal text work, what does no text give, how far does this go."
+    """Five sentences that follow from the numbers: does it work, is it the language, does the literal text work,
+    what does no text give, how far does this go."""
     whole = {r.contrast: r for r in rows.drop_duplicates('contrast').itertuples()}
     if not whole: return 'Nothing yet: no block of the programme has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     contrast, smoothing, transport, _, _, shuffled = (whole[c.says] for c in SECONDARY)
     answer = lambda *found: _answer(pd.DataFrame(found))
     ran = sorted(set(rows.block) - {'all'})
-    said = [f"**Does LICO work?** {answer(repaired, semantic)}: accuracy changes by {_points(repaired)} and {_points(semantic)} points over {repaired.n} pairs.",
-            f"**Has language a part in it?** {answer(names_1, names_2)}: right names less the same names on wrong classes give {_points(names_1)} and {_points(names_2)} points.",
-            f"**Does the literal text work?** {answer(literal)}: {_points(literal)} points, with a matching that is active in {literal.active:.0%} of runs; transport alone gives {_points(transport)}.",
-            f"**What does the same effort give without right names?** Supervised contrast {_points(contrast)}, label smoothing {_points(smoothing)}, wrong names {_points(shuffled)} points.",
-            "**How far does this go?** " + '; '.join(f"block {k}: {BLOCKS[k].dataset}, {BLOCKS[k].backbone}, {BLOCKS[k].labels or 'all'} labels, {rows[rows.block == k].n.max()} seeds" for k in ran) +
+    said = [f"**Does LICO work?** {answer(repaired, semantic)}: accuracy changes by {_points(repaired)} and "
+            f"{_points(semantic)} points over {repaired.n} pairs.",
+            f"**Has language a part in it?** {answer(names_1, names_2)}: right names less the same names on wrong "
+            f"classes give {_points(names_1)} and {_points(names_2)} points.",
+            f"**Does the literal text work?** {answer(literal)}: {_points(literal)} points, with a matching that is "
+            f"active in {literal.active:.0%} of runs; transport alone gives {_points(transport)}.",
+            f"**What does the same effort give without right names?** Supervised contrast {_points(contrast)}, label "
+            f"smoothing {_points(smoothing)}, wrong names {_points(shuffled)} points.",
+            "**How far does this go?** "
+            + '; '.join(f"block {k}: {BLOCKS[k].dataset}, {BLOCKS[k].backbone}, {BLOCKS[k].labels or 'all'} labels, "
+                        f"{rows[rows.block == k].n.max()} seeds" for k in ran) +
             f". Of the declared blocks {', '.join(BLOCKS)} the others have not been run."]
     return '\n'.join(f'* {s}' for s in said)
 
@@ -188,5 +212,7 @@ def collect_block(
 ) -> pd.DataFrame:
     "The rows of a block: run what is missing, write, read back."
     seeds = p.seeds or None
-    runs = [] if p.stored == 'only' else block_runs(p.block, (p.datasets or [BLOCKS[p.block].dataset])[0], seeds, text_encoder=p.text_encoder, evaluations=p.evaluations, steps=p.steps, epochs=p.epochs)
+    runs = [] if p.stored == 'only' else block_runs(p.block, (p.datasets or [BLOCKS[p.block].dataset])[0], seeds,
+                                                    text_encoder=p.text_encoder, evaluations=p.evaluations,
+                                                    steps=p.steps, epochs=p.epochs)
     return collect(p, runs, arm_name=arm_name)

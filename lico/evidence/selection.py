@@ -19,12 +19,15 @@ from ..text import PromptLearner, derangement, load_text_encoder
 from ..training import load_checkpoint
 
 # %% ../../nbs/evidence/30_selection.ipynb #a5e267cf
-_rows = {'maps, all rows, mapped text': {}, 'pooled, class row, mapped text': dict(mm_features='pooled', mm_rows='class'),
+_rows = {'maps, all rows, mapped text': {}, 'pooled, class row, mapped text': dict(mm_features='pooled',
+    mm_rows='class'),
          'pooled, class row, raw text': dict(mm_features='pooled', mm_rows='class', mm_text='raw')}
-_taus = {'τ learned from 2.66': {}, 'τ learned from 0.1': dict(tau_init=.1), 'τ = 0.3': dict(tau='fixed', tau_init=.3), 'τ = 0.1': dict(tau='fixed', tau_init=.1)}
+_taus = {'τ learned from 2.66': {}, 'τ learned from 0.1': dict(tau_init=.1),
+         'τ = 0.3': dict(tau='fixed', tau_init=.3), 'τ = 0.1': dict(tau='fixed', tau_init=.1)}
 _alphas = {'α = 10': {}, 'α = 1': dict(alpha=1.)}
 READINGS = {f'{r}; {t}; {a}': _rows[r] | _taus[t] | _alphas[a] for r, t, a in product(_rows, _taus, _alphas)}  # name -> options of the preset `paper`
-SUPCON = {f'λ = {w:g}, T = {t:g}': dict(supcon_weight=w, supcon_temperature=t) for w, t in product((.1, .3, 1., 3.), (.05, .1, .2, .3, .5, 1.))}
+SUPCON = {f'λ = {w:g}, T = {t:g}': dict(supcon_weight=w, supcon_temperature=t) for w,
+          t in product((.1, .3, 1., 3.), (.05, .1, .2, .3, .5, 1.))}
 ALPHAS = {f'α = {a:g}': dict(alpha=a) for a in (.03, .1, .3, 1., 3., 10.)}
 
 def class_entropy(
@@ -32,7 +35,8 @@ def class_entropy(
     classes: int = 10,
     batch: int = 64,
 ) -> float:
-    "h*: the entropy, as a share of ln B, of a batch's matrix that is uniform over the images of a class and zero elsewhere."
+    """h*: the entropy, as a share of ln B, of a batch's matrix that is uniform over the images of a class and zero
+    elsewhere."""
     B = min(batch, labelled)
     return math.log(1 + (B - 1)*(labelled/classes - 1)/(labelled - 1))/math.log(B)
 
@@ -41,7 +45,8 @@ def class_rows(
     vectors: torch.Tensor,  # a vector a class, [K, d]
     share: float,  # of the mass on other classes, mean over classes
 ) -> torch.Tensor:
-    "How Eq. 1's text matrix shares what it gives to other classes, [K, K], zero on the diagonal, rows sum to one: centred, unit length, τ by bisection."
+    """How Eq. 1's text matrix shares what it gives to other classes, [K, K], zero on the diagonal, rows sum to one:
+    centred, unit length, τ by bisection."""
     u = torch.nn.functional.normalize(vectors.double() - vectors.double().mean(0), dim=1)
     D, off = torch.cdist(u, u), ~torch.eye(len(u), dtype=torch.bool)
     low, high = math.log(1e-3), math.log(1e3)
@@ -56,8 +61,10 @@ def confusions(
     predicted, y,  # classes [n]
     classes: int,  # K
 ) -> torch.Tensor:
-    "Which wrong classes the images of each class were given, [K, K], rows sum to one; half an image is added to each cell, since a cell may be empty."
-    counts = torch.zeros(classes, classes, dtype=torch.double).index_put_((torch.as_tensor(y), torch.as_tensor(predicted)), torch.ones(len(y), dtype=torch.double), accumulate=True)
+    """Which wrong classes the images of each class were given, [K, K], rows sum to one; half an image is added to
+    each cell, since a cell may be empty."""
+    counts = torch.zeros(classes, classes, dtype=torch.double).index_put_((torch.as_tensor(y),
+        torch.as_tensor(predicted)), torch.ones(len(y), dtype=torch.double), accumulate=True)
     counts = (counts + .5).fill_diagonal_(0)
     return counts/counts.sum(1, keepdim=True)
 
@@ -72,13 +79,15 @@ def names_against_derangements(
     shares=(.05, .1, .25, .5, .75),
     n: int = 200,  # derangements
 ) -> pd.DataFrame:
-    "A row a share: how badly the right names predict the confusions, how badly wrong ones do (nats), and the share of derangements that predict at least as well."
+    """A row a share: how badly the right names predict the confusions, how badly wrong ones do (nats), and the
+    share of derangements that predict at least as well."""
     orders = [derangement(len(vectors), derive_seed('confusions', i)) for i in range(n)]
     rows = []
     for s in shares:
         right = _divergence(confused, class_rows(vectors, s))
         wrong = np.array([_divergence(confused, class_rows(vectors[o], s)) for o in orders])
-        rows.append(dict(share=s, right=right, wrong=wrong.mean(), advantage=wrong.mean() - right, p=(1 + (wrong <= right).sum())/(n + 1)))
+        rows.append(dict(share=s, right=right, wrong=wrong.mean(), advantage=wrong.mean() - right,
+                         p=(1 + (wrong <= right).sum())/(n + 1)))
     return pd.DataFrame(rows)
 
 def class_vectors(
@@ -86,7 +95,8 @@ def class_vectors(
     class_names: tuple,
 ) -> torch.Tensor:
     "The class rows of bare names, [K, d]."
-    with torch.no_grad(): return PromptLearner(load_text_encoder(encoder), class_names, n_context=0)(torch.arange(len(class_names)))[:, -1]
+    with torch.no_grad(): return PromptLearner(load_text_encoder(encoder), class_names,
+                                               n_context=0)(torch.arange(len(class_names)))[:, -1]
 
 # %% ../../nbs/evidence/30_selection.ipynb #3b2af047
 def trial_runs(
@@ -97,9 +107,11 @@ def trial_runs(
 ) -> dict:
     "{what is chosen: {a trial's name: its runs}}, and under `confusions` the one network that they are read from."
     shared = dict(dataset=dataset, backbone=backbone, labels=labels, validation=validation, steps=steps)
-    def of(options, seeds=seeds, **more): return {name: [Run(**shared, **more, seed=s, options=o) for s in seeds] for name, o in options.items()}
+    def of(options, seeds=seeds, **more): return {name: [Run(**shared, **more, seed=s, options=o) for s in seeds]
+                                                  for name, o in options.items()}
     text = dict(method='LICO', text_encoder=text_encoder)
-    return {'repaired': of(READINGS, seeds[:1], **text), 'supcon': of(SUPCON, method='CE+SupCon'), 'semantic': of(ALPHAS, preset='semantic', **text)}
+    return {'repaired': of(READINGS, seeds[:1], **text), 'supcon': of(SUPCON, method='CE+SupCon'),
+            'semantic': of(ALPHAS, preset='semantic', **text)}
 
 def trial_name(r: Run) -> str:
     "What a trial's run helps to choose, and the trial's name."
@@ -113,7 +125,8 @@ def confusion_run(
     labels: int = 4000, validation: int = 5000, seed: int = 100, epochs: int = 60, steps: int = None,  # as in `Run`
 ) -> Run:
     "The network trained by cross-entropy whose confusions the names are to predict."
-    return Run(dataset=dataset, backbone=backbone, labels=labels, validation=validation, seed=seed, epochs=None if steps else epochs, steps=steps)
+    return Run(dataset=dataset, backbone=backbone, labels=labels, validation=validation, seed=seed,
+               epochs=None if steps else epochs, steps=steps)
 
 def confusions_of(
     record: dict,  # of `confusion_run`
@@ -126,10 +139,13 @@ def confusions_of(
 def judged(
     df: pd.DataFrame,  # rows of trials of `repaired`, with a column `trial`
 ) -> pd.DataFrame:
-    "One row a trial: active runs, distance of both entropies from h* (mean of the larger one), τ, accuracy on what was held out; the best first."
+    """One row a trial: active runs, distance of both entropies from h* (mean of the larger one), τ, accuracy on
+    what was held out; the best first."""
     df = conditions(df)
     ideal = df.labels.astype(float).map(class_entropy)
     off = df[['entropy_image', 'entropy_text']].sub(ideal, axis=0).abs().max(axis=1)
     found = df.assign(off=off, active=~df.inactive).groupby('trial', sort=False).agg(
-        n=('seed', 'size'), active=('active', 'sum'), off=('off', 'mean'), H_F=('entropy_image', 'mean'), H_G=('entropy_text', 'mean'), cosine=('cosine', 'mean'), tau=('tau', 'mean'), held_out=('accuracy_last', 'mean'))
+        n=('seed', 'size'), active=('active', 'sum'), off=('off', 'mean'), H_F=('entropy_image', 'mean'),
+        H_G=('entropy_text', 'mean'), cosine=('cosine', 'mean'), tau=('tau', 'mean'),
+        held_out=('accuracy_last', 'mean'))
     return found.sort_values(['active', 'off'], ascending=[False, True])

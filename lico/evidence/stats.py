@@ -27,9 +27,12 @@ class Metric:
 
 _map = dict(of_maps=True, smallest=1.)
 METRICS = dict(
-    accuracy_last=Metric('accuracy', smallest=.5), accuracy_best=Metric('best test accuracy'), top5=Metric('top-5 accuracy'),
-    above_ce=Metric('accuracy above cross-entropy'), probability=Metric('confidence'), blurred=Metric('confidence when blurred'),
-    insertion=Metric('insertion', **_map), deletion=Metric('deletion', lower_is_better=True, **_map), overall=Metric('overall', **_map),
+    accuracy_last=Metric('accuracy', smallest=.5), accuracy_best=Metric('best test accuracy'),
+    top5=Metric('top-5 accuracy'),
+    above_ce=Metric('accuracy above cross-entropy'), probability=Metric('confidence'),
+    blurred=Metric('confidence when blurred'),
+    insertion=Metric('insertion', **_map), deletion=Metric('deletion', lower_is_better=True, **_map),
+    overall=Metric('overall', **_map),
     pointing_game=Metric('pointing game', **_map), pointing_mask=Metric('pointing game, masks', **_map),
     energy=Metric('energy inside the boxes', **_map), sch=Metric('energy inside the masks', **_map),
     mosu=Metric('MOSU', 'nats', lower_is_better=True, of_maps=True), ses=Metric('SES', **_map),
@@ -37,7 +40,8 @@ METRICS = dict(
 
 # %% ../../nbs/evidence/16_stats.ipynb #9ef50664
 _of_features = dict(
-    silhouette=Metric('silhouette', ''), ordinal=Metric('order, 0 before 1', ''), ordinal_0_as_10=Metric('order, 0 as 10', ''),
+    silhouette=Metric('silhouette', ''), ordinal=Metric('order, 0 before 1', ''),
+    ordinal_0_as_10=Metric('order, 0 as 10', ''),
     vehicles=Metric('vehicles told from animals'), vehicles_rank=Metric('other splits that are harder'))
 METRICS |= dict(trustworthiness=Metric('trustworthiness of the picture', '')) | _of_features | {
     f'{k}_embedded': replace(m, title=f'{m.title}, in the picture') for k, m in _of_features.items()}
@@ -93,7 +97,8 @@ def sign_flip(
     return float(beyond if len(d) <= most else (beyond*len(signs) + 1)/(len(signs) + 1))
 
 # %% ../../nbs/evidence/16_stats.ipynb #063c162d
-SETTING = ['dataset', 'data', 'labels', 'backbone', 'image_size', 'validation', 'steps', 'training', 'threads', 'precision',
+SETTING = ['dataset', 'data', 'labels', 'backbone', 'image_size', 'validation', 'steps', 'training', 'threads',
+           'precision',
            'kind', 'saliency', 'saliency_options', 'images']  # of networks; a column that results do not have is left out
 TREATMENT = ['arm', 'method', 'preset', 'options', 'text_encoder']
 
@@ -106,7 +111,8 @@ def pairs(
     reference: str,  # the arm that the others are compared with
     setting=SETTING, treatment=TREATMENT, unit=('seed', 'split'),  # columns
 ) -> list:
-    "For each setting and arm that has any, its pairs: the columns of the arm's row, and with `_base` behind the name those of the reference."
+    """For each setting and arm that has any, its pairs: the columns of the arm's row, and with `_base` behind the
+    name those of the reference."""
     setting, treatment, unit = ([k for k in o if k in df] for o in (setting, treatment, unit))
     df = _together(df, setting)
     base, others = df[df[treatment[0]] == reference], df[df[treatment[0]] != reference]
@@ -122,8 +128,10 @@ def _row(o, metric, reference, keys):
     "One line of a comparison."
     d, first = (o[metric] - o[f'{metric}_base']).to_numpy(float), o.iloc[0]
     e = estimate(d.round(9))
-    row = dict({k: first[k] for k in keys}, metric=metric, reference=reference, n=len(o), baseline=o[f'{metric}_base'].mean(), baseline_std=o[f'{metric}_base'].std(),
-               value=o[metric].mean(), value_std=o[metric].std(), difference=e.mean, half_width=e.half_width, p=e.p(), p_flip=sign_flip(d), differences=d.tolist())
+    row = dict({k: first[k] for k in keys}, metric=metric, reference=reference, n=len(o),
+               baseline=o[f'{metric}_base'].mean(), baseline_std=o[f'{metric}_base'].std(),
+               value=o[metric].mean(), value_std=o[metric].std(), difference=e.mean, half_width=e.half_width, p=e.p(),
+               p_flip=sign_flip(d), differences=d.tolist())
     for k in ('inactive', 'failed', 'constant'):
         if k in o: row[k] = int(o[k].sum())
     if 'failed' in o: row['failed_base'] = int(o.failed_base.sum())
@@ -137,14 +145,17 @@ def paired(
     within: str = None,  # a column over which pairs are averaged first: "image"
     keep=(),  # further columns to show: those of each group's first row
 ) -> pd.DataFrame:
-    "The reference against every other arm, a row a metric, setting and arm: means, paired difference, 95 % interval, p values."
+    """The reference against every other arm, a row a metric, setting and arm: means, paired difference, 95 %
+    interval, p values."""
     rows = []
     for m in metrics:
-        for o in pairs(df.dropna(subset=[choose('metric', m, METRICS)]), reference, setting, treatment, (*unit, *([within] if within else ()))):
+        for o in pairs(df.dropna(subset=[choose('metric', m, METRICS)]), reference, setting, treatment,
+                       (*unit, *([within] if within else ()))):
             keys = list(dict.fromkeys(k for k in (*setting, *treatment, *keep) if k in o))
             if within:
                 images = o[within].nunique()
-                o = o.groupby([k for k in (*unit, *keys) if k in o], sort=False, dropna=False)[[m, f'{m}_base']].mean().reset_index().assign(images=images)
+                o = o.groupby([k for k in (*unit, *keys) if k in o], sort=False,
+                              dropna=False)[[m, f'{m}_base']].mean().reset_index().assign(images=images)
                 keys = list(dict.fromkeys([*keys, 'images']))
             rows.append(_row(o, m, reference, keys))
     return pd.DataFrame(rows)
@@ -162,7 +173,8 @@ def holm(
 def conditions(
     df: pd.DataFrame,  # rows of results, a row a run
 ) -> pd.DataFrame:
-    "The rows with `failed`: accuracy within 1 point of chance, or a mean cosine above 0.98 between images; and `inactive`: matching said nothing in the end."
+    """The rows with `failed`: accuracy within 1 point of chance, or a mean cosine above 0.98 between images; and
+    `inactive`: matching said nothing in the end."""
     column = lambda name: df[name].astype(float) if name in df else pd.Series(math.nan, df.index)
     failed = (column('accuracy_last') <= 100/column('classes') + 1) | (column('cosine') > .98)
     matching = column('entropy_image').notna()

@@ -24,7 +24,8 @@ from .map_scores import SCORERS, saliency_options, score
 from ..experiments import frame, load_backbone, load_data, run_of, runs_folder, sweep
 
 # %% ../../nbs/evidence/20_store.ipynb #3aa59d24
-_text = ('image', 'data', 'labels', 'training', 'arm', 'options', 'paper_dataset', 'kind', 'saliency_options', 'text_encoder', 'preset', 'commit', 'pretrained')
+_text = ('image', 'data', 'labels', 'training', 'arm', 'options', 'paper_dataset', 'kind', 'saliency_options',
+         'text_encoder', 'preset', 'commit', 'pretrained')
 _whole = ('seed', 'split', 'validation', 'steps', 'image_size', 'images', 'classes', 'threads')
 _key = ('id', 'kind', 'scheme', 'layer', 'saliency', 'saliency_options', 'image', 'method', 'prompts', 'tau_of', 'step')  # of a row, as far as there are such columns
 
@@ -36,7 +37,8 @@ def read_results(
 ) -> pd.DataFrame:
     "The rows of `results.csv`."
     path = Path(folder)/'results.csv'
-    if not path.exists(): raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder of its results with -p out")
+    if not path.exists(): raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder "
+                                                  f"of its results with -p out")
     return _read(path)
 
 def read_scores(
@@ -49,10 +51,12 @@ def read_scores(
 def image_rows(
     folder,  # of a table or figure
 ) -> pd.DataFrame:
-    "The rows of `scores.csv`, each with the columns of `results.csv` that say whose it is: what `paired` compares image by image."
+    """The rows of `scores.csv`, each with the columns of `results.csv` that say whose it is: what `paired` compares
+    image by image."""
     rows, per_image = read_results(folder), read_scores(folder)
     key = [k for k in _key if k in rows and k in per_image]
-    return per_image.merge(rows[[k for k in rows if k in key or k not in per_image]], on=key, how='left', validate='many_to_one')
+    return per_image.merge(rows[[k for k in rows if k in key or k not in per_image]], on=key, how='left',
+                           validate='many_to_one')
 
 def _added(before, df):
     "The rows of before that are no longer made, and the new ones behind them."
@@ -75,7 +79,8 @@ def write_results(
                 rows = _added(before, rows)
                 if per_image is not None: per_image = _added(read_scores(folder), per_image)
             elif gone := len(set(before.id) - set(rows.id)):
-                print(f"{folder}/results.csv held {gone} other runs, which are no longer in it: -p out FOLDER writes elsewhere, -p stored add keeps them", file=sys.stderr)
+                print(f"{folder}/results.csv held {gone} other runs, which are no longer in it: -p out FOLDER writes "
+                      f"elsewhere, -p stored add keeps them", file=sys.stderr)
         if per_image is not None: write_atomic(folder/'scores.csv', per_image.to_csv(index=False, float_format='%.5g'))
         write_atomic(folder/'results.csv', rows.to_csv(index=False))
         return read_results(folder)
@@ -114,17 +119,20 @@ def processes(
     "A pool of processes; `None` for a single one, which is this one."
     if workers == 1: yield None
     else:
-        with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (max(1, os.cpu_count()//workers),)) as pool: yield pool
+        with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads,
+                                 (max(1, os.cpu_count()//workers),)) as pool: yield pool
 
 def train(
     p,  # parameters of a notebook: `out`, `workers`
     runs: list,  # of `Run`, as from `grid`
 ) -> list:
-    "The records of runs, each run once; what is missing is run, side by side. That results can be written is seen to first."
+    """The records of runs, each run once; what is missing is run, side by side. That results can be written is seen
+    to first."""
     try:
         p.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=p.out).close()
-    except OSError as e: raise OSError(f"results cannot be written to {p.out} ({e.strerror}): give another folder with -p out") from None
+    except OSError as e: raise OSError(f"results cannot be written to {p.out} ({e.strerror}): give another folder "
+                                       f"with -p out") from None
     with processes(p.workers) as pool: return list({r['id']: r for r in sweep(runs, executor=pool)}.values())
 
 # %% ../../nbs/evidence/20_store.ipynb #45ca6134
@@ -132,7 +140,8 @@ def train(
 def top5(
     record: dict,  # from `run` or `sweep`
 ) -> float:
-    "Percent of the test images whose label is among the five classes that the run's network finds most probable; not a number for five classes or fewer."
+    """Percent of the test images whose label is among the five classes that the run's network finds most probable;
+    not a number for five classes or fewer."""
     path = runs_folder()/record['id']/'top5.json'
     if not path.exists():
         net, data = load_backbone(record).to(device()), load_data(run_of(record))
@@ -155,7 +164,8 @@ def _of_maps(p, table, records, cases, others):
             found = cases(r)
             yield from found if isinstance(found, list) else [found]
     options = saliency_options(getattr(p, 'saliency_options', ''))
-    return score(every(), getattr(p, 'saliency', None) or TABLES[table].saliency, _metrics(p, table), options, p.batch_size)
+    return score(every(), getattr(p, 'saliency', None) or TABLES[table].saliency, _metrics(p, table), options,
+                 p.batch_size)
 
 def collect(
     p,  # parameters of a notebook; `stored`: `None`, "add" (keep the rows of other runs in the files) or "only" (run nothing, take what they hold)
@@ -168,11 +178,13 @@ def collect(
     "The results of runs: run what is missing, measure what is asked for, write the files in `p.out`, read them back."
     if p.stored == 'only': return read_results(p.out)
     records, per_image = train(p, runs), None
-    rows = rows_of(records, table, p.stand_in, arm_name, profile=p.protocol) if records else pd.DataFrame(columns=['id'])
+    rows = rows_of(records, table, p.stand_in, arm_name,
+                   profile=p.protocol) if records else pd.DataFrame(columns=['id'])
     if table and 'top5' in TABLES[table].metrics: rows['top5'] = [top5(r) for r in records]
     if _metrics(p, table):
         scored, per_image = _of_maps(p, table, records, cases or (lambda r: test_images(r, p.test_images)), others)
         scored['measured_by'] = scored.measured_by.map(_anywhere)
         rows = scored.merge(rows, on='id', how='left', suffixes=('', '_run')).assign(profile=p.protocol)
-        for k in [k for k in rows if k.endswith('_run')]: rows[k.removesuffix('_run')] = rows[k.removesuffix('_run')].fillna(rows.pop(k))
+        for k in [k for k in rows
+                  if k.endswith('_run')]: rows[k.removesuffix('_run')] = rows[k.removesuffix('_run')].fillna(rows.pop(k))
     return write_results(p.out, rows, per_image, keep=p.stored == 'add')
