@@ -1,18 +1,13 @@
 import json
 from concurrent.futures import Future
 from dataclasses import replace
-from types import SimpleNamespace
 
-import numpy as np, pandas as pd, pytest, torch
-from hypothesis import given, strategies as st
-from scipy import stats
+import pandas as pd, pytest, torch
 
 from lico import config, experiments
 from lico.backbones import create_backbone
 from lico.experiments import (METHODS, RIVALS, Run, frame, load_backbone, load_data, read_record, run, run_id,
                               runs_folder, spec, start, sweep)
-from lico.paper import collect, compare, interval, pairs_of, read_results, results, save_results, verdict
-from lico.tables import paper_dataset, printed_table
 from lico.text import load_text_encoder
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
@@ -183,22 +178,6 @@ def test_sweep_stops_where_a_run_fails(lico_root, monkeypatch):
                                                        for job in pool.jobs), 'what is not under way is not started'
 
 
-def test_stored_rows(lico_root, monkeypatch):
-    """`add` keeps the rows of other runs, `only` runs nothing, neither changes a row; without it the file holds
-    what was asked for."""
-    out = lico_root/'out'
-    p = lambda stored: SimpleNamespace(stored=stored, out=out, stand_in=None, protocol='smoke', workers=1)
-    with pytest.raises(FileNotFoundError, match='without `stored`'): collect(p('only'), [TINY])
-    first = collect(p(None), [TINY])
-    both = collect(p('add'), [replace(TINY, seed=1)])
-    assert both.seed.tolist() == [0, 1] and both.iloc[0].to_dict() == pytest.approx(first.iloc[0].to_dict(),
-        nan_ok=True)
-    assert collect(p('add'), [replace(TINY, seed=1)]).equals(both)
-    monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
-    assert collect(p('only'), [replace(TINY, seed=7)]).equals(both)
-    assert collect(p(None), [TINY]).seed.tolist() == [0]
-
-
 def test_sweep_says_what_is_missing_before_training(lico_root, monkeypatch):
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
     with pytest.raises(ValueError, match='unknown dataset'): sweep([TINY, replace(TINY, dataset='digit')],
@@ -228,84 +207,8 @@ def test_damaged_record(lico_root, damage):
         progress=False)['accuracy_last'] == first['accuracy_last']
 
 
-def test_table_from_stored_rows(lico_root):
-    runs = [replace(TINY, method=m, seed=s, split_seed=s) for m in ('CE', 'CE+OT') for s in (0, 1, 2)]
-    df = save_results(sweep(runs, progress=False), lico_root/'out', profile='smoke')
-    assert len(df) == 6 and {'command', 'seed', 'hardware', 'protocol',
-                             'torch'} <= set(df.columns) and df.command.notna().all()
-    c = compare(read_results(lico_root/'out'), 3).iloc[0]
-    a = {m: df[df.method == m].set_index('seed').accuracy_last for m in ('CE', 'CE+OT')}
-    ci = stats.ttest_rel(a['CE+OT'], a['CE']).confidence_interval(0.95)
-    np.testing.assert_allclose([c.difference - c.half_width, c.difference + c.half_width], [ci.low, ci.high])
-    assert (c.n, c.is_stand_in, c.printed_for) == (3, True, 'CIFAR-10')
-
-
-def test_pairs_share_everything_but_the_method(lico_root):
-    """Runs of another length, image size or dataset are no partners, whatever their seeds; nor are images of
-    another folder with the same last name."""
-    from PIL import Image
-    folders, rng = [lico_root/'a'/'pets', lico_root/'b'/'pets'], np.random.default_rng(0)
-    for f in folders:
-        for part in ('train', 'test'):
-            for name in ('cat', 'dog'):
-                (f/part/name).mkdir(parents=True)
-                for i in range(4): Image.fromarray(rng.integers(0, 255, (16, 16, 3),
-                    np.uint8)).save(f/part/name/f'{i}.png')
-    base = [TINY, replace(TINY, steps=2), replace(TINY, image_size=8),
-            *(replace(TINY, dataset=f'folder:{f}', labels=4) for f in folders)]
-    runs = [replace(r, method=m, seed=s) for r in base for m in ('CE', 'CE+OT') for s in (0, 1)]
-    save_results(sweep(runs[:4], progress=False), lico_root/'out')
-    df = save_results(sweep(runs[4:], progress=False), lico_root/'out', keep=True)
-    c = compare(df, 3)
-    assert len(df) == len(runs) == 20 and c.n.tolist() == [2]*5 and c.dataset.tolist() == ['digits']*3 + ['folder:pets']*2
-    for pairs in pairs_of(df): assert (pairs.seed == pairs.split).all() and pairs.id.nunique() == pairs.id_base.nunique() == 2
-
-
-def test_results_of_other_runs_are_not_dropped_in_silence(lico_root, capsys):
-    both = [replace(TINY, method=m) for m in ('CE', 'CE+OT')]
-    save_results(sweep(both, progress=False), lico_root/'out')
-    save_results(sweep(both, progress=False), lico_root/'out')
-    assert not capsys.readouterr().err
-    save_results(sweep([replace(r, seed=1) for r in both], progress=False), lico_root/'out')
-    assert 'results.csv held 2 other runs, which are no longer in it: -p out FOLDER writes elsewhere' in capsys.readouterr().err
-
-
-def test_results_that_cannot_be_written_are_said_before_anything_runs(lico_root, monkeypatch):
-    monkeypatch.setattr('lico.paper.sweep', lambda *a, **k: pytest.fail('a run was started'))
-    (lico_root/'file').write_text('')
-    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'): collect(SimpleNamespace(out=lico_root/
-        'file', stored=None, workers=1), [TINY])
-
-
-def test_a_folder_is_not_taken_for_a_dataset_of_the_paper():
-    assert paper_dataset('cars') == ('Stanford-Cars', False) and paper_dataset('folder:/home/me/cars') == (None, True)
-    assert paper_dataset('folder:/x/cifar10-jpeg') == ('CIFAR-10', True) and paper_dataset('folder:/x/cars',
-        'CIFAR-10') == ('CIFAR-10', True)
-
-
 @pytest.mark.parametrize('field, value', [('seed', '0-4'), ('seed', -1), ('seed', None), ('steps', 0), ('steps', -2),
                                           ('epochs', 0), ('evaluations', 0), ('labels', '40'), ('image_size', 1.5),
                                           ('threads', 0), ('threads', None)])
 def test_run_refuses(field, value):
     with pytest.raises(ValueError, match=f'{field} = .*expected a whole number of at least'): Run(**{field: value})
-
-
-def test_printed_numbers():
-    "The 271 numbers, and cells typed here from the paper's text."
-    assert len(results()) == 271 and results().groupby('table').size().to_dict() == {1: 34, 2: 16, 3: 38, 4: 48,
-        5: 16, 6: 24, 7: 10, 8: 12, 9: 6, 10: 8, 11: 32, 12: 12, 13: 15}
-    t = results(3).set_index(['dataset', 'setting', 'backbone', 'method'])
-    assert t.loc[('CIFAR-10', '250', 'WRN', 'LICO'), ['value', 'std']].tolist() == [41.7, 0.91]
-    assert '**41.7 ± 0.91**' in printed_table(3)
-    for f in (results, printed_table):
-        with pytest.raises(ValueError, match='no table 14'): f(14)
-
-
-@given(st.lists(st.floats(-50, 50), min_size=2, max_size=20), st.floats(0.1, 5))
-def test_verdict_properties(d, gain):
-    mean, half = interval(d)
-    v = verdict(d, gain)
-    assert v == {'supported': 'contradicted', 'contradicted': 'supported'}.get(w := verdict([-x for x in d], gain),
-        w), 'symmetric'
-    assert (v == 'supported') == (mean - half > 0) and (v == 'contradicted') == (mean + half < 0)
-    if v == 'equivalent': assert abs(mean) < gain/2

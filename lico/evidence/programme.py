@@ -132,7 +132,7 @@ def contrast_rows(
     rows = []
     for c in contrasts:
         found = {k: d for k, df in blocks.items() if (d := _differences(df, c, metric))}
-        for where in ([*found] if len(found) == 1 else ['all', *found]):
+        for where in [*found] if len(found) < 2 else ['all', *found]:
             groups = [found[k] for k in found if where in ('all', k)]
             e, margin = estimate(*(g[0] for g in groups)), min(smallest(k) for k in found if where in ('all', k))
             failed, active = (sum(g[i] for g in groups)/len(groups) for i in (1, 2))
@@ -187,7 +187,7 @@ def findings(
     """Five sentences that follow from the numbers: does it work, is it the language, does the literal text work,
     what does no text give, how far does this go."""
     whole = {r.contrast: r for r in rows.drop_duplicates('contrast').itertuples()}
-    if not whole: return 'Nothing yet: no block of the programme has been run.'
+    if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block of the programme that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     contrast, smoothing, transport, _, _, shuffled = (whole[c.says] for c in SECONDARY)
     answer = lambda *found: _answer(pd.DataFrame(found))
