@@ -45,6 +45,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lico.config._git': ('method/config.html#_git', 'lico/config.py'),
                              'lico.config._is_choice': ('method/config.html#_is_choice', 'lico/config.py'),
                              'lico.config._is_root': ('method/config.html#_is_root', 'lico/config.py'),
+                             'lico.config._parsed': ('method/config.html#_parsed', 'lico/config.py'),
                              'lico.config._processor': ('method/config.html#_processor', 'lico/config.py'),
                              'lico.config._refuse_idle': ('method/config.html#_refuse_idle', 'lico/config.py'),
                              'lico.config._section': ('method/config.html#_section', 'lico/config.py'),

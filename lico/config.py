@@ -49,12 +49,17 @@ def _settings_file():
         if _is_root(folder): return folder/'settings.ini'
     return _package/'settings.ini'
 
-def settings() -> configparser.ConfigParser:
-    "The project's `settings.ini`, as text."
+@functools.lru_cache(maxsize=4)
+def _parsed(path, changed):  # a run asks a dozen times
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
-    parser.read_string(_settings_file().read_text(encoding='utf-8'))
+    parser.read_string(path.read_text(encoding='utf-8'))
     return parser
+
+def settings() -> configparser.ConfigParser:
+    "The project's `settings.ini`, as text."
+    path = _settings_file().resolve()
+    return _parsed(path, path.stat().st_mtime_ns)
 
 # %% ../nbs/method/00_config.ipynb #65ac3713
 _positive = (1e-12, float('inf'))
@@ -195,7 +200,7 @@ def _cells(namespace):
 def _refuse_idle(namespace, declared):
     "With stored=only no parameter that says what to run may be given."
     choose('value of stored:', namespace['stored'], ('add', 'only'))
-    idle = [name for name in declared if name not in ('profile', 'out', 'stored')
+    idle = [name for name in declared if name not in ('profile', 'out', 'stored', 'block')
             and namespace[name] != ''] if namespace['stored'] == 'only' else []
     if idle: raise ValueError(f"stored=only draws all that results.csv holds, whatever {', '.join(idle)} says: leave "
                               f"that out, or run with stored=add")

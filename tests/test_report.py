@@ -38,7 +38,7 @@ def test_what_goes_wrong_is_said():
 
 
 def test_settings_get_a_line_each():
-    c = compare(pd.concat([comparison(labels='all'), comparison(labels='40')]), 13)
+    c = compare(pd.concat([comparison(labels='all'), comparison(labels='40').assign(id=lambda d: d.id + ' 40')]), 13)
     assert sentences(c).count('* **') == 2 and '40 labels' in sentences(c) and len(forest(c).axes[0].get_yticks()) == 4
 
 
