@@ -169,7 +169,7 @@ def draw_contrasts(
 ):
     "Every contrast with its interval and its pairs."
     kinds = rows.block.where(rows.block == 'all', 'block ' + rows.block).replace('all', 'all blocks')
-    return forest(rows.assign(arm=rows.contrast, kind=kinds, metric='accuracy_last', reference='the reference'), fig)
+    return forest(rows.assign(arm=rows.contrast.str.replace(' beats? ', ' − ', regex=True), kind=kinds, metric='accuracy_last', reference='the reference'), fig)
 
 # %% ../../nbs/evidence/26_programme.ipynb #533e4167
 _says = dict(supported='Yes', contradicted='No, the other way round', equivalent='No, no difference that matters',
