@@ -15,8 +15,8 @@ def test_defaults_are_the_paper_preset():
 
 def test_paper_hyper_parameters_as_printed():
     "Section 4.2 and Table 6, typed from the paper."
-    printed = dict(alpha=10, beta=1, n_context=12, epochs=200, batch_size=64, lr=0.03, momentum=0.9,
-                   weight_decay=1e-4, hidden=512, schedule='cos7/16')
+    printed = dict(alpha=10, beta=1, n_context=12, epochs=200, batch_size=64, lr=0.03, momentum=0.9, weight_decay=1e-4,
+                   hidden=512, schedule='cos7/16')
     assert printed.items() <= config.preset('paper').items()
 
 
@@ -32,22 +32,23 @@ def test_every_profile_fills_every_parameter_of_table3():
 
 def test_a_changed_protocol_is_said():
     given = dict(profile='paper', out='', seeds='0', steps='1', image_size='', options='alpha=5, tau=fixed')
-    p = config.parameters('table3', dict(given, pretrained=print), tuple(given))  # a notebook may import a function of a parameter's name
+    # a notebook may import a function of a parameter's name
+    p = config.parameters('table3', dict(given, pretrained=print), tuple(given))
     assert (p.profile, p.protocol) == ('paper', 'paper with options=alpha=5, tau=fixed, steps=1')
 
 
 def test_options_of_training_on_the_command_line():
     given = dict(profile='smoke', out='', options='precision=bf16, supcon_weight=2, label_smoothing=0')
     assert config.parameters('table3', given, tuple(given)).options == dict(precision='bf16', supcon_weight=2.,
-        label_smoothing=0.)
-    with pytest.raises(ValueError, match="option precision: 'half': choose one of fp32, bf16"): config._as_options(
-        'precision=half')
+                                                                            label_smoothing=0.)
+    with pytest.raises(ValueError, match="option precision: 'half': choose one of fp32, bf16"):
+        config._as_options('precision=half')
 
 
 def test_stored_is_checked_before_anything_runs():
     given = dict(profile='smoke', out='', stored='olny')
-    with pytest.raises(ValueError, match="unknown value of stored: 'olny': choose one of add, only"): config.parameters(
-        'table1', given, tuple(given))
+    with pytest.raises(ValueError, match="unknown value of stored: 'olny': choose one of add, only"):
+        config.parameters('table1', given, tuple(given))
 
 
 def test_root_is_found_in_order(tmp_path, monkeypatch):
@@ -86,6 +87,6 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     config.write_atomic(path, 'old')
     def full(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError, match='No space left on device.*make room there and start again'): config.write_atomic(path,
-        'new')
+    with pytest.raises(OSError, match='No space left on device.*make room there and start again'):
+        config.write_atomic(path, 'new')
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]

@@ -54,10 +54,10 @@ def test_a_rival_reads_its_own_options_only():
     for method, own in (('CGC', dict(cgc_temperature=0.1)), ('GCC', dict(gcc_weight=1))):
         assert key(method=method) == key(method=method, text_encoder='clip', preset='repaired',
                                          options=dict(alpha=3, tau='fixed')) != key(method=method, options=own)
-        for other in set(METHODS) - {method, 'LICO', 'CE+MM', 'CE+OT', 'LICO+CGC'}: assert key(method=other,
-            options=own) == key(method=other) != key(method=method)
-    assert len({key(method='LICO+CGC', options=o)
-                for o in ({}, dict(alpha=3), dict(cgc_weight=2))}) == 3, 'both together read the options of both'
+        for other in set(METHODS) - {method, 'LICO', 'CE+MM', 'CE+OT', 'LICO+CGC'}:
+            assert key(method=other, options=own) == key(method=other) != key(method=method)
+    assert (len({key(method='LICO+CGC', options=o) for o in ({}, dict(alpha=3), dict(cgc_weight=2))})
+            == 3), 'both together read the options of both'
     assert all(set(arguments.values()) <= set(config.OPTIONS) for _, arguments in RIVALS.values())
 
 
@@ -79,8 +79,8 @@ def test_repr_is_the_command():
 def test_a_rival_is_run_like_any_other(lico_root, monkeypatch, method):
     r = replace(TINY, method=method)
     first, ce, lico = sweep([r, TINY, replace(TINY, method='CE+OT')], progress=False)
-    assert first[method.lower()] > 0 and first['spec']['losses'] == {k: config.preset()[k]
-        for k in RIVALS[method][1].values()}
+    assert (first[method.lower()] > 0
+            and first['spec']['losses'] == {k: config.preset()[k] for k in RIVALS[method][1].values()})
     assert not {'mm', 'ot', 'tau', 'entropy_image'} & set(first) and first['degenerate'] is None
     assert first['id'].endswith('-p1') and first['protocol'] == 1
     net = load_backbone(first)
@@ -103,14 +103,14 @@ def test_methods_of_one_seed_start_alike():
 
 def test_lico_and_cgc_together(lico_root):
     "It starts as LICO does, in the backbone, the prompts and the mapping, and logs the terms of both."
-    data, encoder, r = load_data(TINY), load_text_encoder('minilm'), replace(TINY, method='LICO+CGC',
-        preset='repaired', options=dict(cgc_weight=2))
+    data, encoder, r = (load_data(TINY), load_text_encoder('minilm'),
+                        replace(TINY, method='LICO+CGC', preset='repaired', options=dict(cgc_weight=2)))
     both, lico = (start(replace(r, method=m), data, encoder) for m in ('LICO+CGC', 'LICO'))
     assert (both.weight, both.options) == (2., lico.options) and both.state_dict().keys() == lico.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(both.state_dict().values(), lico.state_dict().values()))
     record = run(r, progress=False)
-    assert record['cgc'] > 0 and record['mm'] > 0 and record['ot'] > 0 and record['spec']['losses']['cgc_weight'] == 2 and record[
-        'spec']['losses']['alpha'] == 1
+    assert (record['cgc'] > 0 and record['mm'] > 0 and record['ot'] > 0 and record['spec']['losses']['cgc_weight'] == 2
+            and record['spec']['losses']['alpha'] == 1)
     assert set(load_backbone(record).state_dict()) == set(create_backbone('wrn_10_1', 10, 16).state_dict())
 
 
@@ -142,23 +142,23 @@ def test_pretrained_start(lico_root, monkeypatch, tmp_path):
              for m in ('CE', 'CE+OT')]
     assert all(torch.equal(alike[0][k], alike[1][k]) for k in alike[0]), 'a pair starts from the same head'
     again, other = (start(o, data).backbone.state_dict() for o in (r, replace(r, seed=1)))
-    assert torch.equal(again['fc.weight'],
-                       start(r, data).backbone.state_dict()['fc.weight']) and not torch.equal(again['fc.weight'],
-                           other['fc.weight'])
+    assert (torch.equal(again['fc.weight'], start(r, data).backbone.state_dict()['fc.weight'])
+            and not torch.equal(again['fc.weight'], other['fc.weight']))
     first, plain = sweep([r, replace(r, pretrained=False)], progress=False)
-    assert first['spec']['pretrained'] == 'test_resnet.r160_in1k' and 'pretrained' not in plain['spec'] and first['id'] != plain[
-        'id']
+    assert (first['spec']['pretrained'] == 'test_resnet.r160_in1k' and 'pretrained' not in plain['spec']
+            and first['id'] != plain['id'])
     assert first['accuracy_last'] != plain['accuracy_last'] or first['ce'] != plain['ce']
     df = frame([first, plain])
-    assert df.pretrained.tolist()[0] == 'test_resnet.r160_in1k' and pd.isna(df.pretrained[1]) and df.training[0] != df.training[1], 'they are no pair'
+    assert (df.pretrained.tolist()[0] == 'test_resnet.r160_in1k' and pd.isna(df.pretrained[1])
+            and df.training[0] != df.training[1]), 'they are no pair'
     assert eval(repr(r)) == r and torch.equal(load_backbone(first).state_dict()['conv1.0.weight'],
                                               load_backbone(run(r)).state_dict()['conv1.0.weight'])
 
 
 def test_what_has_no_pretrained_weights_is_said_before_training(lico_root, monkeypatch):
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
-    with pytest.raises(ValueError, match='wrn_10_1 has no pretrained weights'): sweep([replace(TINY,
-        pretrained=True)], progress=False)
+    with pytest.raises(ValueError, match='wrn_10_1 has no pretrained weights'):
+        sweep([replace(TINY, pretrained=True)], progress=False)
     with pytest.raises(ValueError, match="value of pretrained: 'yes': choose one of True, False"): Run(pretrained='yes')
 
 
@@ -177,10 +177,10 @@ def test_sweep_stops_where_a_run_fails(lico_root, monkeypatch):
         raise OSError('the disk is full')
     monkeypatch.setattr(experiments, '_train', fails)
     pool = Here()
-    with pytest.raises(OSError, match='the disk is full'): sweep([replace(TINY, seed=s) for s in range(6)],
-        progress=False, executor=pool)
-    assert done == [0] and len(pool.jobs) == 6 and all(job.cancelled()
-                                                       for job in pool.jobs), 'what is not under way is not started'
+    with pytest.raises(OSError, match='the disk is full'):
+        sweep([replace(TINY, seed=s) for s in range(6)], progress=False, executor=pool)
+    assert (done == [0] and len(pool.jobs) == 6
+            and all(job.cancelled() for job in pool.jobs)), 'what is not under way is not started'
 
 
 def test_stored_rows(lico_root, monkeypatch):
@@ -191,8 +191,8 @@ def test_stored_rows(lico_root, monkeypatch):
     with pytest.raises(FileNotFoundError, match='without `stored`'): collect(p('only'), [TINY])
     first = collect(p(None), [TINY])
     both = collect(p('add'), [replace(TINY, seed=1)])
-    assert both.seed.tolist() == [0, 1] and both.iloc[0].to_dict() == pytest.approx(first.iloc[0].to_dict(),
-        nan_ok=True)
+    assert (both.seed.tolist() == [0, 1]
+            and both.iloc[0].to_dict() == pytest.approx(first.iloc[0].to_dict(), nan_ok=True))
     assert collect(p('add'), [replace(TINY, seed=1)]).equals(both)
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
     assert collect(p('only'), [replace(TINY, seed=7)]).equals(both)
@@ -201,12 +201,12 @@ def test_stored_rows(lico_root, monkeypatch):
 
 def test_sweep_says_what_is_missing_before_training(lico_root, monkeypatch):
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
-    with pytest.raises(ValueError, match='unknown dataset'): sweep([TINY, replace(TINY, dataset='digit')],
-        progress=False)
-    with pytest.raises(ValueError, match='unknown text encoder'): sweep([TINY,
-        replace(TINY, method='LICO', text_encoder='minlm')], progress=False)
-    with pytest.raises(ValueError, match='unknown backbone'): sweep([TINY, replace(TINY, backbone='wrn_28')],
-        progress=False)
+    with pytest.raises(ValueError, match='unknown dataset'):
+        sweep([TINY, replace(TINY, dataset='digit')], progress=False)
+    with pytest.raises(ValueError, match='unknown text encoder'):
+        sweep([TINY, replace(TINY, method='LICO', text_encoder='minlm')], progress=False)
+    with pytest.raises(ValueError, match='unknown backbone'):
+        sweep([TINY, replace(TINY, backbone='wrn_28')], progress=False)
 
 
 def test_finished_runs_are_not_done_again(lico_root, monkeypatch):
@@ -216,23 +216,23 @@ def test_finished_runs_are_not_done_again(lico_root, monkeypatch):
     assert [r['run']['seed'] for r in first] == [0, 1]
 
 
-@pytest.mark.parametrize('damage', [lambda t: t[:len(t)//2],
-                                    lambda t: t.replace('"accuracy_last": ', '"accuracy_last": 1'), lambda t: '[]',
-                                    lambda t: ''])
+@pytest.mark.parametrize('damage',
+                         [lambda t: t[:len(t)//2], lambda t: t.replace('"accuracy_last": ', '"accuracy_last": 1'),
+                          lambda t: '[]', lambda t: ''])
 def test_damaged_record(lico_root, damage):
     first = run(TINY, progress=False)
     path = runs_folder()/first['id']/'record.json'
     path.write_text(damage(path.read_text()))
     with pytest.warns(RuntimeWarning, match='record.json is damaged'): assert read_record(path.parent) is None
-    assert list(path.parent.glob('record.json.damaged-*')) and run(TINY,
-        progress=False)['accuracy_last'] == first['accuracy_last']
+    assert (list(path.parent.glob('record.json.damaged-*'))
+            and run(TINY, progress=False)['accuracy_last'] == first['accuracy_last'])
 
 
 def test_table_from_stored_rows(lico_root):
     runs = [replace(TINY, method=m, seed=s, split_seed=s) for m in ('CE', 'CE+OT') for s in (0, 1, 2)]
     df = save_results(sweep(runs, progress=False), lico_root/'out', profile='smoke')
-    assert len(df) == 6 and {'command', 'seed', 'hardware', 'protocol',
-                             'torch'} <= set(df.columns) and df.command.notna().all()
+    assert (len(df) == 6 and {'command', 'seed', 'hardware', 'protocol', 'torch'} <= set(df.columns)
+            and df.command.notna().all())
     c = compare(read_results(lico_root/'out'), 3).iloc[0]
     a = {m: df[df.method == m].set_index('seed').accuracy_last for m in ('CE', 'CE+OT')}
     ci = stats.ttest_rel(a['CE+OT'], a['CE']).confidence_interval(0.95)
@@ -249,16 +249,18 @@ def test_pairs_share_everything_but_the_method(lico_root):
         for part in ('train', 'test'):
             for name in ('cat', 'dog'):
                 (f/part/name).mkdir(parents=True)
-                for i in range(4): Image.fromarray(rng.integers(0, 255, (16, 16, 3),
-                    np.uint8)).save(f/part/name/f'{i}.png')
+                for i in range(4):
+                    Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(f/part/name/f'{i}.png')
     base = [TINY, replace(TINY, steps=2), replace(TINY, image_size=8),
             *(replace(TINY, dataset=f'folder:{f}', labels=4) for f in folders)]
     runs = [replace(r, method=m, seed=s) for r in base for m in ('CE', 'CE+OT') for s in (0, 1)]
     save_results(sweep(runs[:4], progress=False), lico_root/'out')
     df = save_results(sweep(runs[4:], progress=False), lico_root/'out', keep=True)
     c = compare(df, 3)
-    assert len(df) == len(runs) == 20 and c.n.tolist() == [2]*5 and c.dataset.tolist() == ['digits']*3 + ['folder:pets']*2
-    for pairs in pairs_of(df): assert (pairs.seed == pairs.split).all() and pairs.id.nunique() == pairs.id_base.nunique() == 2
+    assert (len(df) == len(runs) == 20 and c.n.tolist() == [2]*5
+            and c.dataset.tolist() == ['digits']*3 + ['folder:pets']*2)
+    for pairs in pairs_of(df):
+        assert (pairs.seed == pairs.split).all() and pairs.id.nunique() == pairs.id_base.nunique() == 2
 
 
 def test_results_of_other_runs_are_not_dropped_in_silence(lico_root, capsys):
@@ -267,33 +269,34 @@ def test_results_of_other_runs_are_not_dropped_in_silence(lico_root, capsys):
     save_results(sweep(both, progress=False), lico_root/'out')
     assert not capsys.readouterr().err
     save_results(sweep([replace(r, seed=1) for r in both], progress=False), lico_root/'out')
-    assert 'results.csv held 2 other runs, which are no longer in it: -p out FOLDER writes elsewhere' in capsys.readouterr().err
+    assert ('results.csv held 2 other runs, which are no longer in it: -p out FOLDER writes elsewhere'
+            in capsys.readouterr().err)
 
 
 def test_results_that_cannot_be_written_are_said_before_anything_runs(lico_root, monkeypatch):
     monkeypatch.setattr('lico.paper.sweep', lambda *a, **k: pytest.fail('a run was started'))
     (lico_root/'file').write_text('')
-    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'): collect(SimpleNamespace(out=lico_root/
-        'file', stored=None, workers=1), [TINY])
+    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'):
+        collect(SimpleNamespace(out=lico_root/'file', stored=None, workers=1), [TINY])
 
 
 def test_a_folder_is_not_taken_for_a_dataset_of_the_paper():
     assert paper_dataset('cars') == ('Stanford-Cars', False) and paper_dataset('folder:/home/me/cars') == (None, True)
-    assert paper_dataset('folder:/x/cifar10-jpeg') == ('CIFAR-10', True) and paper_dataset('folder:/x/cars',
-        'CIFAR-10') == ('CIFAR-10', True)
+    assert (paper_dataset('folder:/x/cifar10-jpeg') == ('CIFAR-10', True)
+            and paper_dataset('folder:/x/cars', 'CIFAR-10') == ('CIFAR-10', True))
 
 
-@pytest.mark.parametrize('field, value', [('seed', '0-4'), ('seed', -1), ('seed', None), ('steps', 0), ('steps', -2),
-                                          ('epochs', 0), ('evaluations', 0), ('labels', '40'), ('image_size', 1.5),
-                                          ('threads', 0), ('threads', None)])
+@pytest.mark.parametrize('field, value',
+                         [('seed', '0-4'), ('seed', -1), ('seed', None), ('steps', 0), ('steps', -2), ('epochs', 0),
+                          ('evaluations', 0), ('labels', '40'), ('image_size', 1.5), ('threads', 0), ('threads', None)])
 def test_run_refuses(field, value):
     with pytest.raises(ValueError, match=f'{field} = .*expected a whole number of at least'): Run(**{field: value})
 
 
 def test_printed_numbers():
     "The 271 numbers, and cells typed here from the paper's text."
-    assert len(results()) == 271 and results().groupby('table').size().to_dict() == {1: 34, 2: 16, 3: 38, 4: 48,
-        5: 16, 6: 24, 7: 10, 8: 12, 9: 6, 10: 8, 11: 32, 12: 12, 13: 15}
+    assert (len(results()) == 271 and results().groupby('table').size()
+            .to_dict() == {1: 34, 2: 16, 3: 38, 4: 48, 5: 16, 6: 24, 7: 10, 8: 12, 9: 6, 10: 8, 11: 32, 12: 12, 13: 15})
     t = results(3).set_index(['dataset', 'setting', 'backbone', 'method'])
     assert t.loc[('CIFAR-10', '250', 'WRN', 'LICO'), ['value', 'std']].tolist() == [41.7, 0.91]
     assert '**41.7 ± 0.91**' in printed_table(3)
@@ -306,6 +309,6 @@ def test_verdict_properties(d, gain):
     mean, half = interval(d)
     v = verdict(d, gain)
     assert v == {'supported': 'contradicted', 'contradicted': 'supported'}.get(w := verdict([-x for x in d], gain),
-        w), 'symmetric'
+                                                                               w), 'symmetric'
     assert (v == 'supported') == (mean - half > 0) and (v == 'contradicted') == (mean + half < 0)
     if v == 'equivalent': assert abs(mean) < gain/2

@@ -14,11 +14,12 @@ from lico.experiments import Run, load_backbone, load_data, sweep
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
 
 
-def p_of(out, **more): return SimpleNamespace(**dict(
-    protocol='smoke', out=out, datasets=['digits'], backbones=['wrn_10_1'], labels=[40], methods=['CE', 'LICO'],
-    presets=['paper'], options={}, text_encoder='minilm', seeds=[0, 1], steps=1, threads=1,
-    epochs=None, evaluations=1, image_size=None, workers=1, stored=None, stand_in=None, saliency=[], metrics=[],
-    saliency_options='', test_images=4, batch_size=16) | more)
+def p_of(out, **more):
+    return SimpleNamespace(**dict(
+        protocol='smoke', out=out, datasets=['digits'], backbones=['wrn_10_1'], labels=[40], methods=['CE', 'LICO'],
+        presets=['paper'], options={}, text_encoder='minilm', seeds=[0, 1], steps=1, threads=1,
+        epochs=None, evaluations=1, image_size=None, workers=1, stored=None, stand_in=None, saliency=[], metrics=[],
+        saliency_options='', test_images=4, batch_size=16) | more)
 
 
 def test_stored_rows(lico_root, monkeypatch, capsys):
@@ -28,19 +29,20 @@ def test_stored_rows(lico_root, monkeypatch, capsys):
     with pytest.raises(FileNotFoundError, match='without `stored`'): collect(p('only'), [TINY])
     first = collect(p(None), [TINY])
     both = collect(p('add'), [replace(TINY, seed=1)])
-    assert both.seed.tolist() == [0, 1] and both.iloc[0].to_dict() == pytest.approx(first.iloc[0].to_dict(),
-        nan_ok=True)
+    assert (both.seed.tolist() == [0, 1]
+            and both.iloc[0].to_dict() == pytest.approx(first.iloc[0].to_dict(), nan_ok=True))
     assert collect(p('add'), [replace(TINY, seed=1)]).equals(both) and not capsys.readouterr().err
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
     assert collect(p('only'), [replace(TINY, seed=7)]).equals(both) and collect(p(None), [TINY]).seed.tolist() == [0]
-    assert 'results.csv held 1 other runs, which are no longer in it: -p out FOLDER writes elsewhere' in capsys.readouterr().err
+    assert ('results.csv held 1 other runs, which are no longer in it: -p out FOLDER writes elsewhere'
+            in capsys.readouterr().err)
 
 
 def test_that_results_cannot_be_written_is_said_before_anything_runs(lico_root, monkeypatch):
     monkeypatch.setattr(store, 'sweep', lambda *a, **k: pytest.fail('a run was started'))
     (lico_root/'file').write_text('')
-    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'): collect(p_of(lico_root/
-        'file'), [TINY])
+    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'):
+        collect(p_of(lico_root/'file'), [TINY])
 
 
 def test_two_that_add_at_once_lose_nothing(tmp_path):
@@ -56,8 +58,8 @@ def test_a_table_from_start_to_end(lico_root):
     p = p_of(lico_root/'out', arms=['Learnable', 'Random'], options=dict(alpha=5.))
     df = collect(p, grid(p, 13), 13)
     assert df.arm.tolist() == ['Learnable', 'Learnable', 'Random', 'Random'] and set(df.options) == {'alpha=5.0'}
-    assert df.command.str.contains("'trainable', False").tolist() == [False, False, True,
-        True] and (df.protocol == 1).all() and (df.paper_dataset == 'ImageNet-1k').all()
+    assert (df.command.str.contains("'trainable', False").tolist() == [False, False, True, True]
+            and (df.protocol == 1).all() and (df.paper_dataset == 'ImageNet-1k').all())
     np.testing.assert_allclose(df.overall, df.insertion - df.deletion, atol=1e-3)  # scores are kept with five digits
     assert (compare(df, 13, columns_of(13)).groupby('metric').n.sum() == 2).all()
     images = read_scores(p.out)
@@ -71,15 +73,17 @@ def test_a_table_from_start_to_end(lico_root):
 def test_top5_and_shots(lico_root):
     p = p_of(lico_root/'out', methods=['CE', 'GCC'], labels=['1-shot', 'all'])
     df = collect(p, grid(p, 2), 2)
-    assert df.labels.tolist() == ['1-shot']*4 + ['all']*4 and 'insertion' not in df and not (p.out/'scores.csv').exists()
+    assert (df.labels.tolist() == ['1-shot']*4 + ['all']*4 and 'insertion' not in df
+            and not (p.out/'scores.csv').exists())
     r = Run(shots=1, backbone='wrn_10_1', seed=1, steps=1)
     record = sweep([r], progress=False)[0]
     data, net = load_data(r), load_backbone(record)
     with torch.no_grad(): order = net(data.normalise(data.test.x)).argsort(1, descending=True)
     rank = (order == data.test.y[:, None]).float().argmax(1)
     mine = df[df.id == record['id']].iloc[0]
+    # ties
     np.testing.assert_allclose([mine.accuracy_last, mine.top5], [100*(rank < k).float().mean() for k in (1, 5)],
-                               atol=0.21)  # ties
+                               atol=0.21)
     c = compare(df, 2, ['accuracy_last', 'top5'])
     assert c.labels.tolist() == ['1-shot', 'all']*2 and set(c.printed_value) == {74.40, 92.12}
 
