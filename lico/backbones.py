@@ -33,13 +33,13 @@ class PreActResNet(nn.Module):
         super().__init__()
         self.stem, blocks = nn.Conv2d(3, stem, 3, 1, 1, bias=False), []
         for i, (width_in, width) in enumerate(zip([stem, *widths], widths)):
-            for j in range(depth): blocks.append(PreActBlock(width if j else width_in, width, 2 if i and not j else 1,
-                slope))
+            for j in range(depth):
+                blocks.append(PreActBlock(width if j else width_in, width, 2 if i and not j else 1, slope))
         self.blocks, self.bn, self.act = nn.Sequential(*blocks), nn.BatchNorm2d(widths[-1]), blocks[-1].act
         self.fc, self.num_features, self.num_classes = nn.Linear(widths[-1], num_classes), widths[-1], num_classes
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, a=slope, mode='fan_out',
-                nonlinearity='leaky_relu')
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, a=slope, mode='fan_out', nonlinearity='leaky_relu')
         nn.init.xavier_normal_(self.fc.weight); nn.init.zeros_(self.fc.bias)
 
     def get_classifier(self): return self.fc
@@ -58,8 +58,8 @@ class PreActResNet(nn.Module):
 # %% ../nbs/method/06_backbones.ipynb #de946f4b
 def _wrn(depth, k, num_classes):
     if depth < 10 or (depth - 4) % 6 or k < 1:
-        raise ValueError(f"no wide ResNet WRN-{depth}-{k}: its depth must be 6n + 4 (10, 16, 22, 28, 34, 40) and its "
-                         f"width at least 1")
+        raise ValueError(f"no wide ResNet WRN-{depth}-{k}: its depth must be 6n + 4 (10, 16, 22, 28, 34, "
+                         "40) and its width at least 1")
     return PreActResNet(16, (16*k, 32*k, 64*k), (depth - 4)//6, num_classes, slope=0.1)
 
 def _timm(name, num_classes, image_size, pretrained):
@@ -67,25 +67,24 @@ def _timm(name, num_classes, image_size, pretrained):
     import timm
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, ['parn_18', 'wrn_28_2', 'wrn_28_8', *timm.list_models()], 3)
-        raise ValueError(f"unknown backbone {name!r}: expected parn_18, wrn_DEPTH_WIDTH such as wrn_28_2, or a model "
-                         f"of timm"
-                         + (f"; near it: {', '.join(near)}" if near else ''))
+        raise ValueError(f"unknown backbone {name!r}: expected parn_18, wrn_DEPTH_WIDTH such as wrn_28_2, "
+                         "or a model of timm" + (f"; near it: {', '.join(near)}" if near else ''))
     try: return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
-    except TypeError: return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)  # no `img_size`: it takes any
+    except TypeError:  # no `img_size`: it takes any
+        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
 
 def _create(name, num_classes, image_size, pretrained):
     own = re.fullmatch(r'wrn_(\d+)_(\d+)', name)
-    if (own or name == 'parn_18') and pretrained: raise ValueError(f"{name} has no pretrained weights: pass "
-                                                                   f"pretrained=False, or a timm name")
+    if (own or name == 'parn_18') and pretrained:
+        raise ValueError(f"{name} has no pretrained weights: pass pretrained=False, or a timm name")
     if own: return _wrn(int(own[1]), int(own[2]), num_classes)
     if name == 'parn_18': return PreActResNet(64, (64, 128, 256, 512), 2, num_classes, slope=0)
     try: return _timm(name, num_classes, image_size, pretrained)
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise FileNotFoundError(f"no pretrained weights for {name}: timm found none in its cache and could not "
-                                f"download them "
-                                f"({(str(e) or type(e).__name__).splitlines()[0]}); fetch them where there is a "
-                                f"network and copy the Hugging Face cache here") from None
+                                f"download them ({(str(e) or type(e).__name__).splitlines()[0]}); "
+                                "fetch them where there is a network and copy the Hugging Face cache here") from None
 
 # %% ../nbs/method/06_backbones.ipynb #19b72d11
 def feature_rows(
@@ -117,10 +116,11 @@ def create_backbone(
     try:
         with torch.no_grad(): maps = net.forward_features(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise ValueError(f"{name} cannot take images of {image_size} pixels ({str(e).splitlines()[0]}): give a "
-                         f"larger image_size") from None
-    if not torch.is_tensor(maps): raise ValueError(f"{name} gives {type(maps).__name__} of several feature maps and "
-                                                   f"not one: choose a backbone whose features are one tensor")
+        raise ValueError(f"{name} cannot take images of {image_size} pixels ({str(e).splitlines()[0]}): "
+                         "give a larger image_size") from None
+    if not torch.is_tensor(maps):
+        raise ValueError(f"{name} gives {type(maps).__name__} of several feature maps and not one: "
+                         "choose a backbone whose features are one tensor")
     net.feature_shape = tuple(feature_rows(net, maps).shape[1:])
     net.image_size = image_size
     return net.train()

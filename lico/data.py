@@ -32,8 +32,8 @@ class Files:
     paths: np.ndarray  # bytes [n]
     y: torch.Tensor  # int64 [n], each the index of a class name
     def __len__(self): return len(self.y)
-    def __getitem__(self, index): return Files(self.folder, self.paths[np.asarray(index) if torch.is_tensor(index)
-        else index], self.y[index])
+    def __getitem__(self, index):
+        return Files(self.folder, self.paths[np.asarray(index) if torch.is_tensor(index) else index], self.y[index])
     def __repr__(self): return f'{len(self):,} image files'
 
 # %% ../nbs/method/03_data.ipynb #4c3fcef8
@@ -131,8 +131,8 @@ def _from_files(name, source, size):
         def put(i, image): pixels[i] = _fit(image, guess)
         sizes = each_image(source.folder, files, put)
         images = Images(x, torch.tensor(source.train.labels + source.test.labels))
-        if keep or sizes == {(guess, guess)}: return _data(name, images[:n], images[n:], source.class_names,
-                                                           source.flip)
+        if keep or sizes == {(guess, guess)}:
+            return _data(name, images[:n], images[n:], source.class_names, source.flip)
     else: sizes = each_image(source.folder, files) if len(files) < _most_to_check else ()
     return _on_disk(name, source, keep or (guess if sizes == {(guess, guess)} else 224))
 
@@ -143,10 +143,10 @@ def _balanced(images, class_names, k, seed):
     least = min(range(len(members)), key=lambda c: len(members[c]))
     if len(members[least]) < k:
         raise ValueError(f"class {class_names[least]!r} has {len(members[least])} training images and {k} of each "
-                         f"class were asked for: "
-                         f"ask for at most {len(members[least])*len(members)} labels or {len(members[least])} shots")
-    picked = [np.random.RandomState(derive_seed(seed, 'labels', c) % 2**32).permutation(m)[:k] for c,
-              m in enumerate(members)]
+                         f"class were asked for: ask for at most {len(members[least])*len(members)} labels or "
+                         f"{len(members[least])} shots")
+    picked = [np.random.RandomState(derive_seed(seed, 'labels', c) % 2**32).permutation(m)[:k]
+              for c, m in enumerate(members)]
     return images[np.sort(np.concatenate(picked))]
 
 # %% ../nbs/method/03_data.ipynb #1658f0ba
@@ -159,15 +159,16 @@ def _shared(what, value, n_classes):
     "How many of `value` images each class gets."
     k, rest = divmod(_whole_number(what, value), n_classes)
     near = [str(i*n_classes) for i in (k, k + 1) if i]
-    if rest: raise ValueError(f"{what} = {value} cannot be shared evenly by {n_classes} classes: ask for "
-                              f"{' or '.join(near)}")
+    if rest:
+        raise ValueError(f"{what} = {value} cannot be shared evenly by {n_classes} classes: "
+                         f"ask for {' or '.join(near)}")
     return k
 
 def _per_class(labels, shots, n_classes):
     "Labelled images of each class, or `None` for all there are."
     labels = None if labels == 'all' else labels
-    if labels is not None and shots is not None: raise ValueError(f"labels = {labels} and shots = {shots} were both "
-                                                                  f"given: give one of them")
+    if labels is not None and shots is not None:
+        raise ValueError(f"labels = {labels} and shots = {shots} were both given: give one of them")
     if labels is None: return None if shots is None else _whole_number('shots', shots)
     if isinstance(labels, str): raise ValueError(f"labels = {labels!r}: expected a whole number or 'all'")
     return _shared('labels', labels, n_classes)
@@ -175,8 +176,8 @@ def _per_class(labels, shots, n_classes):
 # %% ../nbs/method/03_data.ipynb #63ae93dd
 def _hold_out(images, class_names, n):
     "The training images without `n` of them, and those `n`."
-    k, members = _shared('validation', n, len(class_names)), [(images.y == c).nonzero().flatten().tolist()
-        for c in range(len(class_names))]
+    k, members = (_shared('validation', n, len(class_names)),
+                  [(images.y == c).nonzero().flatten().tolist() for c in range(len(class_names))])
     least = min(range(len(members)), key=lambda c: len(members[c]))
     if len(members[least]) <= k:
         raise ValueError(f"validation = {n} takes {k} images of each class, and class {class_names[least]!r} has "
@@ -217,20 +218,19 @@ def load(
     labels=None,  # labelled training images in total, the same number of each class; `None` or "all" for all there are
     shots: int = None,  # the same, per class
     seed: int = 0,  # decides which images are labelled, nothing else
-    image_size: int = None,  # S in pixels; `None`: 16 for digits, 28 for Fashion-MNIST, 32 for CIFAR and SVHN, for a folder see above, else 224
+    image_size: int = None,  # S, pixels; `None`: digits 16, Fashion-MNIST 28, CIFAR, SVHN 32, folder: above, else 224
     validation: int = None,  # hold out so many training images, the same number of each class, and test on them instead
 ) -> Data:
     "A dataset with its labelled subset (Sections 4.1 and 4.3). The test part is always whole."
     refuse_path(name)
-    if not isinstance(name, str) or name == 'folder:': raise ValueError(f"dataset {name!r}: expected a name, or "
-                                                                        f"folder:PATH with the path of a folder of "
-                                                                        f"images")
+    if not isinstance(name, str) or name == 'folder:':
+        raise ValueError(f"dataset {name!r}: expected a name, or folder:PATH with the path of a folder of images")
     if not isinstance(seed, numbers.Integral): raise ValueError(f"seed = {seed!r}: expected a whole number")
     if image_size is not None: _whole_number('image_size', image_size)
     place, files = _place(name)
     whole = _whole(place, image_size, files)
-    train, test = (whole.train, whole.test) if validation is None else _hold_out(whole.train, whole.class_names,
-        validation)
+    train, test = ((whole.train, whole.test) if validation is None
+                   else _hold_out(whole.train, whole.class_names, validation))
     if k := _per_class(labels, shots, len(whole.class_names)): train = _balanced(train, whole.class_names, k, seed)
     return dataclasses.replace(whole, name=name if whole.name == place else whole.name, train=train, test=test)
 
@@ -263,8 +263,8 @@ def augment(
     if not 0 <= pad < S: raise ValueError(f"pad = {pad} for images of {S} pixels: expected a number from 0 to {S - 1}")
     start = torch.randint(2*pad + 1, (2, B, 1), generator=generator).to(device)
     row, column = S - 1 - (S - 1 - (start + torch.arange(S, device=device) - pad).abs()).abs()
-    if flip: column = torch.where(torch.randint(2, (B, 1), generator=generator).to(device).bool(), column.flip(1),
-                                  column)
+    if flip:
+        column = torch.where(torch.randint(2, (B, 1), generator=generator).to(device).bool(), column.flip(1), column)
     pixel = (row[:, :, None]*S + column[:, None, :]).view(B, 1, S*S).expand(B, C, S*S)
     return x.flatten(2).gather(2, pixel).view(B, C, S, S)
 
@@ -287,8 +287,8 @@ def _transform(data, training):
     "PIL image to uint8 [3, S, S]."
     from torchvision.transforms import v2
     S = data.image_size
-    steps = [v2.RandomResizedCrop(S), *([v2.RandomHorizontalFlip()] if data.flip
-                                        else [])] if training else [v2.Resize(round(S*256/224)), v2.CenterCrop(S)]
+    steps = ([v2.RandomResizedCrop(S), *([v2.RandomHorizontalFlip()] if data.flip else [])] if training
+             else [v2.Resize(round(S*256/224)), v2.CenterCrop(S)])
     return v2.Compose([*steps, v2.PILToTensor()])
 
 # %% ../nbs/method/03_data.ipynb #07640637
@@ -311,8 +311,9 @@ class _Reader:
             with torch.random.fork_rng(devices=[]), open_image(self.images.folder/path) as image:
                 if seed is not None: torch.default_generator.manual_seed(seed)
                 return self.transform(image.convert('RGB'))
-        except Exception as e: raise ValueError(f"{path} in {self.images.folder} cannot be read ({reason(e)}): "
-                                                f"replace or remove it") from None
+        except Exception as e:
+            raise ValueError(
+                f"{path} in {self.images.folder} cannot be read ({reason(e)}): replace or remove it") from None
 
 # %% ../nbs/method/03_data.ipynb #1132a7de
 def _workers(n):
@@ -334,11 +335,12 @@ def _read_ahead(data, images, jobs, device, training):
 # %% ../nbs/method/03_data.ipynb #e2e777bf
 def _file_batches(data, schedule, noise, device, share):
     "`training_batches` for `Files`."
-    jobs = ((index[share].tolist(), [derive_seed(seed, 'image', i) for i in range(len(index))[share]]) for index,
-            seed in schedule)
+    jobs = ((index[share].tolist(), [derive_seed(seed, 'image', i) for i in range(len(index))[share]])
+            for index, seed in schedule)
     for x, index, seeds in _read_ahead(data, data.train, jobs, device, training=True):
-        if noise: x = x + noise*torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(s))
-                                             for s in seeds]).to(x.device)
+        if noise:
+            x = x + noise*torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(s))
+                                       for s in seeds]).to(x.device)
         yield x, data.train.y[index].to(x.device)
 
 def _image_batches(data, schedule, noise, device, share):

@@ -73,8 +73,8 @@ def _fetching(name, put, deed='could not download it', inside=''):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder/f'.{name}.lock'): yield folder
     except Exception as e:
-        raise FileNotFoundError(f"{name} is not in {folder} and torchvision {deed} ({reason(e)}): put {put} into "
-                                f"that folder") from None
+        raise FileNotFoundError(f"{name} is not in {folder} and torchvision {deed} ({reason(e)}): "
+                                f"put {put} into that folder") from None
     finally: socket.setdefaulttimeout(timeout)
 
 # %% ../nbs/method/02_datasets.ipynb #a3afb333
@@ -120,8 +120,8 @@ def _fashion_mnist():
                  for o in ('train', 't10k')]
     else:
         put = "FashionMNIST/raw with its four files (or install Debian's package dataset-fashion-mnist)"
-        with _fetching('fashion_mnist', put) as folder: both = [FashionMNIST(folder, train, download=True)
-            for train in (True, False)]
+        with _fetching('fashion_mnist', put) as folder:
+            both = [FashionMNIST(folder, train, download=True) for train in (True, False)]
         parts = [Part(o.data.numpy(), o.targets.tolist()) for o in both]
     return Source(*parts, tuple(FashionMNIST.classes), size=28)
 
@@ -132,8 +132,8 @@ def image_files(
     folder: Path,  # where to look, as deep as it goes
 ) -> tuple:
     "Sorted (path relative to `folder`, time, size) of its image files: equal for a folder that has not changed."
-    if not folder.is_dir(): raise FileNotFoundError(f"no folder {folder}: give folder:PATH with the path of a folder "
-                                                    f"of images")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: give folder:PATH with the path of a folder of images")
     paths = (os.path.join(d, f) for d, _, files in os.walk(folder, followlinks=True) for f in files
              if f.lower().endswith(_endings) and not f.startswith('.'))
     start = len(os.path.join(folder, ''))
@@ -141,8 +141,8 @@ def image_files(
 
 def _classes(folder, prefix, files):
     "{class folder: its files} of the class folders in `folder/prefix`, sorted."
-    classes = {name: [] for name in sorted(d.name for d in (folder/prefix).iterdir() if d.is_dir()
-                                           and not d.name.startswith('.'))}
+    classes = {name: [] for name in sorted(d.name for d in (folder/prefix).iterdir()
+                                           if d.is_dir() and not d.name.startswith('.'))}
     for f in files:
         name, _, deeper = f.removeprefix(prefix).partition('/')
         if f.startswith(prefix) and deeper and name in classes: classes[name].append(f)
@@ -172,19 +172,20 @@ def _check_tree(folder, found, parts):
     too few images in one."""
     train, test, least = found[0], found[-1], 3 - len(found)  # before the split, a class needs two images
     if not any(files for part in found for files in part.values()):
-        raise FileNotFoundError(f"no images found in {folder}: expected train/<class>/* and test/<class>/*, or "
-                                f"<class>/*, "
-                                f"with files that end in {' '.join(_endings)}")
+        raise FileNotFoundError(f"no images found in {folder}: expected train/<class>/* and test/<class>/*, "
+                                f"or <class>/*, with files that end in {' '.join(_endings)}")
     only = ((parts[0], set(train) - set(test)), (parts[-1], set(test) - set(train)))
     if differ := [f"only in {part}: {_some(sorted(o))}" for part, o in only if o]:
         raise ValueError(f"the class folders of {folder} differ, {'; '.join(differ)}: {' and '.join(parts)} need the "
-                         f"same ones")
-    if len(train) < 2: raise ValueError(f"{folder} has only one class, {next(iter(train))!r}: a classifier needs two "
-                                        f"or more class folders")
-    few = [f"{part}/{name} ({len(files)})".lstrip('/') for part, o in zip(parts, found) for name,
-           files in o.items() if len(files) < least]
-    if few: raise ValueError(f"class folders of {folder} have fewer images than the {least} they need: {_some(few)}; "
-                             f"add images or remove them")
+                         "same ones")
+    if len(train) < 2:
+        raise ValueError(f"{folder} has only one class, {next(iter(train))!r}: a classifier needs two or more class "
+                         "folders")
+    few = [f"{part}/{name} ({len(files)})".lstrip('/') for part, o in zip(parts, found)
+           for name, files in o.items() if len(files) < least]
+    if few:
+        raise ValueError(f"class folders of {folder} have fewer images than the {least} they need: {_some(few)}; "
+                         "add images or remove them")
     read_as = [name.replace('_', ' ') for name in train]
     if twice := [name for name in train if read_as.count(name.replace('_', ' ')) > 1]:
         raise ValueError(f"class folders of {folder} would have the same name with spaces for underscores: "
@@ -213,7 +214,8 @@ def imagenet_names() -> dict:
 def _imagenet():
     "ILSVRC2012: train and val."
     from torchvision.datasets import ImageNet
-    put = 'ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, or train/<id>/* and val/<id>/*,'
+    put = ('ILSVRC2012_devkit_t12.tar.gz, ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, '
+           'or train/<id>/* and val/<id>/*,')
     with _fetching('imagenet', put, 'may not download it', 'imagenet') as folder:
         for split in ('train', 'val'):
             if not (folder/split).is_dir(): ImageNet(folder, split)
@@ -237,15 +239,15 @@ def _imagenette():
         train = Imagenette(folder, 'train', download=not (folder/'imagenette2').exists())
         names = {i: words[0] for i, words in zip(train.wnids, train.classes)}
     trees = _trees(folder/'imagenette2')
-    if list(trees[0]) != list(names): raise ValueError(f"{folder}/imagenette2 has other class folders than "
-                                                       f"{', '.join(names)}: unpack it again")
+    if list(trees[0]) != list(names):
+        raise ValueError(f"{folder}/imagenette2 has other class folders than {', '.join(names)}: unpack it again")
     return Source(*map(_listed, trees), tuple(names.values()), size=224, folder=folder/'imagenette2')
 
 # %% ../nbs/method/02_datasets.ipynb #c28f4bd9
 def _paths(folder, *datasets):
     "One `Part` of torchvision datasets that give a path for an image."
-    return Part(*map(list, zip(*((Path(f).relative_to(folder).as_posix(), int(label)) for o in datasets for f,
-                                 label in o))))
+    return Part(*map(list,
+                     zip(*((Path(f).relative_to(folder).as_posix(), int(label)) for o in datasets for f, label in o))))
 
 def _fine_grained(name, put, read, **deed):
     """A dataset whose splits torchvision lists: `read(folder)` gives those for training in a list, and the one for
@@ -264,31 +266,31 @@ def _aircraft():
 def _flowers102():
     "Oxford's 102 flowers."
     from torchvision.datasets import Flowers102
-    kind, put = functools.partial(Flowers102, download=True,
-                                  loader=str), 'flowers-102/jpg, flowers-102/imagelabels.mat and flowers-102/setid.mat'
+    kind, put = (functools.partial(Flowers102, download=True, loader=str),
+                 'flowers-102/jpg, flowers-102/imagelabels.mat and flowers-102/setid.mat')
     return _fine_grained('flowers102', put, lambda d: ([kind(d, 'train'), kind(d, 'val')], kind(d, 'test')))
 
 def _cars():
     "Stanford's 196 cars."
     from torchvision.datasets import StanfordCars
-    kind, put = functools.partial(StanfordCars, loader=str), 'stanford_cars/ with devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat'
+    kind, put = (functools.partial(StanfordCars, loader=str),
+                 'stanford_cars/ with devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat')
     return _fine_grained('cars', put, lambda d: ([kind(d, 'train')], kind(d, 'test')), deed='can no longer download it')
 
 # %% ../nbs/method/02_datasets.ipynb #bedba07c
 def _cub200():
     "Caltech-UCSD Birds 200-2011, in its own layout."
     folder = root()/'data'/'CUB_200_2011'
-    read = lambda name: dict(line.split(maxsplit=1) for line in (folder/f'{name}.txt').read_text().splitlines()
-                             if line.strip())
+    read = lambda name: dict(line.split(maxsplit=1)
+                             for line in (folder/f'{name}.txt').read_text().splitlines() if line.strip())
     try:
         names, paths, labels, train = map(read, ('classes', 'images', 'image_class_labels', 'train_test_split'))
         rows = [(f'images/{paths[i]}', int(labels[i]) - 1, train[i].strip() == '1') for i in paths]
         class_names = tuple(names[str(k + 1)].strip().partition('.')[2] for k in range(len(names)))
     except (OSError, KeyError, ValueError) as e:
-        raise FileNotFoundError(f"cub200 is not in {folder} and no library downloads it ({reason(e)}): put "
-                                f"CUB_200_2011.tgz, unpacked, there, "
-                                "with images/, images.txt, classes.txt, image_class_labels.txt and "
-                                "train_test_split.txt") from None
+        raise FileNotFoundError(f"cub200 is not in {folder} and no library downloads it ({reason(e)}): "
+                                "put CUB_200_2011.tgz, unpacked, there, with images/, images.txt, classes.txt, "
+                                "image_class_labels.txt and train_test_split.txt") from None
     parts = [Part(*map(list, zip(*((f, y) for f, y, o in rows if o == wanted)))) for wanted in (True, False)]
     return Source(*parts, class_names, size=224, folder=folder)
 
@@ -329,8 +331,9 @@ def each_image(
         except Exception as e: bad.append(f"{files[i]} ({reason(e).replace(os.path.join(folder, ''), '')})")
     with no_truncated_images(), ThreadPoolExecutor(os.cpu_count()) as pool:
         for _ in tqdm(pool.map(read, range(len(files))), 'reading images', len(files), leave=False, delay=2): pass
-    if bad: raise ValueError(f"{len(bad)} of {len(files)} images in {folder} cannot be read: {_some(sorted(bad))}; "
-                             f"replace or remove them")
+    if bad:
+        raise ValueError(f"{len(bad)} of {len(files)} images in {folder} cannot be read: {_some(sorted(bad))}; "
+                         "replace or remove them")
     return sizes
 
 # %% ../nbs/method/02_datasets.ipynb #b2bbc192

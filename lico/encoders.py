@@ -60,8 +60,8 @@ class TextEncoder(nn.Module):
     ):  # [K, n + 1, dim]: the outputs at the context positions, in context order, and the class row
         "Encode K prompts."
         context = context if context.ndim == 3 else context[None]
-        if len(names) % len(context): raise ValueError(f"{len(context)} contexts for {len(names)} names: expected "
-                                                       f"one for all or one for each")
+        if len(names) % len(context):
+            raise ValueError(f"{len(context)} contexts for {len(names)} names: expected one for all or one for each")
         ids, where, sizes = _layout(names, context.shape[1], front, self.begin, self.end)
         x = self.word_embeddings(ids)
         each = context.to(x).repeat_interleave(len(names)//len(context), 0)
@@ -127,8 +127,8 @@ class GloVeText(TextEncoder):
         known, ids = self.numbers, []
         for word in text.lower().split():
             for part in [word] if word in known else re.findall(r"'s\b|[^\W_]+", word) or [word]:
-                if part not in known: raise ValueError(f"GloVe has no vector for {part!r} of {text!r}: use words "
-                                                       f"that it knows")
+                if part not in known:
+                    raise ValueError(f"GloVe has no vector for {part!r} of {text!r}: use words that it knows")
                 ids.append(known[part])
         return torch.tensor(ids, dtype=torch.int64)
 
@@ -141,8 +141,8 @@ class GloVeText(TextEncoder):
 def _qkv(block, x):
     "Queries, keys and values of a block, each [batch, heads, positions, width of a head]."
     a = block.attn
-    return F.linear(block.ln_1(x), a.in_proj_weight, a.in_proj_bias).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0,
-        3, 1, 4)
+    return F.linear(block.ln_1(x), a.in_proj_weight,
+                    a.in_proj_bias).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
 
 def _finish(block, x, attended):
     "The rest of a block after its attention."
@@ -167,16 +167,16 @@ def _text_tower(model):
     tower = model if isinstance(model, CLIP) else getattr(model, 'text', None)
     name = f"{type(model).__name__}'s text tower {type(tower).__name__}"
     wanted = "expected CLIP's: causal and pooled at the end-of-text token"
-    if not isinstance(tower, (CLIP, TextTransformer)): raise ValueError(f"{name} is not open_clip's own "
-                                                                        f"TextTransformer: {wanted}")
-    if getattr(tower, 'cls_emb',
-               None) is not None: raise ValueError(f"{name} pools at an appended class embedding: {wanted}")
+    if not isinstance(tower, (CLIP, TextTransformer)):
+        raise ValueError(f"{name} is not open_clip's own TextTransformer: {wanted}")
+    if getattr(tower, 'cls_emb', None) is not None:
+        raise ValueError(f"{name} pools at an appended class embedding: {wanted}")
     if tower.attn_mask is None: raise ValueError(f"{name} is not causal: {wanted}")
-    pool, eos = (tower.text_pool_type, tower.text_eos_id) if isinstance(tower, CLIP) else (tower.pool_type,
-        tower.eos_id)
+    pool, eos = ((tower.text_pool_type, tower.text_eos_id) if isinstance(tower, CLIP)
+                 else (tower.pool_type, tower.eos_id))
     choose(f"pooling of {name}:", pool, ('argmax', 'eos'))
-    for block in tower.transformer.resblocks: choose(f"block of {name}:", type(block).__name__,
-                                                     ('ResidualAttentionBlock',))
+    for block in tower.transformer.resblocks:
+        choose(f"block of {name}:", type(block).__name__, ('ResidualAttentionBlock',))
     return tower, eos if pool == 'eos' else tower.token_embedding.num_embeddings - 1
 
 # %% ../nbs/method/04_encoders.ipynb #efc070b3
@@ -190,15 +190,17 @@ class CLIPText(TextEncoder):
     ):
         tower, end = _text_tower(model)
         special = tokenizer([""], 2)[0].tolist()
-        if special[1] != end: raise ValueError(f"the tokenizer ends texts with token {special[1]}, the tower pools "
-                                               f"at token {end}: pass its own")
+        if special[1] != end:
+            raise ValueError(f"the tokenizer ends texts with token {special[1]}, the tower pools at token {end}: "
+                             "pass its own")
         table, blocks, ln_final, positions, project = copy.deepcopy(
             (tower.token_embedding, tower.transformer.resblocks, tower.ln_final, tower.positional_embedding,
              tower.text_projection))
-        dim = table.embedding_dim if project is None else project.out_features if isinstance(project,
-            nn.Linear) else project.shape[1]
+        dim = (table.embedding_dim if project is None else project.out_features if isinstance(project, nn.Linear)
+               else project.shape[1])
         super().__init__(table, special, dim, len(positions))
-        self.tokenizer, self.blocks, self.ln_final, self.positions, self.project = tokenizer, blocks, ln_final, positions, project
+        self.tokenizer, self.blocks, self.ln_final = tokenizer, blocks, ln_final
+        self.positions, self.project = positions, project
         self.requires_grad_(False).eval()
 
     def name_ids(self, text):
@@ -212,8 +214,8 @@ class CLIPText(TextEncoder):
 
     def _out(self, h):
         h = self.ln_final(h)
-        return h if self.project is None else self.project(h) if isinstance(self.project,
-            nn.Linear) else h @ self.project
+        return (h if self.project is None else self.project(h) if isinstance(self.project, nn.Linear)
+                else h @ self.project)
 
     def _encode(self, x, where, sizes, P, front):
         (K, n), x = where.shape, x + self.positions[:x.shape[1]]

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from . import rivals
 from .backbones import create_backbone
-from .config import check_options, choose, derive_seed, device, preset, root, seed_everything, settings, stamp, write_atomic
+from .config import (check_options, choose, derive_seed, device, preset, root, seed_everything, settings, stamp,
+                         write_atomic)
 from .data import load
 from .losses import LossOptions
 from .model import LICO, CrossEntropy
@@ -37,8 +38,9 @@ RIVALS = {'CGC': ('CGC', _cgc), 'GCC': ('GCC', dict(weight='gcc_weight')), 'LICO
           'CE+SupCon': ('SupCon', dict(weight='supcon_weight', temperature='supcon_temperature'))}
 
 # %% ../nbs/method/14_experiments.ipynb #1eb16bb7
+# field of a `Run` -> its smallest value
 _least = dict(labels=1, shots=1, seed=0, split_seed=0, epochs=1, steps=1, evaluations=1, image_size=1, validation=1,
-              threads=1)  # field of a `Run` -> its smallest value
+              threads=1)
 
 def _whole(name, value):
     "A whole number that is large enough."
@@ -72,13 +74,14 @@ class Run:
         object.__setattr__(self, 'options', tuple(sorted(check_options(**dict(self.options)).items())))
         if self.labels == 'all': object.__setattr__(self, 'labels', None)
         for name in _least:
-            if (value := getattr(self, name)) is not None or name in ('seed', 'evaluations',
-                'threads'): object.__setattr__(self, name, _whole(name, value))
+            if (value := getattr(self, name)) is not None or name in ('seed', 'evaluations', 'threads'):
+                object.__setattr__(self, name, _whole(name, value))
         for a, b in (('epochs', 'steps'), ('labels', 'shots')):
-            if getattr(self, a) and getattr(self, b): raise ValueError(f"{a}={getattr(self, a)} and "
-                                                                       f"{b}={getattr(self, b)}: give one of them")
+            if getattr(self, a) and getattr(self, b):
+                raise ValueError(f"{a}={getattr(self, a)} and {b}={getattr(self, b)}: give one of them")
 
-    def __repr__(self): return f"Run({', '.join(f'{f.name}={v!r}' for f in fields(self) if (v := getattr(self, f.name)) != f.default)})"
+    def __repr__(self):
+        return f"Run({', '.join(f'{f.name}={v!r}' for f in fields(self) if (v := getattr(self, f.name)) != f.default)})"
 
     @property
     def split(self): return self.seed if self.split_seed is None else self.split_seed
@@ -122,13 +125,15 @@ def encoder_name(
 # %% ../nbs/method/14_experiments.ipynb #b3934e31
 def _options(r): return preset(r.preset, **{**dict(r.options), **({} if r.epochs is None else dict(epochs=r.epochs))})
 
-def load_data(r: Run): return load(r.dataset, labels=r.labels, shots=r.shots, seed=r.split, image_size=r.image_size,
-                                   validation=r.validation)
+def load_data(r: Run):
+    return load(r.dataset, labels=r.labels, shots=r.shots, seed=r.split, image_size=r.image_size,
+                validation=r.validation)
 
 def _names(kind): return [f.name for f in fields(kind)]
 
 _prompt_options = ('n_context', 'prompt', 'context', 'class_position', 'dynamic', 'init', 'trainable', 'class_text')
-_later = dict(precision='fp32', class_text='names', mm_centre=False, mm_diagonal='in', tau_share=.25)  # options that came later, and what held before: at that they stay out
+# options that came later, and what held before: at that they stay out
+_later = dict(precision='fp32', class_text='names', mm_centre=False, mm_diagonal='in', tau_share=.25)
 
 def _told(options, names):
     "The options of these names that a spec tells."
@@ -216,8 +221,9 @@ def run_id(
     return f"{_spec_hash(spec(r, data or load_data(r)))}-p{TRAINING_PROTOCOL}"
 
 # %% ../nbs/method/14_experiments.ipynb #f478f798
-def _seal(record): return hashlib.sha256(json.dumps({k: v for k, v in record.items() if k != 'checksum'},
-                                                    sort_keys=True).encode()).hexdigest()
+def _seal(record):
+    return hashlib.sha256(json.dumps({k: v for k, v in record.items() if k != 'checksum'},
+                                     sort_keys=True).encode()).hexdigest()
 
 def read_record(folder):
     "The record in a run's folder, `None` if there is none or it is damaged."
@@ -271,8 +277,8 @@ def _train(r, data, folder, progress):
                   stamp=dict(stamp(), threads=r.threads),
                   finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                   command=f'python -c "from lico.experiments import *; run({r!r})"')
-    write_atomic(folder/'record.json', json.dumps(dict(record, checksum=_seal(json.loads(json.dumps(record)))),
-                                                  indent=1))
+    write_atomic(folder/'record.json',
+                 json.dumps(dict(record, checksum=_seal(json.loads(json.dumps(record)))), indent=1))
     (folder/'checkpoint.safetensors').unlink(missing_ok=True)
 
 # %% ../nbs/method/14_experiments.ipynb #c88ef896
@@ -287,7 +293,8 @@ def run(
         with _lock(folder), _state_kept(r.threads):
             if not read_record(folder): _train(r, data, folder, progress)
         record = read_record(folder)
-    return dict(record, run=asdict(r))  # as it was asked for: a baseline's record may have been made for another preset of the same values
+    # as it was asked for: a baseline's record may have been made for another preset of the same values
+    return dict(record, run=asdict(r))
 
 # %% ../nbs/method/14_experiments.ipynb #b63a15ff
 def run_of(record: dict) -> Run:
@@ -299,11 +306,12 @@ def load_backbone(record: dict):
     from safetensors.torch import load_file
     r = run_of(record)
     data, path = load_data(r), runs_folder()/record['id']/'model.safetensors'
-    if not path.exists(): raise FileNotFoundError(f"{path} is missing: the record of {r} is here without its "
-                                                  f"weights; remove the folder and run it again")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: the record of {r} is here without its weights; "
+                                "remove the folder and run it again")
     net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size)
-    net.load_state_dict({k.removeprefix('backbone.'): v for k,
-                         v in load_file(path).items() if k.startswith('backbone.')})
+    net.load_state_dict({k.removeprefix('backbone.'): v
+                         for k, v in load_file(path).items() if k.startswith('backbone.')})
     return net.eval()
 
 # %% ../nbs/method/14_experiments.ipynb #f58a36e9
@@ -323,14 +331,13 @@ def _identify(runs):
 def refuse_threads(executor):
     "Refuse an executor whose workers would draw each other's random numbers."
     if isinstance(executor, ThreadPoolExecutor):
-        raise ValueError("executor is a ThreadPoolExecutor, whose threads share torch's random generator, so that "
-                         "runs would mix: "
-                         "use a ProcessPoolExecutor")
+        raise ValueError("executor is a ThreadPoolExecutor, whose threads share torch's random generator, "
+                         "so that runs would mix: use a ProcessPoolExecutor")
 
 def sweep(
     runs,  # an iterable of `Run`; one that occurs twice is done once
     progress: bool = True,
-    executor=None,  # where to run what is missing: anything with `submit`, as a `ProcessPoolExecutor` or submitit's `AutoExecutor`, but no threads; `None`: here
+    executor=None,  # with `submit`: `ProcessPoolExecutor`, submitit's `AutoExecutor`, no threads; `None`: here
 ) -> list:
     "The records of many runs, in order; only what is missing is computed."
     refuse_threads(executor)

@@ -52,8 +52,9 @@ def log_adjacency(
     choose('distance', distance, ('euclidean', 'cosine'))
     choose('sign', sign, (-1, 1))
     choose('diagonal', diagonal, ('in', 'out'))
-    if not tau > 0: raise ValueError(f"tau is {float(tau):g}: expected a positive number; tau_form = exp keeps a "
-                                     f"learned one positive")
+    if not tau > 0:
+        raise ValueError(f"tau is {float(tau):g}: expected a positive number; tau_form = exp keeps a learned one "
+                         "positive")
     D = _distances(x.flatten(1), distance, normalise).to(torch.promote_types(x.dtype, torch.float32))
     return _log_rows(D, tau, sign, diagonal)
 
@@ -74,8 +75,9 @@ def kl_rows(
     log_q,  # [B, B]: logarithm of the rows that shall approach them
 ):
     "Mean over rows of KL[p ‖ q], in nats (Eq. 2)."
-    if log_p.shape != log_q.shape: raise ValueError(f"{len(log_p)} samples on one side and {len(log_q)} on the "
-                                                    f"other: both must come from one batch")
+    if log_p.shape != log_q.shape:
+        raise ValueError(f"{len(log_p)} samples on one side and {len(log_q)} on the other: "
+                         "both must come from one batch")
     return (log_p.exp()*_where_mass(log_p - log_q, log_p)).sum(1).mean()
 
 # %% ../nbs/method/01_losses.ipynb #dfb899c5
@@ -173,8 +175,8 @@ def cost_matrix(
     """Squared Euclidean distance between L2-normalised rows, [B, N, M], from 0 to 4; a zero row stays zero and is 1
     away from every other."""
     if F.ndim != 3 or G.ndim != 3 or len(F) != len(G) or F.shape[2] != G.shape[2]:
-        raise ValueError(f"features {list(F.shape)} and prompts {list(G.shape)}: expected [B, N, d'] and [B, M, d'] "
-                         f"of one batch and one width")
+        raise ValueError(f"features {list(F.shape)} and prompts {list(G.shape)}: expected [B, N, d'] and [B, M, "
+                         "d'] of one batch and one width")
     f, g = _unit(F), _unit(G)
     return (f.square().sum(2)[:, :, None] + g.square().sum(2)[:, None] - 2*f@g.mT).clamp_min(0)
 
@@ -184,7 +186,8 @@ def _log_plan(C, eps, n_iter, tol):
     if C.ndim != 3: raise ValueError(f"cost of shape {list(C.shape)}: expected [B, N, M]")
     if not eps > 0: raise ValueError(f"eps is {float(eps):g}: expected a positive number")
     N, M = C.shape[1:]
-    log_p = (-C.mT.contiguous()/eps).log_softmax(1) - math.log(N)  # [B, M, N]: the long axis last is several times faster
+    # [B, M, N]: the long axis last is several times faster
+    log_p = (-C.mT.contiguous()/eps).log_softmax(1) - math.log(N)
     for _ in range(n_iter):
         excess = log_p.logsumexp(2, keepdim=True) + math.log(M)
         if tol and excess.expm1().abs().mean((1, 2)).max() < tol: break
@@ -196,7 +199,7 @@ def sinkhorn(
     C,  # [B, N, M]: cost of moving row n to row m
     eps=0.1,  # λ of Eq. 5: strength of the entropy term, in units of cost
     n_iter=100,  # at most so many updates of Eq. 7
-    tol=1e-3,  # stop when the marginals of the worst sample are violated by less than this (L1); 0: never before `n_iter`
+    tol=1e-3,  # stop when the worst sample's marginals are violated by less than this (L1); 0: never before `n_iter`
 ):
     "The plan of Eq. 6, [B, N, M]: each of the N rows sums to 1/N exactly, each of the M columns to 1/M within `tol`."
     return _log_plan(C, eps, n_iter, tol).exp()
@@ -206,7 +209,7 @@ def ot_alignment(
     F,  # [B, N, d']: feature rows of each image
     G,  # [B, M, d']: prompt rows of its class
     eps=0.1, n_iter=100, tol=1e-3,  # as in `sinkhorn`
-    grad='envelope',  # "envelope": plan held fixed, cost differentiated; "unrolled": through the iterations too; "none": a constant (released code)
+    grad='envelope',  # "envelope": the plan is held fixed; "unrolled": through the iterations; "none" (released code)
     value='transport',  # "transport": ⟨P, C⟩; "regularised": ⟨P, C⟩ - eps·H(P), Eq. 5 with its sign put right
 ):
     """L_OT: the mean over the batch of the transport cost between an image's feature rows and its prompt's rows, a

@@ -23,11 +23,12 @@ def _which(bad):
 def _maps(saliency):
     "Finite float maps [B, H, W], or a refusal."
     saliency = torch.as_tensor(saliency)
-    if saliency.ndim != 3 or not saliency.numel(): raise ValueError(f"saliency of shape {list(saliency.shape)}: "
-                                                                    f"expected maps [B, H, W], one for each image")
+    if saliency.ndim != 3 or not saliency.numel():
+        raise ValueError(f"saliency of shape {list(saliency.shape)}: expected maps [B, H, W], one for each image")
     bad = ~saliency.isfinite().flatten(1).all(1)
-    if bad.any(): raise ValueError(f"saliency map {_which(bad)} is not finite: a metric of it would say nothing, so "
-                                   f"leave it out and count it")
+    if bad.any():
+        raise ValueError(f"saliency map {_which(bad)} is not finite: a metric of it would say nothing, "
+                         "so leave it out and count it")
     return saliency if saliency.is_floating_point() else saliency.float()
 
 # %% ../nbs/method/11_metrics.ipynb #6b31d467
@@ -39,10 +40,10 @@ def _whole(name, value, low, high):
 def _targets(target, B, device):
     "Targets as int64 [B]; one number stands for all images."
     target = torch.as_tensor(target, device=device)
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool or target.shape not in ((),
-        (B,)):
-        raise ValueError(f"target of shape {list(target.shape)} and {target.dtype}: expected one class index, or one "
-                         f"for each of {B} images")
+    if (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+        or target.shape not in ((), (B,))):
+        raise ValueError(f"target of shape {list(target.shape)} and {target.dtype}: expected one class index, "
+                         f"or one for each of {B} images")
     if (target < 0).any(): raise ValueError(f"target {int(target.min())}: class indices begin at 0")
     return target.long().expand(B)
 
@@ -50,13 +51,13 @@ def _targets(target, B, device):
 def _inputs(x, saliency, target, step):
     "Maps, targets and the step in pixels, all checked against the images."
     if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"images of shape {list(x.shape)} and {x.dtype}: expected the network's input, floats [B, "
-                         f"C, H, W]")
+        raise ValueError(f"images of shape {list(x.shape)} and {x.dtype}: expected the network's input, floats [B, C, "
+                         "H, W]")
     saliency = _maps(saliency).to(x.device)
     (B, _, H, W) = x.shape
     if saliency.shape != (B, H, W):
-        raise ValueError(f"images {list(x.shape)} and maps {list(saliency.shape)}: expected one map [{H}, {W}] for "
-                         f"each of {B} images")
+        raise ValueError(f"images {list(x.shape)} and maps {list(saliency.shape)}: expected one map [{H}, "
+                         f"{W}] for each of {B} images")
     return saliency, _targets(target, B, x.device), math.ceil(H*W/28) if step is None else _whole('step', step, 1, H*W)
 
 # %% ../nbs/method/11_metrics.ipynb #a9c01d47
@@ -91,8 +92,8 @@ def _score(logits, target, i, score):
     """[n, K] -> [n]: the softmax, or the logit, of each frame's target, of images `i`; all targets are checked with
     the first batch."""
     if logits.ndim != 2 or (target >= logits.shape[1]).any():
-        raise ValueError(f"target {int(target.max())} and an output of shape {list(logits.shape)}: expected [n, K] "
-                         f"and class indices below K")
+        raise ValueError(f"target {int(target.max())} and an output of shape {list(logits.shape)}: expected [n, "
+                         "K] and class indices below K")
     return (logits.softmax(1) if score == 'softmax' else logits).gather(1, target[i, None])[:, 0]
 
 # %% ../nbs/method/11_metrics.ipynb #9a74213a
@@ -123,8 +124,8 @@ def _baseline(baseline, x):
     "A number or a tensor as images like `x`."
     try: return torch.as_tensor(baseline, dtype=x.dtype, device=x.device).expand_as(x)
     except RuntimeError:
-        raise ValueError(f"baseline of shape {list(baseline.shape)} for images {list(x.shape)}: expected a number or "
-                         f"what broadcasts to them") from None
+        raise ValueError(f"baseline of shape {list(baseline.shape)} for images {list(x.shape)}: "
+                         "expected a number or what broadcasts to them") from None
 
 def _settings(score, batch_size):
     choose('score', score, ('softmax', 'logit'))
@@ -165,8 +166,8 @@ def overall(
 ) -> torch.Tensor:
     "Table 1's Overall of each image, [B]: AUC of insertion less AUC of deletion."
     if insertion.curve.shape != deletion.curve.shape:
-        raise ValueError(f"curves {list(insertion.curve.shape)} and {list(deletion.curve.shape)}: expected the same "
-                         f"images and the same step for both")
+        raise ValueError(f"curves {list(insertion.curve.shape)} and {list(deletion.curve.shape)}: "
+                         "expected the same images and the same step for both")
     return insertion.auc - deletion.auc
 
 # %% ../nbs/method/11_metrics.ipynb #0854790f
@@ -177,8 +178,8 @@ def _boxes_as_masks(boxes, H, W, where):
     for mask, (x0, y0, x1, y1) in zip(masks, boxes):
         if not (x0 < x1 and y0 < y1 and x0 < W and y0 < H and x1 > 0 and y1 > 0
                 and np.isfinite((x0, y0, x1, y1)).all()):
-            raise ValueError(f"{where} has the box {(x0, y0, x1, y1)}: expected x0 < x1 and y0 < y1, and a part of "
-                             f"it inside the image of {W} x {H} pixels")
+            raise ValueError(f"{where} has the box {(x0, y0, x1, y1)}: expected x0 < x1 and y0 < y1, "
+                             f"and a part of it inside the image of {W} x {H} pixels")
         mask[max(0, math.floor(y0)):math.ceil(y1), max(0, math.floor(x0)):math.ceil(x1)] = True
     return masks
 
@@ -187,11 +188,11 @@ def _instances(region, H, W, where):
     "One image's region as masks [K, H, W]."
     region = np.asarray(region)
     if not region.size: raise ValueError(f"{where} has no box and no mask: leave out images without the object")
-    if region.dtype != bool and region.ndim in (1, 2) and region.shape[-1] == 4: return _boxes_as_masks(region, H, W,
-        where)
+    if region.dtype != bool and region.ndim in (1, 2) and region.shape[-1] == 4:
+        return _boxes_as_masks(region, H, W, where)
     if region.dtype != bool or region.ndim not in (2, 3) or region.shape[-2:] != (H, W):
-        raise ValueError(f"{where} is {region.dtype} of shape {list(region.shape)}: expected boxes [K, 4] or boolean "
-                         f"masks [K, {H}, {W}]")
+        raise ValueError(f"{where} is {region.dtype} of shape {list(region.shape)}: expected boxes [K, "
+                         f"4] or boolean masks [K, {H}, {W}]")
     masks = region.reshape(-1, H, W)
     if not masks.any((1, 2)).all(): raise ValueError(f"{where} has an empty mask: leave it out")
     return masks
@@ -199,10 +200,10 @@ def _instances(region, H, W, where):
 def _regions(regions, saliency):
     "Every image's region as masks [K, H, W]."
     if len(regions) != len(saliency):
-        raise ValueError(f"{len(regions)} regions for {len(saliency)} maps: expected one for each, boxes [K, 4] or "
-                         f"boolean masks [K, H, W]")
-    return [_instances(r.cpu() if torch.is_tensor(r) else r, *saliency.shape[1:], f"region {i}") for i,
-            r in enumerate(regions)]
+        raise ValueError(f"{len(regions)} regions for {len(saliency)} maps: expected one for each, boxes [K, "
+                         "4] or boolean masks [K, H, W]")
+    return [_instances(r.cpu() if torch.is_tensor(r) else r, *saliency.shape[1:], f"region {i}")
+            for i, r in enumerate(regions)]
 
 # %% ../nbs/method/11_metrics.ipynb #15789650
 def pointing_game(
@@ -216,8 +217,9 @@ def pointing_game(
     saliency = _maps(saliency)
     if not tolerance >= 0: raise ValueError(f"tolerance = {tolerance}: expected pixels, 0 or more")
     constant = saliency.flatten(1).amax(1) == saliency.flatten(1).amin(1)
-    if constant.any(): raise ValueError(f"saliency map {_which(constant)} is constant: it points nowhere, so leave "
-                                        f"it out and count it")
+    if constant.any():
+        raise ValueError(f"saliency map {_which(constant)} is constant: it points nowhere, so leave it out and count "
+                         "it")
     masks = [masks.any(0) for masks in _regions(regions, saliency)]
     near = [distance_transform_edt(~mask) <= tolerance for mask in masks]
     return torch.tensor([float(n[s == s.max()].mean()) for n, s in zip(near, saliency.cpu().numpy())])
@@ -229,8 +231,8 @@ def _energy(saliency):
     for bad, what in (((saliency < 0).any(2).any(1), "has negative values"),
                       (saliency.sum((1, 2)) == 0, "is zero everywhere")):
         if bad.any():
-            raise ValueError(f"saliency map {_which(bad)} {what}: its share in a region is undefined, so bring it to "
-                             f"[0, 1] or leave it out and count it")
+            raise ValueError(f"saliency map {_which(bad)} {what}: its share in a region is undefined, "
+                             "so bring it to [0, 1] or leave it out and count it")
     return saliency
 
 def energy_pointing_game(
@@ -251,8 +253,8 @@ def mosu(
     nan none on any."""
     saliency, scores = _energy(saliency), []
     for i, (s, masks) in enumerate(zip(saliency, _regions(instances, saliency))):
-        if len(masks) < 2: raise ValueError(f"region {i} has one instance: evenness needs two or more, so leave the "
-                                            f"image out")
+        if len(masks) < 2:
+            raise ValueError(f"region {i} has one instance: evenness needs two or more, so leave the image out")
         p = (s*torch.from_numpy(masks)).sum((1, 2))
         p = p/p.sum()
         scores.append(math.log(len(p)) + torch.xlogy(p, p).sum())
@@ -275,8 +277,9 @@ def _tensors(net, name):
     "The module or parameter of that name, and all tensors it holds."
     modules, parameters = dict(net.named_modules()), dict(net.named_parameters())
     if name in parameters: return parameters[name], [parameters[name]]
-    if name not in modules: raise ValueError(f"the network has no layer {name!r}: choose names such as "
-                                             f"{', '.join(parameter_layers(net)[:4])}")
+    if name not in modules:
+        raise ValueError(f"the network has no layer {name!r}: "
+                         f"choose names such as {', '.join(parameter_layers(net)[:4])}")
     return modules[name], [*modules[name].parameters(), *modules[name].buffers()]
 
 @torch.no_grad()
@@ -311,8 +314,8 @@ def randomised(
 # %% ../nbs/method/11_metrics.ipynb #ceea87c1
 def _pairs(a, b):
     a, b = _maps(a), _maps(b)
-    if a.shape != b.shape: raise ValueError(f"maps {list(a.shape)} and {list(b.shape)}: expected pairs of the same "
-                                            f"size")
+    if a.shape != b.shape:
+        raise ValueError(f"maps {list(a.shape)} and {list(b.shape)}: expected pairs of the same size")
     return list(zip(a.cpu().double().numpy(), b.cpu().double().numpy()))
 
 def rank_correlation(
@@ -320,8 +323,8 @@ def rank_correlation(
 ) -> torch.Tensor:
     "Spearman's correlation of each pair of maps, [B]; nan where one is constant."
     from scipy.stats import spearmanr
-    return torch.tensor([spearmanr(p, q, axis=None).statistic if np.ptp(p) and np.ptp(q) else math.nan for p,
-                         q in _pairs(a, b)], dtype=torch.float32)
+    return torch.tensor([spearmanr(p, q, axis=None).statistic if np.ptp(p) and np.ptp(q) else math.nan
+                         for p, q in _pairs(a, b)], dtype=torch.float32)
 
 # %% ../nbs/method/11_metrics.ipynb #1b51b0ba
 def ssim(
@@ -332,8 +335,8 @@ def ssim(
     pairs = _pairs(a, b)
     for p in (p for pair in pairs for p in pair):
         if min(p.shape) < 11 or p.min() < 0 or p.max() > 1:
-            raise ValueError(f"a map of {p.shape[0]} x {p.shape[1]} pixels from {p.min():g} to {p.max():g}: SSIM "
-                             f"needs 11 x 11 or more, in [0, 1]")
+            raise ValueError(f"a map of {p.shape[0]} x {p.shape[1]} pixels from {p.min():g} to {p.max():g}: "
+                             "SSIM needs 11 x 11 or more, in [0, 1]")
     wang = dict(data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     return torch.tensor([structural_similarity(p, q, **wang) for p, q in pairs], dtype=torch.float32)
 
@@ -365,16 +368,16 @@ def random_affine(
 ) -> torch.Tensor:
     """Random windows as affine maps [n, 2, 3] from the coordinates of the moved image to those of the image, both
     in [-1, 1] (`affine_grid`'s convention)."""
-    if not 0 < area[0] <= area[1] <= 1: raise ValueError(f"area = {area}: expected two shares of the image's area, 0 "
-                                                         f"< smallest <= largest <= 1")
+    if not 0 < area[0] <= area[1] <= 1:
+        raise ValueError(f"area = {area}: expected two shares of the image's area, 0 < smallest <= largest <= 1")
     generator = torch.Generator().manual_seed(derive_seed(seed, 'affine'))
     draw = lambda low, high: low + (high - low)*torch.rand(n, generator=generator)
     share, ratio, angle = draw(*area), draw(math.log(3/4), math.log(4/3)).exp(), draw(-1, 1)*math.radians(degrees)
     mirror = draw(-1, 1).sign() if flip else torch.ones(n)
     w, h = (share*ratio).sqrt().clamp(max=1), (share/ratio).sqrt().clamp(max=1)
     cos, sin = angle.cos(), angle.sin()
-    rows = torch.stack([w*mirror*cos, -h*sin, (1 - w)*draw(-1, 1)],
-                       1), torch.stack([w*mirror*sin, h*cos, (1 - h)*draw(-1, 1)], 1)
+    rows = (torch.stack([w*mirror*cos, -h*sin, (1 - w)*draw(-1, 1)], 1),
+            torch.stack([w*mirror*sin, h*cos, (1 - h)*draw(-1, 1)], 1))
     return torch.stack(rows, 1)
 
 # %% ../nbs/method/11_metrics.ipynb #696e92d0
@@ -385,8 +388,8 @@ def ses(
 ) -> torch.Tensor:
     """Salience equivariance score, [B]: cosine of the moved map and the map of the moved image, over the pixels
     that come from inside the image."""
-    if theta.shape != (len(x), 2, 3): raise ValueError(f"theta of shape {list(theta.shape)} for {len(x)} images: "
-                                                       f"expected [{len(x)}, 2, 3]")
+    if theta.shape != (len(x), 2, 3):
+        raise ValueError(f"theta of shape {list(theta.shape)} for {len(x)} images: expected [{len(x)}, 2, 3]")
     grid = F.affine_grid(theta.to(x), list(x.shape), align_corners=False)
     move = lambda z: F.grid_sample(z, grid.to(z.dtype), padding_mode='border', align_corners=False)
     inside = (grid.abs() <= 1).all(3)

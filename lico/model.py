@@ -121,15 +121,15 @@ class CalibratedTemperatures(nn.Module):
 def refuse_unfit(backbone, prompts, options):
     """Refuse parts of the wrong kind, and feature maps of one position, on which transport has no gradient. (Calls
     of `refuse…` are no training code to records.)"""
-    if not isinstance(options, LossOptions): raise ValueError(f"options is {type(options).__name__}: expected "
-                                                              f"LossOptions(...)")
-    if not hasattr(prompts, 'class_names'): raise ValueError(f"prompts is {type(prompts).__name__}: expected "
-                                                             f"PromptLearner(encoder, class_names)")
-    if not hasattr(backbone, 'feature_shape'): raise ValueError(f"{type(backbone).__name__} has no feature_shape: "
-                                                                f"make the backbone with create_backbone")
+    if not isinstance(options, LossOptions):
+        raise ValueError(f"options is {type(options).__name__}: expected LossOptions(...)")
+    if not hasattr(prompts, 'class_names'):
+        raise ValueError(f"prompts is {type(prompts).__name__}: expected PromptLearner(encoder, class_names)")
+    if not hasattr(backbone, 'feature_shape'):
+        raise ValueError(f"{type(backbone).__name__} has no feature_shape: make the backbone with create_backbone")
     if options.beta and backbone.feature_shape[1] == 1:
-        raise ValueError(f"the feature maps have one position at {backbone.image_size} pixels, on which optimal "
-                         f"transport trains nothing: give a larger image_size, or beta=0")
+        raise ValueError(f"the feature maps have one position at {backbone.image_size} pixels, "
+                         "on which optimal transport trains nothing: give a larger image_size, or beta=0")
 
 # %% ../nbs/method/07_model.ipynb #67170dfc
 class _TwoSides(CrossEntropy):

@@ -98,8 +98,8 @@ class Consistent(CrossEntropy):
 def refuse_flat(backbone):
     "Refuse maps of one position, which CGC cannot tell apart. (Calls of `refuse…` are no training code to records.)"
     if getattr(backbone, 'feature_shape', (0, 0))[1] == 1:
-        raise ValueError(f"the feature maps have one position at {backbone.image_size} pixels, so all Grad-CAM maps "
-                         f"are alike: give a larger image_size, or use GCC")
+        raise ValueError(f"the feature maps have one position at {backbone.image_size} pixels, "
+                         "so all Grad-CAM maps are alike: give a larger image_size, or use GCC")
 
 class CGC(Consistent):
     """Contrastive Grad-CAM consistency (Pillai et al. 2022): the map of a view is the view of the map, and unlike
@@ -145,8 +145,8 @@ def composites(
     its own, [B]."""
     others = (y[:, None] != y).float()
     weights = torch.cat([others, 1 - others.amax(1, keepdim=True)], 1)
-    index, cell, rows = torch.multinomial(weights, 4, replacement=True), torch.randint(4, y.shape,
-        device=y.device), torch.arange(len(y), device=y.device)
+    index, cell, rows = (torch.multinomial(weights, 4, replacement=True), torch.randint(4, y.shape, device=y.device),
+                         torch.arange(len(y), device=y.device))
     index[rows, cell] = rows
     return index, cell
 
@@ -179,8 +179,8 @@ class GCC(Consistent):
         "The distance of a batch."
         index, cell = composites(target)
         pictures = tile(torch.cat([x, torch.zeros_like(x[:1])])[index])
-        if fixed := getattr(getattr(self.backbone, 'patch_embed', None), 'img_size',
-                            None): pictures = F.interpolate(pictures, fixed, mode='bilinear', antialias=True)
+        if fixed := getattr(getattr(self.backbone, 'patch_embed', None), 'img_size', None):
+            pictures = F.interpolate(pictures, fixed, mode='bilinear', antialias=True)
         seen, _ = grad_cam(self.backbone, pictures, target)
         return gcc_loss(seen, maps, cell)
 

@@ -44,9 +44,9 @@ def rise(
 ):
     """RISE maps [B, H, W] (Petsiuk et al. 2018, Eq. 6): the mean of random masks, weighted by the class's
     probability in the picture behind them."""
-    if n_masks < 1 or cells < 1 or not 0 < p < 1: raise ValueError(f"RISE with {n_masks} masks of {cells} cells and "
-                                                                   f"p = {p}: expected at least 1, at least 1, and a "
-                                                                   f"probability between 0 and 1")
+    if n_masks < 1 or cells < 1 or not 0 < p < 1:
+        raise ValueError(f"RISE with {n_masks} masks of {cells} cells and p = {p}: expected at least 1, at least 1, "
+                         "and a probability between 0 and 1")
     generator, total, per = torch.Generator().manual_seed(seed), torch.zeros_like(x[:, 0]), max(1, batch_size//len(x))
     with torch.no_grad():
         for i in tqdm(range(0, n_masks, per), 'RISE', unit='batch', delay=2, leave=False):
@@ -83,7 +83,7 @@ def _rectifies(node):
     if name in _rectifiers and getattr(node, '_saved_min_val', 0) == 0: return True
     if name.startswith(_no_rule) or isinstance(node, torch.autograd.function.BackwardCFunction):
         raise ValueError(f"guided-backprop has no rule for {name.split('Backward')[0]}: it is defined for ReLU, "
-                         f"ReLU6 and LeakyReLU; choose another method for this network")
+                         "ReLU6 and LeakyReLU; choose another method for this network")
     return False
 
 def guided_backprop(
@@ -140,7 +140,8 @@ def _guided_step(z, end, slope, goal, fraction):
         if not moving.any(): return z
         steep = slope.abs().masked_fill(left == 0, torch.inf)
         chosen = (steep <= steep.kthvalue(rank, 1, True).values) & (left > 0) & moving[:, None]
-        share = (distance - goal)/(left*chosen).sum(1)  # how much of what the chosen features have left brings us to the goal
+        # how much of what the chosen features have left brings us to the goal
+        share = (distance - goal)/(left*chosen).sum(1)
         z = torch.where(chosen, z.lerp(end, share.clamp(max=1)[:, None]), z)
         moving &= share > 1
 
@@ -152,18 +153,17 @@ def guided_path_attribution(
 ):
     """Guided integrated gradients [B, 3, H, W] from zero, with their signs (Kapishnikov et al. 2021, Algorithm 1,
     between anchors)."""
-    if steps < 1 or anchors < 0 or not 0 < fraction <= 1: raise ValueError(f"guided-ig with {steps} steps, fraction "
-                                                                           f"{fraction} and {anchors} anchors: "
-                                                                           f"expected at least 1, a part of 1, and "
-                                                                           f"at least 0")
+    if steps < 1 or anchors < 0 or not 0 < fraction <= 1:
+        raise ValueError(f"guided-ig with {steps} steps, fraction {fraction} and {anchors} anchors: "
+                         "expected at least 1, a part of 1, and at least 0")
     end = (x if x.device.type == 'mps' else x.double()).flatten(1)  # Apple's GPUs have no float64
-    z, attribution, per, distance = torch.zeros_like(end), torch.zeros_like(end), -(-steps//(anchors
-        + 1)), end.abs().sum(1)/(anchors + 1)
+    z, attribution, per, distance = (torch.zeros_like(end), torch.zeros_like(end), -(-steps//(anchors + 1)),
+                                     end.abs().sum(1)/(anchors + 1))
     for step in tqdm(range(per*(anchors + 1)), 'guided IG', unit='step', delay=2, leave=False):
         slope = input_gradient(net, z.view_as(x).to(x), target).flatten(1).to(z)
-        if not slope.isfinite().all(): raise ValueError("guided-ig met a gradient that is not finite: check the "
-                                                        "network's weights and that its input is normalised as in "
-                                                        "training")
+        if not slope.isfinite().all():
+            raise ValueError("guided-ig met a gradient that is not finite: check the network's weights and that its "
+                             "input is normalised as in training")
         moved = _guided_step(z, end*((step//per + 1)/(anchors + 1)), slope, distance*(1 - (step % per + 1)/per),
                              fraction)
         z, attribution = moved, attribution + (moved - z)*slope
@@ -189,11 +189,11 @@ def xrai(
 
     def gradients(batch, call_model_args, expected_keys):
         batch = torch.as_tensor(batch).to(x).movedim(-1, 1)
-        return {INPUT_OUTPUT_GRADIENTS: input_gradient(net, batch, call_model_args.expand(len(batch))).movedim(1,
-            -1).cpu().numpy()}
+        return {INPUT_OUTPUT_GRADIENTS: input_gradient(net, batch,
+                                                       call_model_args.expand(len(batch))).movedim(1, -1).cpu().numpy()}
 
-    parameters, images = XRAIParameters(steps=steps, algorithm='fast' if fast else 'full'), x.movedim(1,
-        -1).cpu().numpy()
+    parameters, images = (XRAIParameters(steps=steps, algorithm='fast' if fast else 'full'),
+                          x.movedim(1, -1).cpu().numpy())
     maps = [XRAI().GetMask(image, gradients, c, batch_size=batch_size, extra_parameters=parameters)
             for image, c in tqdm(list(zip(images, target)), 'XRAI', unit='image', delay=2, leave=False)]
     return torch.stack([torch.from_numpy(o) for o in maps]).to(x)
@@ -222,17 +222,17 @@ def _check(net, x, method, batch_size, options):
              if n not in ('net', 'x', 'target', 'kind')]
     own = [n for n in names if n not in ('batch_size', 'seed')]
     for name in options:
-        if name not in own: raise ValueError(f"{method} has no option {name!r}: its options are "
-                                             f"{', '.join(own) or 'none'}")
+        if name not in own:
+            raise ValueError(f"{method} has no option {name!r}: its options are {', '.join(own) or 'none'}")
     if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or x.shape[1] != 3 or not x.numel():
         raise ValueError(f"images {list(x.shape) if torch.is_tensor(x) else type(x).__name__}: expected a tensor [B, "
-                         f"3, H, W] of floats, normalised as the network takes it")
-    if not x.isfinite().all(): raise ValueError("images hold values that are not finite: expected what the "
-                                                "preprocessing gives")
+                         "3, H, W] of floats, normalised as the network takes it")
+    if not x.isfinite().all():
+        raise ValueError("images hold values that are not finite: expected what the preprocessing gives")
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size}: expected at least 1")
     if missing := [n for n in ('forward_features', 'forward_head', 'num_classes') if not hasattr(net, n)]:
         raise ValueError(f"{type(net).__name__} has no {missing[0]}: expected a classifier with timm's protocol, "
-                         f"such as lico.backbones.create_backbone or timm makes")
+                         "such as lico.backbones.create_backbone or timm makes")
     return names
 
 def _classes(net, x, target, batch_size):
@@ -241,11 +241,10 @@ def _classes(net, x, target, batch_size):
         with torch.no_grad(): return torch.cat([net(o).argmax(1) for o in x.split(batch_size)])
     target = torch.as_tensor(target, device=x.device)
     if target.is_floating_point() or target.dtype == torch.bool or target.shape not in ((), (len(x),)):
-        raise ValueError(f"target is {target.dtype} of shape {list(target.shape)}: expected one class index, or one "
-                         f"for each of {len(x)} images")
-    if target.min() < 0 or target.max() >= net.num_classes: raise ValueError(f"target {target.tolist()}: expected "
-                                                                             f"class indices from 0 to "
-                                                                             f"{net.num_classes - 1}")
+        raise ValueError(f"target is {target.dtype} of shape {list(target.shape)}: expected one class index, "
+                         f"or one for each of {len(x)} images")
+    if target.min() < 0 or target.max() >= net.num_classes:
+        raise ValueError(f"target {target.tolist()}: expected class indices from 0 to {net.num_classes - 1}")
     return target.long().expand(len(x))
 
 # %% ../nbs/method/10_saliency.ipynb #544d9cd8
@@ -254,9 +253,9 @@ def explain(
     x: torch.Tensor,  # images [B, 3, H, W] as the network takes them, normalised
     target=None,  # class index, or one per image [B]; None: the predicted class
     method: str = 'grad-cam',  # a key of `METHODS`
-    batch_size: int = 64,  # images per pass through the network; bounds the memory, whatever the number of images and masks
+    batch_size: int = 64,  # images per pass; bounds the memory, whatever the number of images and masks
     seed: int = 0,  # of `rise`, `smoothgrad` and `random`
-    **options,  # what the method's own function takes: n_masks, cells, p; groups, denoise; samples, noise; steps, fraction, anchors, fast
+    **options,  # the method's own: n_masks, cells, p; groups, denoise; samples, noise; steps, fraction, anchors, fast
 ) -> torch.Tensor:
     """Saliency maps [B, H, W], each scaled to [0, 1]; a map that is constant becomes zeros. The network runs in
     eval mode."""

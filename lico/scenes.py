@@ -70,8 +70,9 @@ def _places(rng, sizes, largest, image_size):
     "Upper left corners (row, column) of squares that do not overlap."
     across = image_size//largest
     cells = rng.choice(across**2, len(sizes), replace=False)
-    def place(cell, size): return tuple(int(i*image_size//across + rng.integers(0, image_size//across - size + 1))
-                                        for i in divmod(int(cell), across))
+    def place(cell, size):
+        return tuple(int(i*image_size//across + rng.integers(0, image_size//across - size + 1))
+                     for i in divmod(int(cell), across))
     return [place(*o) for o in zip(cells, sizes)]
 
 # %% ../nbs/method/12_scenes.ipynb #f305b79d
@@ -83,8 +84,9 @@ def _ink(rng, under):
 def _draw(rng, picture, digit, size, place):
     "Put a digit [8, 8] into the picture [3, S, S], in place; its mask [S, S]."
     from PIL import Image
-    opacity, mask = (_resized(Image.fromarray(digit.numpy()), size)/170).clamp(max=1), torch.zeros(picture.shape[1:],
-        dtype=torch.bool)  # two thirds of the ink already cover
+    # two thirds of the ink already cover
+    opacity, mask = ((_resized(Image.fromarray(digit.numpy()), size)/170).clamp(max=1),
+                     torch.zeros(picture.shape[1:], dtype=torch.bool))
     window = np.s_[..., place[0]:place[0] + size, place[1]:place[1] + size]
     under = picture[window]
     picture[window] = opacity*_ink(rng, under) + (1 - opacity)*under
@@ -124,11 +126,10 @@ def digit_scenes(
     (few, many), (small, large) = _range('objects', objects, 1), _range('digit_size', digit_size, 4)
     data = load('digits', image_size=8)
     if many > (image_size//large)**2:
-        raise ValueError(f"{many} digits of {large} pixels do not fit into {image_size} x {image_size}: at most "
-                         f"{(image_size//large)**2} do")
-    if kind == 'different' and many > len(data.class_names): raise ValueError(f"objects = {objects}: there are "
-                                                                              f"{len(data.class_names)} different "
-                                                                              f"digits")
+        raise ValueError(f"{many} digits of {large} pixels do not fit into {image_size} x {image_size}: "
+                         f"at most {(image_size//large)**2} do")
+    if kind == 'different' and many > len(data.class_names):
+        raise ValueError(f"objects = {objects}: there are {len(data.class_names)} different digits")
     source = getattr(data, part)
 
     def read(i):
@@ -149,9 +150,9 @@ def _write(folder, n):
     for part, m in (('train', n - n//5), ('test', n//5)):
         scenes = digit_scenes(m, 32, 1, _side, part=part)
         for name in scenes.class_names: (folder/part/name).mkdir(parents=True)
-        for s in scenes: Image.fromarray(s.image.permute(1, 2,
-                                                         0).numpy()).save(folder/part/scenes.class_names[s.labels[0]]/
-                                                             f'{int(s.name):04}.png')
+        for s in scenes:
+            Image.fromarray(s.image.permute(1, 2, 0).numpy()).save(
+                folder/part/scenes.class_names[s.labels[0]]/f'{int(s.name):04}.png')
 
 def scene_dataset(
     n: int = 2500,  # scenes in all, a fifth of them for testing
@@ -181,8 +182,8 @@ def unseen_scenes(
 def _mask(segmentation, height, width):
     "Polygons or run lengths as a mask [height, width]."
     from pycocotools import mask as coco
-    if isinstance(segmentation, list): return coco.decode(coco.merge(coco.frPyObjects(segmentation, height,
-        width))).astype(bool)
+    if isinstance(segmentation, list):
+        return coco.decode(coco.merge(coco.frPyObjects(segmentation, height, width))).astype(bool)
     return coco.decode(coco.frPyObjects(segmentation, height, width) if isinstance(segmentation['counts'], list)
                        else segmentation).astype(bool)
 
@@ -197,11 +198,11 @@ def _annotated(path, size, height, width, objects):
     from PIL import Image
     with Image.open(path) as image:
         if image.size != (width, height):
-            raise ValueError(f"{path.name} has {image.width} x {image.height} pixels and its annotation says {width} "
-                             f"x {height}: they do not belong together")
+            raise ValueError(f"{path.name} has {image.width} x {image.height} pixels and its annotation says {width} x "
+                             f"{height}: they do not belong together")
         picture = torch.from_numpy(_square(image.convert('RGB'), size, 'BICUBIC')).permute(2, 0, 1)
-    masks = [torch.from_numpy(_square(Image.fromarray(_mask(s, height, width)), size, 'NEAREST')) for _, s,
-             _ in objects]
+    masks = [torch.from_numpy(_square(Image.fromarray(_mask(s, height, width)), size, 'NEAREST'))
+             for _, s, _ in objects]
     kept = [(label, mask, crowd) for (label, _, crowd), mask in zip(objects, masks) if mask.any()]
     labels, masks, crowd = zip(*kept) if kept else ((), (torch.zeros(0, size, size, dtype=torch.bool),), ())
     return _scene(picture, labels, torch.stack(masks) if kept else masks[0], crowd, path.name)
@@ -209,9 +210,9 @@ def _annotated(path, size, height, width, objects):
 # %% ../nbs/method/12_scenes.ipynb #eb329ff1
 def _instances(file):
     "The content of an annotation file, checked as far as reading needs."
-    if not file.is_file(): raise FileNotFoundError(f"no annotations at {file}: expected COCO's, "
-                                                   f"annotations/instances_val2017.json beside val2017/ "
-                                                   f"(cocodataset.org), or another file named with annotations=")
+    if not file.is_file():
+        raise FileNotFoundError(f"no annotations at {file}: expected COCO's, annotations/instances_val2017.json beside "
+                                "val2017/ (cocodataset.org), or another file named with annotations=")
     try: content = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise ValueError(f"{file} is not JSON ({e}): fetch it again") from None
     missing = [k for k in ('images', 'annotations', 'categories')
@@ -226,8 +227,8 @@ def _objects(content, labels, file):
         if a['category_id'] not in labels or a['image_id'] not in images:
             raise ValueError(f"{file}: annotation {a.get('id')} names category {a['category_id']} and image "
                              f"{a['image_id']}, of which one is not in the file")
-        if not a.get('segmentation'): raise ValueError(f"{file}: annotation {a.get('id')} has no segmentation: "
-                                                       f"expected polygons or run lengths")
+        if not a.get('segmentation'):
+            raise ValueError(f"{file}: annotation {a.get('id')} has no segmentation: expected polygons or run lengths")
         objects[a['image_id']].append((labels[a['category_id']], a['segmentation'], bool(a.get('iscrowd', 0))))
     return objects
 
@@ -235,7 +236,7 @@ def _objects(content, labels, file):
 def coco_scenes(
     folder,  # where the images and annotations are
     image_size: int = 224,  # S, pixels
-    annotations: str = 'annotations/instances.json',  # the annotation file in `folder`; COCO's own: "annotations/instances_val2017.json"
+    annotations: str = 'annotations/instances.json',  # in `folder`; COCO: "annotations/instances_val2017.json"
     images: str = 'images',  # the folder of images in `folder`; COCO's own: "val2017"
 ) -> Scenes:
     """Scenes from annotations in COCO's format (Appendix B), in the order of their image ids; class names are the
@@ -247,9 +248,8 @@ def coco_scenes(
     listed = sorted(content['images'], key=lambda image: image['id'])
     missing = [image['file_name'] for image in listed if not (folder/images/image['file_name']).is_file()]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(listed)} images are not in {folder/images}, first "
-                                f"{missing[0]}: "
-                                "put them there, or name the folder with images=")
+        raise FileNotFoundError(f"{len(missing)} of {len(listed)} images are not in {folder/images}, "
+                                f"first {missing[0]}: put them there, or name the folder with images=")
     read = lambda i: _annotated(folder/images/(o := listed[i])['file_name'], image_size, o['height'], o['width'],
                                 objects[o['id']])
     return Scenes(tuple(c['name'] for c in categories), tuple(o['file_name'] for o in listed), read)

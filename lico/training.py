@@ -118,7 +118,8 @@ def accuracy(predicted, labels) -> float:
 # %% ../nbs/method/08_training.ipynb #8e8c1c5e
 def _checksum(tensors):
     h = hashlib.sha256()
-    for k in sorted(tensors): h.update(k.encode() + tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for k in sorted(tensors):
+        h.update(k.encode() + tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 def save_checkpoint(
@@ -160,12 +161,15 @@ def degenerate(row: dict):
     "What is wrong with a logged epoch, as (name, sentence), or `None`."
     cosine, image, text, tau = (row.get(k) for k in ('cosine', 'entropy_image', 'entropy_text', 'tau'))
     if image is None or math.isnan(image): return None
-    if cosine > 0.98: return 'collapsed', f"the features have collapsed: the mean cosine between two images is {cosine:.3f}"
-    if min(image, text) > 0.995: return 'uniform', (f"both similarity matrices of Eq. 1 are uniform (entropies of "
-                                                    f"{image:.2%} and {text:.2%} of ln B, "
-                                                    f"tau = {tau:.3g}), so the manifold matching loss of "
-                                                    f"{row['mm']:.2g} nats trains nothing")
-    if max(image, text) < 0.01: return 'identity', f"both similarity matrices of Eq. 1 are the identity (tau = {tau:.3g}), so manifold matching trains nothing"
+    if cosine > 0.98:
+        return 'collapsed', f"the features have collapsed: the mean cosine between two images is {cosine:.3f}"
+    if min(image, text) > 0.995:
+        return 'uniform', (f"both similarity matrices of Eq. 1 are uniform (entropies of {image:.2%} and {text:.2%} of "
+                           f"ln B, tau = {tau:.3g}), so the manifold matching loss of {row['mm']:.2g} nats trains "
+                           "nothing")
+    if max(image, text) < 0.01:
+        return ('identity', f"both similarity matrices of Eq. 1 are the identity (tau = {tau:.3g}), "
+                            "so manifold matching trains nothing")
 
 # %% ../nbs/method/08_training.ipynb #36df92f9
 def check_finite(
@@ -175,9 +179,8 @@ def check_finite(
     "Raise `FloatingPointError` if the loss or its gradient is not finite."
     if math.isfinite(row['loss']) and math.isfinite(row['grad_norm']): return
     terms = ', '.join(f"{k} {row[k]:.3g}" for k in ('ce', 'mm', 'ot', 'tau', 'grad_norm') if k in row)
-    raise FloatingPointError(f"the loss is not finite at step {step} ({terms}): lower the learning rate or the "
-                             f"weight of the term that is not finite; "
-                             f"the weights and the last checkpoint are from before it")
+    raise FloatingPointError(f"the loss is not finite at step {step} ({terms}): lower the learning rate or the weight "
+                             "of the term that is not finite; the weights and the last checkpoint are from before it")
 
 # %% ../nbs/method/08_training.ipynb #0f0023a8
 class _Trainer:
@@ -187,7 +190,8 @@ class _Trainer:
         unused = DistributedDataParallelKwargs(find_unused_parameters=True)
         # 'no': whatever accelerate's own settings say
         self.accelerator = Accelerator(cpu=device().type == 'cpu', mixed_precision='no', kwargs_handlers=[unused])
-        self.plain, self.data, self.o, self.steps, self.seed, self.step, self.log, self.predicted = model, data, o, steps, seed, 0, [], None
+        self.plain, self.data, self.o, self.steps, self.seed, self.step, self.log, self.predicted = (
+            model, data, o, steps, seed, 0, [], None)
         for m in model.backbone.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm): m.momentum = o.bn_momentum
         model.backbone.to(memory_format=torch.channels_last)
@@ -202,24 +206,23 @@ class _Trainer:
         order, B = None, self.o.batch_size
         for k in range(self.step, self.steps):
             if order is None or k % self.per_epoch == 0:
-                order = torch.randperm(len(self.data.train),
-                                       generator=torch.Generator().manual_seed(derive_seed(self.seed, 'order',
-                                           k//self.per_epoch)))
+                order = torch.randperm(len(self.data.train), generator=torch.Generator()
+                                       .manual_seed(derive_seed(self.seed, 'order', k//self.per_epoch)))
             yield order[k%self.per_epoch*B:][:B], derive_seed(self.seed, 'batch', k)
 
     def batches(self):
         "This process's shares of the batches still to come."
         a, n = self.accelerator, (len(self.data.train) - 1) % self.o.batch_size + 1
-        if n < a.num_processes: raise ValueError(f"a batch of {n} images cannot be shared by {a.num_processes} "
-                                                 f"processes: use fewer")
+        if n < a.num_processes:
+            raise ValueError(f"a batch of {n} images cannot be shared by {a.num_processes} processes: use fewer")
         return training_batches(self.data, self.schedule(), self.o.noise, a.device,
                                 slice(a.process_index, None, a.num_processes))
 
     def advance(self, x, y):
         "One step on a batch; its numbers."
         torch.manual_seed(derive_seed(self.seed, 'step', self.step))
-        for group in self.optimiser.param_groups: group['lr'] = learning_rate(self.step, self.steps, self.per_epoch,
-            self.o)
+        for group in self.optimiser.param_groups:
+            group['lr'] = learning_rate(self.step, self.steps, self.per_epoch, self.o)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.o.precision == 'bf16'): out = self.model(x, y)
         self.optimiser.zero_grad()
         self.accelerator.backward(out.loss)
@@ -250,8 +253,8 @@ def _epoch(t, batches, bar):
     for x, y in batches:
         rows.append(t.advance(x, y))
         bar.update()
-        bar.set_postfix({k: f"{v:.3g}" for k, v in rows[-1].items() if k in ('ce', 'mm', 'ot', 'tau')
-                         and not math.isnan(v)}, refresh=False)
+        bar.set_postfix({k: f"{v:.3g}" for k, v in rows[-1].items()
+                         if k in ('ce', 'mm', 'ot', 'tau') and not math.isnan(v)}, refresh=False)
         if t.step % t.per_epoch == 0 or t.step == t.steps: break
     row = {k: v for k, v in _mean(rows).items() if not math.isnan(v)}
     return dict(epoch=len(t.log) + 1, step=t.step, lr=t.optimiser.param_groups[0]['lr'], **row,
@@ -287,8 +290,8 @@ def _identity(t, evaluations):
     data, where = t.data, t.accelerator.device.type
     out = dict(seed=t.seed, steps=t.steps, evaluations=evaluations,
                **{k: v for k, v in asdict(t.o).items() if k != 'epochs'})
-    out |= dict(device=where, processes=t.accelerator.num_processes, threads=torch.get_num_threads() if where == 'cpu'
-                else None)
+    out |= dict(device=where, processes=t.accelerator.num_processes,
+                threads=torch.get_num_threads() if where == 'cpu' else None)
     out |= {'initial weights': _checksum({k: v.detach().cpu() for k, v in t.plain.state_dict().items()}),
             'dataset': data.digest, 'labelled images': _content(data.train), 'images to test on': _content(data.test),
             'class names': data.class_names, 'image size': data.image_size, 'mirroring': data.flip,
@@ -341,21 +344,23 @@ def _resume(t, path):
 
 # %% ../nbs/method/08_training.ipynb #d04c16e4
 def _refuse_number(name, value):
-    if not isinstance(value, numbers.Integral) or value < 1: raise ValueError(f"{name}={value!r}: expected a whole "
-                                                                              f"number of at least 1")
+    if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
 
 def refuse_bad_call(model, data, numbers_given, options):
     """Refuse what `fit` cannot train: another kind of model, other classes, a length that is none, options that are
     not the optimiser's."""
-    if not hasattr(model, 'backbone'): raise ValueError(f"fit trains CrossEntropy(net) or LICO(net, prompts), not "
-                                                        f"{type(model).__name__}: put the network into one of them")
+    if not hasattr(model, 'backbone'):
+        raise ValueError(f"fit trains CrossEntropy(net) or LICO(net, prompts), not {type(model).__name__}: "
+                         "put the network into one of them")
     for name, value in numbers_given.items():
         if value is not None: _refuse_number(name, value)
-    for name in options: choose('option of training', name, [f.name for f in fields(TrainOptions)
-        if f.name != 'epochs'])
+    for name in options:
+        choose('option of training', name, [f.name for f in fields(TrainOptions) if f.name != 'epochs'])
     has, wanted = getattr(model.backbone, 'num_classes', None), len(data.class_names)
-    if has not in (None, wanted): raise ValueError(f"the model tells {has} classes apart and {data.name} has "
-                                                   f"{wanted}: create the backbone with num_classes={wanted}")
+    if has not in (None, wanted):
+        raise ValueError(f"the model tells {has} classes apart and {data.name} has {wanted}: "
+                         f"create the backbone with num_classes={wanted}")
 
 # %% ../nbs/method/08_training.ipynb #643b7aee
 def _evaluate(t, row, evaluations, progress):
@@ -366,8 +371,8 @@ def _evaluate(t, row, evaluations, progress):
 def _warn_once(t, row):
     "Warn of a degenerate loss the first time it is seen."
     found = degenerate(row)
-    if found and not any(r.get('degenerate') for r in t.log): warnings.warn(f"epoch {row['epoch']}: {found[1]}",
-        DegenerateLossWarning, stacklevel=3)
+    if found and not any(r.get('degenerate') for r in t.log):
+        warnings.warn(f"epoch {row['epoch']}: {found[1]}", DegenerateLossWarning, stacklevel=3)
     if found: row['degenerate'] = found[0]
 
 # %% ../nbs/method/08_training.ipynb #dd1d48a5
@@ -377,9 +382,9 @@ def fit(
     epochs: int = None,  # passes over the labelled images; the preset's if neither is given
     steps: int = None,  # or the number of updates
     preset: str = 'paper',  # where the options of the optimiser come from
-    seed: int = 0,  # decides order, crops, noise, shuffles and dropout, but not the initial weights, which the model came with
+    seed: int = 0,  # decides order, crops, noise, shuffles and dropout, but not the initial weights
     evaluations: int = 1,  # tests on the whole test set, evenly spread, the last at the end
-    folder=None,  # where to keep `checkpoint.safetensors`, in the end with the predictions; goes on from its own, refuses another run's
+    folder=None,  # for `checkpoint.safetensors` and the predictions; goes on from its own, refuses another run's
     checkpoint_seconds: float = 30.,  # at most this much work is lost to a kill (or one epoch, where that is longer)
     progress: bool = True,
     **options,  # fields of `TrainOptions` that replace the preset's, e.g. lr=0.1

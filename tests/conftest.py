@@ -3,7 +3,8 @@ import os
 import pytest
 
 os.environ.setdefault('LICO_DEVICE', 'cpu')  # bit-for-bit claims are made for the CPU
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # pytest-xdist runs a process a core; torch reads it when it is imported, here and in the processes that tests start
+# pytest-xdist runs a process a core; torch reads it when it is imported, here and in the processes that tests start
+os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # two threads on a busy core: the one that waits gives way
 
 

@@ -31,8 +31,8 @@ def test_every_choice_is_of_options_and_every_option_that_presets_differ_on_is_i
         assert len(set(values)) == len(values) > 1 and all(k in OPTIONS for o in values for k, _ in o), c
     single = {k for c in CHOICES[:-1] for o in c.values.values() for k in o}
     every = [preset(name) for name in ('paper', 'released', 'repaired')]
-    assert {k for k in every[0]
-            if len({o[k] for o in every}) > 1} == set(next(iter(CHOICES[-1].values.values()))) <= single
+    assert ({k for k in every[0] if len({o[k] for o in every}) > 1} == set(next(iter(CHOICES[-1].values.values())))
+            <= single)
 
 
 @pytest.mark.parametrize('base', ['paper', 'released', 'repaired'])
@@ -49,8 +49,8 @@ def test_a_change_is_one_value_that_the_preset_does_not_have(base):
 @pytest.mark.parametrize('profile', ['smoke', 'laptop', 'paper'])
 def test_every_profile_has_runs(profile):
     runs = runs_of_changes(parameters_of(profile))
-    assert {'CE', 'LICO'} == {r.method for r in runs} and 'repaired' in {r.preset
-        for r in runs} and len(set(runs)) == len(runs)
+    assert ({'CE', 'LICO'} == {r.method for r in runs} and 'repaired' in {r.preset for r in runs}
+            and len(set(runs)) == len(runs))
 
 
 def test_runs_leave_out_what_cannot_differ():
@@ -79,8 +79,8 @@ def test_what_cannot_differ(base, options, labels, idle):
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda p: p.name)
 def test_stored_runs_of_what_cannot_differ_are_the_presets_own_to_the_last_bit(folder):
     df = read_results(folder).fillna({'options': ''})
-    lico, numbers = df[df.method == 'LICO'], ['accuracy_last', 'accuracy_best', 'ce', 'mm', 'entropy_image',
-                                              'entropy_text', 'cosine']
+    lico, numbers = (df[df.method == 'LICO'],
+                     ['accuracy_last', 'accuracy_best', 'ce', 'mm', 'entropy_image', 'entropy_text', 'cosine'])
     for base, part in lico.groupby('preset'):
         own = part[part.options == ''].set_index('seed')[numbers]
         for option in ('batch_size=128', 'ot_value=regularised'):
@@ -130,12 +130,12 @@ def test_difference_of_differences():
 def test_networks_at_chance_are_not_compared():
     "Neither where LICO failed nor where cross-entropy did; a minority that failed stays, and is counted."
     c, table = effects(TOY).set_index('arm'), comparison_table(effects(TOY))
-    assert c.loc[[RELEASED_BN, 'weight of matching: α = 10'],
-                 ['difference', 'half_width', 'p', 'value']].isna().all(axis=None)
+    assert c.loc[[RELEASED_BN, 'weight of matching: α = 10'], ['difference', 'half_width', 'p', 'value']].isna().all(
+        axis=None)
     assert c.differences[RELEASED_BN] == () and c.failed[RELEASED_BN] == 3 and c.failed['unit length before D: no'] == 1
     lines = [line for line in table.splitlines() if RELEASED_BN in line or 'α = 10' in line]
-    assert len(lines) == 2 and all('training failed' in line and '3 of 3' in line and 'nan' not in line
-                                   for line in lines)
+    assert (len(lines) == 2
+            and all('training failed' in line and '3 of 3' in line and 'nan' not in line for line in lines))
     assert math.isnan(beside_ce(TOY).set_index('arm').difference[RELEASED_BN])
     dead = pd.concat([*CE, made_up(None, [10., 10, 10]), made_up('mm_features=maps', [63., 65.1, 66.9])],
                      ignore_index=True)
@@ -151,24 +151,24 @@ def test_lengths_and_presets_do_not_mix():
     other = pd.concat([made_up(None, [60., 62, 63], base='paper'),
                        made_up('mm_features=pooled', [62., 64, 65], base='paper')])
     c = effects(pd.concat([TOY, longer, other], ignore_index=True))
-    assert c.groupby(['steps', 'preset']).size().to_dict() == {(40, 'repaired'): 7, (80, 'repaired'): 7,
-        (40, 'paper'): 1} and (c.n == 3).all()
+    assert (c.groupby(['steps', 'preset']).size()
+            .to_dict() == {(40, 'repaired'): 7, (80, 'repaired'): 7, (40, 'paper'): 1} and (c.n == 3).all())
     assert effects_sentences(pd.concat([TOY, longer])).count('adds +1.00') == 2
-    with pytest.raises(ValueError, match='no run of LICO has a run of CE of its seed and training'): effects(TOY[TOY.method ==
-        'LICO'])
+    with pytest.raises(ValueError, match='no run of LICO has a run of CE of its seed and training'):
+        effects(TOY[TOY.method == 'LICO'])
 
 
 def test_sentences_state_and_picture():
     said = effects_sentences(TOY)
-    for part in ('The preset as it is adds +1.00 ± 2.48 to the 61.0 of cross-entropy, with matching inactive in 0 of '
-                 '3 runs',
+    for part in ('The preset as it is adds +1.00 ± 2.48 to the 61.0 of cross-entropy, with matching inactive in 0 of 3 '
+                 'runs',
                  f'Of 7 changes, training failed in most runs of 2 (weight of matching: α = 10; {RELEASED_BN})',
                  'Matching was inactive in most runs of 1 (first temperature: 2.66)',
                  'The interval leaves 0 out for 1 (features compared: maps); by chance it would for 0.2',
                  'Not run: value of transport: with entropy, since it changes the value of a loss and not its '
                  'gradient; batch: 128',
-                 'features compared: maps (repaired) with minilm changes accuracy above cross-entropy by +3.00 ± '
-                 '0.25 points over 3 pairs'):
+                 'features compared: maps (repaired) with minilm changes accuracy above cross-entropy by +3.00 ± 0.25 '
+                 'points over 3 pairs'):
         assert part in said, part
     silent = effects_sentences(pd.concat([*CE, made_up(None, [60., 62, 64]),
                                           made_up('tau_init=2.6593', [61., 62, 63], entropy_text=.999)]))
@@ -180,10 +180,12 @@ def test_sentences_state_and_picture():
 
 def test_one_seed_has_no_interval():
     one = effects(TOY[TOY.seed == 0])
-    assert (one.n == 1).all() and 'The interval leaves 0 out for 0; by chance it would for 0.0' in effects_sentences(TOY[TOY.seed == 0])
+    assert ((one.n == 1).all()
+            and 'The interval leaves 0 out for 0; by chance it would for 0.0' in effects_sentences(TOY[TOY.seed == 0]))
 
 
 def test_rounding_is_all_that_tells_the_forms_of_a_fixed_temperature_apart():
     "What the notebook takes as its ruler: another last digit, and nothing that is trained."
     exp, raw = (Temperature(options_from(LossOptions, preset('repaired', tau_form=form))) for form in ('exp', 'raw'))
-    assert exp() != raw() and torch.nextafter(exp(), raw()) == raw() and not exp.value.requires_grad and not raw.value.requires_grad
+    assert (exp() != raw() and torch.nextafter(exp(), raw()) == raw() and not exp.value.requires_grad
+            and not raw.value.requires_grad)

@@ -34,8 +34,8 @@ def test_parn_18_written_with_functions():
     torch.manual_seed(0)
     net = create_backbone('parn_18').eval()
     for m in net.modules():
-        if isinstance(m, torch.nn.BatchNorm2d): m.running_mean.normal_(), m.running_var.uniform_(.5,
-            2), torch.nn.init.normal_(m.bias)
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.running_mean.normal_(), m.running_var.uniform_(.5, 2), torch.nn.init.normal_(m.bias)
     w, x = net.state_dict(), torch.randn(2, 3, 32, 32)
     bn = lambda x, k: F.relu(F.batch_norm(x, w[f'{k}.running_mean'], w[f'{k}.running_var'], w[f'{k}.weight'],
                                           w[f'{k}.bias']))
@@ -66,10 +66,10 @@ def test_pre_activation_resnet_18_has_its_size():
 
 
 def test_image_too_small_is_one_sentence():
-    with pytest.raises(ValueError, match='cannot take images of 8 pixels'): create_backbone('vit_tiny_patch16_224',
-        image_size=8)
+    with pytest.raises(ValueError, match='cannot take images of 8 pixels'):
+        create_backbone('vit_tiny_patch16_224', image_size=8)
 
 
 def test_several_feature_maps_are_refused():
-    with pytest.raises(ValueError, match='coat_tiny gives list of several feature maps'): create_backbone('coat_tiny',
-        image_size=224)
+    with pytest.raises(ValueError, match='coat_tiny gives list of several feature maps'):
+        create_backbone('coat_tiny', image_size=224)

@@ -18,8 +18,8 @@ NOISE = np.array([.1, -.1, .05, 0., .02])
 def store(folder, *frames, **more):
     path = root()/'figures'/folder/'results.csv'
     path.parent.mkdir(parents=True, exist_ok=True)
-    pd.concat(frames).assign(**dict(dataset='cifar10', paper_dataset='CIFAR-10', is_stand_in=False,
-                                    backbone='wrn_28_2', labels='40', profile='paper') | more).to_csv(path, index=False)
+    pd.concat(frames).assign(**dict(dataset='cifar10', paper_dataset='CIFAR-10', is_stand_in=False, backbone='wrn_28_2',
+                                    labels='40', profile='paper') | more).to_csv(path, index=False)
 
 
 def test_a_loss_that_is_claimed_is_supported_by_a_loss(lico_root):
@@ -27,21 +27,22 @@ def test_a_loss_that_is_claimed_is_supported_by_a_loss(lico_root):
     for shift, says in ((-3., 'supported'), (3., 'contradicted')):
         store('table10-x', rows('DC on', BASE), rows('DC off', BASE + shift + NOISE), labels='all')
         r = claim_rows().set_index('claim').loc['without the dynamic context accuracy is lost']
-        assert (r['where'], r.verdict, r.n) == ("the paper's data", says,
-                                                5) and r.difference == pytest.approx(-shift - NOISE.mean()) and r.printed == pytest.approx(.35)
+        assert ((r['where'], r.verdict, r.n) == ("the paper's data", says, 5)
+                and r.difference == pytest.approx(-shift - NOISE.mean()) and r.printed == pytest.approx(.35))
     assert (claim_rows()['where'] == 'not testable here').sum() == len(CLAIMS) - 1
 
 
 def test_settings_are_pooled_and_corrected_for_their_number(lico_root):
-    for labels, gain in (('40', 1.), ('250', 3.)): store(f'table3-{labels}', rows('CE', BASE, text=None, method='CE'),
-                                                         rows('LICO', BASE + gain + 10*NOISE), labels=labels)
+    for labels, gain in (('40', 1.), ('250', 3.)):
+        store(f'table3-{labels}', rows('CE', BASE, text=None, method='CE'), rows('LICO', BASE + gain + 10*NOISE),
+              labels=labels)
     store('table10', rows('DC on', BASE), rows('DC off', BASE + 20*NOISE), labels='all')
     df = claim_rows().set_index('claim')
     r = df.loc['LICO gains accuracy, with few labels and with all']
-    assert (r.settings, r.seeds, r.n) == (2, 5, 10) and r.difference == pytest.approx(2
-        + 10*NOISE.mean()) and r.p_holm == pytest.approx(2*r.p) and r.verdict == 'supported'
-    assert '5 × 2' in claims_table(claim_rows(), "the paper's data") and '+2.14' in claims_table(claim_rows(),
-        "the paper's data")
+    assert ((r.settings, r.seeds, r.n) == (2, 5, 10) and r.difference == pytest.approx(2 + 10*NOISE.mean())
+            and r.p_holm == pytest.approx(2*r.p) and r.verdict == 'supported')
+    assert ('5 × 2' in claims_table(claim_rows(), "the paper's data")
+            and '+2.14' in claims_table(claim_rows(), "the paper's data"))
 
 
 def test_digits_give_no_verdict(lico_root):
@@ -77,10 +78,12 @@ def test_contrasts():
     df = contrast_rows(made)
     whole = df[df.block == 'all'].set_index('contrast')
     names = whole.loc[PRIMARY[0].says]
-    assert names.verdict == 'supported' and names.n == 30 and names.settings == 2 and abs(names.difference - 2) < 1 and names.p <= names.p_holm
-    assert len(df) == 3*len(PRIMARY) and contrast_rows({'A': made['A']}).block.tolist() == ['A']*5 and contrast_rows({}).empty
-    dead = contrast_rows({'A': made['A'].assign(accuracy_last=lambda d: d.accuracy_last.where(d.arm != 'paper',
-        10.))}).set_index('contrast')
+    assert (names.verdict == 'supported' and names.n == 30 and names.settings == 2 and abs(names.difference - 2) < 1
+            and names.p <= names.p_holm)
+    assert (len(df) == 3*len(PRIMARY) and contrast_rows({'A': made['A']}).block.tolist() == ['A']*5
+            and contrast_rows({}).empty)
+    dead = contrast_rows({'A': made['A'].assign(accuracy_last=lambda d: d.accuracy_last.where(
+        d.arm != 'paper', 10.))}).set_index('contrast')
     assert dead.verdict['LICO as printed beats cross-entropy'] == 'training failed (100%)'
 
 
@@ -105,10 +108,10 @@ def test_coverage_says_what_the_registry_gives(monkeypatch):
             assert len(claims._runnable(n)) == printed[n] - gone
 
 
-@pytest.mark.parametrize('n, key, value, left', [(2, 'methods', 'CE, LICO', 8), (4, 'datasets', 'cub200, cars', 24),
-                                                 (12, 'labels', '4000', 6), (1, 'saliency', 'grad-cam, rise', 16),
-                                                 (7, 'backbones', 'parn_18', 0),
-                                                 (9, 'datasets', 'digits', 0), (6, 'arms', '12 tokens, 4 tokens', 8)])
+@pytest.mark.parametrize('n, key, value, left',
+                         [(2, 'methods', 'CE, LICO', 8), (4, 'datasets', 'cub200, cars', 24), (12, 'labels', '4000', 6),
+                          (1, 'saliency', 'grad-cam, rise', 16), (7, 'backbones', 'parn_18', 0),
+                          (9, 'datasets', 'digits', 0), (6, 'arms', '12 tokens, 4 tokens', 8)])
 def test_coverage_says_what_the_profile_gives(n, key, value, left, monkeypatch):
     "A profile that runs less makes less runnable."
     own = claims.parameters
@@ -123,11 +126,11 @@ def test_coverage_of_what_was_measured(lico_root):
               **dict(labels='250') | more)
         c = coverage().loc[3]
         return c.measured, c.stand_in
-    assert counts() == (2, 0) and counts(text_encoder='minilm') == (0, 2) and counts(backbone='wrn_16_1') == (0,
-        2) and counts(labels='251') == (0, 0)
+    assert (counts() == (2, 0) and counts(text_encoder='minilm') == (0, 2) and counts(backbone='wrn_16_1') == (0, 2)
+            and counts(labels='251') == (0, 0))
     assert counts(profile='paper with steps=1') == counts(profile='laptop') == (0, 2)
-    assert counts(dataset='digits', is_stand_in=True) == (0, 2) and counts(arm='pretrained') == (0,
-        0) and counts(backbone='parn_18') == (2, 0) and counts(accuracy_last=math.nan) == (0, 0)
+    assert (counts(dataset='digits', is_stand_in=True) == (0, 2) and counts(arm='pretrained') == (0, 0)
+            and counts(backbone='parn_18') == (2, 0) and counts(accuracy_last=math.nan) == (0, 0))
 
 
 def test_what_is_kept_is_not_stale():

@@ -16,8 +16,8 @@ def write_tree(folder, classes=('cat', 'dog', 'old_owl'), n=6, parts=('train/', 
     for part in parts:
         for c, name in enumerate(classes):
             (folder/part/name).mkdir(parents=True)
-            for i in range(n): Image.new('RGB', (size, size),
-                                         (10*c, i, 200*part.startswith('te'))).save(folder/part/name/f'{i}.png')
+            for i in range(n):
+                Image.new('RGB', (size, size), (10*c, i, 200*part.startswith('te'))).save(folder/part/name/f'{i}.png')
     return folder
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def test_digits_are_scikit_learns_with_its_labels():
 
 def test_digits_split_is_stratified_and_fixed():
     d = load('digits')
-    assert d.image_size == 16 and d.train.x.shape == (1297, 3, 16,
-                                                      16) and d.train.x.dtype == torch.uint8 and d.train.y.dtype == torch.int64
+    assert (d.image_size == 16 and d.train.x.shape == (1297, 3, 16, 16) and d.train.x.dtype == torch.uint8
+            and d.train.y.dtype == torch.int64)
     total = d.train.y.bincount() + d.test.y.bincount()
     assert ((d.test.y.bincount() - total*500/1797).abs() <= 1).all()
     assert torch.equal(d.test.x, load('digits', labels=40, seed=5).test.x)
@@ -58,8 +58,8 @@ def test_digits_split_is_stratified_and_fixed():
 @settings(deadline=None, max_examples=25)
 @given(k=st.integers(1, 120), seed=st.integers(-3, 2**40), more=st.integers(0, 6))
 def test_subsets_are_balanced_nested_and_whole_in_test(k, seed, more):
-    small, large, whole = load('digits', labels=10*k, seed=seed), load('digits', shots=k + more,
-        seed=seed), load('digits')
+    small, large, whole = (load('digits', labels=10*k, seed=seed), load('digits', shots=k + more, seed=seed),
+                           load('digits'))
     keys = lambda part: {x.numpy().tobytes() for x in part.x}
     assert small.train.y.bincount().tolist() == [k]*10 and large.train.y.bincount().tolist() == [k + more]*10
     assert keys(small.train) <= keys(large.train) <= keys(whole.train) and len(keys(small.train)) == 10*k
@@ -90,8 +90,8 @@ def fingerprints(names):
     return '\n'.join(f'{d.digest} {hashlib.sha256(d.train.x.numpy()).hexdigest()} {d.class_names}' for d in found)
 
 def test_another_process_imports_little_and_finds_the_same(tree, bare):
-    heavy, names = 'PIL matplotlib sklearn torchvision transformers open_clip'.split(), ['digits', f'folder:{tree}',
-        f'folder:{bare}']
+    heavy, names = ('PIL matplotlib sklearn torchvision transformers open_clip'.split(),
+                    ['digits', f'folder:{tree}', f'folder:{bare}'])
     code = f"""import hashlib, sys; from lico.data import load
 print([m for m in {heavy} if m in sys.modules])
 {inspect.getsource(fingerprints)}
@@ -104,13 +104,13 @@ print(fingerprints({names}))"""
 def test_listing_order_does_not_matter(tree, bare, monkeypatch, order):
     walk, iterdir = os.walk, Path.iterdir
     before = [load(f'folder:{f}', shots=3) for f in (tree, bare)]
-    monkeypatch.setattr(os, 'walk', lambda *a, **k: ((d, dirs, order(files)) for d, dirs,
-                                                     files in order(list(walk(*a, **k)))))
+    monkeypatch.setattr(os, 'walk',
+                        lambda *a, **k: ((d, dirs, order(files)) for d, dirs, files in order(list(walk(*a, **k)))))
     monkeypatch.setattr(Path, 'iterdir', lambda self: iter(order(sorted(iterdir(self)))))
     data_module._whole.cache_clear()
     for old, new in zip(before, [load(f'folder:{f}', shots=3) for f in (tree, bare)]):
-        assert old.train.x is not new.train.x and torch.equal(old.train.x, new.train.x) and torch.equal(old.train.y,
-            new.train.y)
+        assert (old.train.x is not new.train.x and torch.equal(old.train.x, new.train.x)
+                and torch.equal(old.train.y, new.train.y))
         assert old.digest == new.digest and old.class_names == new.class_names == ('cat', 'dog', 'old owl')
 
 # folders
@@ -119,17 +119,18 @@ def test_labels_follow_folders(tree):
     d = load(f'folder:{tree}')
     assert d.class_names == ('cat', 'dog', 'old owl') and d.flip and d.image_size == 8 and d.name == f'folder:{tree}'
     for part, blue in ((d.train, 0), (d.test, 200)):
-        assert torch.equal(part.x[:, 0, 0, 0].long(),
-                           10*part.y) and (part.x[:, 2] == blue).all() and part.y.bincount().tolist() == [6]*3
+        assert (torch.equal(part.x[:, 0, 0, 0].long(), 10*part.y) and (part.x[:, 2] == blue).all()
+                and part.y.bincount().tolist() == [6]*3)
 
 def test_bare_tree_is_split_four_to_one_in_each_class(bare):
     d = load(f'folder:{bare}')
     assert d.train.y.bincount().tolist() == [8]*3 and d.test.y.bincount().tolist() == [2]*3
-    assert torch.equal(d.train.x[:, 0, 0, 0].long(), 10*d.train.y) and torch.equal(d.test.x[:, 0, 0, 0].long(),
-        10*d.test.y)
+    assert (torch.equal(d.train.x[:, 0, 0, 0].long(), 10*d.train.y)
+            and torch.equal(d.test.x[:, 0, 0, 0].long(), 10*d.test.y))
     numbers = [[int(x[1, 0, 0]) for x, y in zip(torch.cat([d.train.x, d.test.x]), torch.cat([d.train.y, d.test.y]))
                 if y == c] for c in range(3)]
-    assert [sorted(o) for o in numbers] == [list(range(10))]*3 and len({tuple(o) for o in numbers}) > 1  # chosen by hash, not by position
+    # chosen by hash, not by position
+    assert [sorted(o) for o in numbers] == [list(range(10))]*3 and len({tuple(o) for o in numbers}) > 1
 
 def test_digest_is_of_content_only(tree, tmp_path):
     digest = lambda folder=tree: load(f'folder:{folder}').digest
@@ -183,8 +184,8 @@ def test_short_side_is_resized_and_the_centre_cut_out(tree):
 def test_stray_files_hidden_files_and_deeper_images(tree):
     first = load(f'folder:{tree}').digest
     (tree/'train'/'cat'/'Thumbs.db').write_text('x'); (tree/'train'/'cat'/'._0.png').write_text('x')
-    (tree/'train'/'.cache').mkdir(); (tree/'train'/'.cache'/'0.png').write_text('x'); (tree/'train'/'0.png').write_text(
-        'x')
+    (tree/'train'/'.cache').mkdir(); (tree/'train'/'.cache'/'0.png').write_text('x')
+    (tree/'train'/'0.png').write_text('x')
     (tree/'train'/'dog'/'6').mkdir(); (tree/'train'/'dog'/'5.png').rename(tree/'train'/'dog'/'6'/'0.PNG')
     assert load(f'folder:{tree}').digest == first
 
@@ -202,8 +203,8 @@ def test_labels_and_names_are_refused_by_number():
     assert len(load('digits', labels=10*int(smallest.min())).train) == 10*smallest.min()
     for bad in (0, -10, 2.5, True, '40'): assert 'expected a whole number' in refusal('digits', labels=bad)
     for bad in (0, -1, 1.5): assert f'shots = {bad}: expected a whole number' in refusal('digits', shots=bad)
-    for bad in (0, 16.0, '16'): assert f'image_size = {bad!r}: expected a whole number' in refusal('digits',
-        image_size=bad)
+    for bad in (0, 16.0, '16'):
+        assert f'image_size = {bad!r}: expected a whole number' in refusal('digits', image_size=bad)
     assert refusal('cifar') == f"unknown dataset 'cifar': choose one of {', '.join(READERS)}, folder:PATH"
 
 def test_trees_are_refused_by_name(tree, bare, tmp_path):
@@ -235,7 +236,8 @@ def test_damaged_images_are_named_and_counted(tree, monkeypatch, tolerant):
 
 def test_sixteen_bits_are_refused(tree):
     Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tree/'train'/'cat'/'0.png')
-    assert '1 of 36 images' in (message := refusal(f'folder:{tree}')) and 'train/cat/0.png (mode I;16 has more than 8 bits' in message
+    assert ('1 of 36 images' in (message := refusal(f'folder:{tree}'))
+            and 'train/cat/0.png (mode I;16 has more than 8 bits' in message)
 
 # boxes
 
@@ -246,8 +248,8 @@ def test_boxes_come_in_the_order_of_the_test_images(tree):
     (tree/'boxes.csv').write_text('\n'.join(['y1,x1,y0,x0,wnid,file', *rows]))
     found, d = data_module.test_boxes(f'folder:{tree}'), load(f'folder:{tree}')
     assert found.dtype == torch.int64 and found[:, 0].tolist() == d.test.x[:, 1, 0, 0].tolist()
-    assert found[:, 3].tolist() == [len(d.class_names[y]) for y in d.test.y] and found[:,
-        2].tolist() == (found[:, 0] + 10).tolist()
+    assert (found[:, 3].tolist() == [len(d.class_names[y]) for y in d.test.y]
+            and found[:, 2].tolist() == (found[:, 0] + 10).tolist())
 
 def test_boxes_are_refused_by_name(tree):
     def said(kind):
@@ -259,9 +261,8 @@ def test_boxes_are_refused_by_name(tree):
                     'path,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4'):
         (tree/'boxes.csv').write_text(content)
         assert 'has no box for every test image (' in (message := said(ValueError)) and 'test/cat/0.png' in message
-    (tree/'boxes.csv').write_text('\n'.join(['file,x0,y0,x1,y1',
-                                             *(f'{p.relative_to(tree).as_posix()},1,2,3,x'
-                                               for p in tree.glob('test/*/*'))]))
+    (tree/'boxes.csv').write_text('\n'.join(
+        ['file,x0,y0,x1,y1', *(f'{p.relative_to(tree).as_posix()},1,2,3,x' for p in tree.glob('test/*/*'))]))
     assert "'x'" in said(ValueError)
 
 # augmentation
@@ -275,8 +276,8 @@ def test_crops_are_windows_of_the_reflected_image(batch):
     B, S, flip, seed, pad = batch
     x = torch.randint(0, 256, (B, 3, S, S), dtype=torch.uint8, generator=seeded(seed))
     out = augment(x, seeded(seed), pad, flip)
-    assert out.shape == x.shape and out.dtype == torch.uint8 and out.is_contiguous() and torch.equal(out,
-        augment(x, seeded(seed), pad, flip))
+    assert (out.shape == x.shape and out.dtype == torch.uint8 and out.is_contiguous()
+            and torch.equal(out, augment(x, seeded(seed), pad, flip)))
     for image, crop in zip(x.numpy(), out.numpy()):
         padded = np.pad(image, ((0, 0), (pad, pad), (pad, pad)), 'reflect')
         windows = [padded[:, t:t + S, l:l + S] for t in range(2*pad + 1) for l in range(2*pad + 1)]
@@ -291,21 +292,23 @@ def test_every_window_and_both_directions_are_equally_likely():
     top, left = (where + 2) // S, (where + 2) % S - 2
     assert abs(mirrored.float().mean() - 0.5) < 5*0.5/n**0.5
     counts = torch.bincount(((top + 2)*5 + left + 2)*2 + mirrored, minlength=50)
-    assert len(counts) == 50 and ((counts - n/50)**2/(n/50)).sum() < 49 + 6*98**0.5  # chi-squared, 49 degrees of freedom
+    # chi-squared, 49 degrees of freedom
+    assert len(counts) == 50 and ((counts - n/50)**2/(n/50)).sum() < 49 + 6*98**0.5
 
 def test_augment_defaults_and_refusals():
     x = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8, generator=seeded())
-    assert torch.equal(augment(x, seeded(1)), augment(x, seeded(1), pad=2)) and torch.equal(augment(x, seeded(1),
-        pad=0), x)
+    assert (torch.equal(augment(x, seeded(1)), augment(x, seeded(1), pad=2))
+            and torch.equal(augment(x, seeded(1), pad=0), x))
     assert not torch.equal(augment(x, seeded(1)), augment(x, seeded(2)))
     for pad in (-1, 16):
-        with pytest.raises(ValueError, match=f'pad = {pad} for images of 16 pixels: expected a number from 0 to 15'): augment(x, seeded(), pad)
+        with pytest.raises(ValueError, match=f'pad = {pad} for images of 16 pixels: expected a number from 0 to 15'):
+            augment(x, seeded(), pad)
 
 def test_normalise_is_torchvisions():
     from torchvision.transforms.v2 import functional as F
     d = load('digits')
-    assert torch.allclose(d.normalise(d.test.x), F.normalize(F.to_dtype(d.test.x, torch.float32, scale=True), d.mean,
-        d.std), atol=1e-6)
+    assert torch.allclose(d.normalise(d.test.x),
+                          F.normalize(F.to_dtype(d.test.x, torch.float32, scale=True), d.mean, d.std), atol=1e-6)
     whole = d.train.x.double()/255
     assert np.allclose(d.mean, whole.mean((0, 2, 3))) and np.allclose(d.std, whole.std((0, 2, 3), correction=0))
 
@@ -322,15 +325,16 @@ def test_mirrors_only_where_allowed(tree):
     for name in ('cat', 'dog', 'old_owl'):
         for i in range(6): Image.fromarray(arrow).save(tree/'train'/name/f'{i}.png')
     d, index = load(f'folder:{tree}'), torch.arange(18).repeat(5)
-    light = lambda d: training_batch(d, index, seeded())[0][:, 0, 0, 0] > 0  # the upper left pixel, which no shift by one pixel makes dark
+    # the upper left pixel, which no shift by one pixel makes dark
+    light = lambda d: training_batch(d, index, seeded())[0][:, 0, 0, 0] > 0
     assert 0.2 < light(d).float().mean() < 0.8 and light(dataclasses.replace(d, flip=False)).all()
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_gpu_sees_the_same_batch():
     d, index = load('digits'), torch.arange(100)
     here, there = (training_batch(d, index, seeded(), noise=0.1, device=o) for o in ('cpu', 'cuda'))
-    assert there[0].is_cuda and torch.allclose(here[0], there[0].cpu(), atol=1e-5) and torch.equal(here[1],
-        there[1].cpu())
+    assert (there[0].is_cuda and torch.allclose(here[0], there[0].cpu(), atol=1e-5)
+            and torch.equal(here[1], there[1].cpu()))
     x = d.train.x[:100]
     assert torch.equal(augment(x, seeded(), flip=True), augment(x.cuda(), seeded(), flip=True).cpu())
 
@@ -342,18 +346,19 @@ def test_validation_images_are_held_out_whatever_the_seed(k, labels, seed):
     d, whole = load('digits', labels=10*labels, seed=seed, validation=10*k), load('digits')
     keys = lambda part: {x.numpy().tobytes() for x in part.x}
     assert d.test.y.bincount().tolist() == [k]*10 and d.train.y.bincount().tolist() == [labels]*10
-    assert keys(d.test) <= keys(whole.train) and not keys(d.test) & keys(d.train) and not keys(d.test) & keys(whole.test)
+    assert (keys(d.test) <= keys(whole.train) and not keys(d.test) & keys(d.train)
+            and not keys(d.test) & keys(whole.test))
     assert torch.equal(d.test.x, load('digits', seed=seed + 1, validation=10*k).test.x)
-    assert (d.digest, d.mean, d.std) == (whole.digest, whole.mean,
-                                         whole.std) and len(load('digits', validation=10*k).train) == 1297 - 10*k
+    assert ((d.digest, d.mean, d.std) == (whole.digest, whole.mean, whole.std)
+            and len(load('digits', validation=10*k).train) == 1297 - 10*k)
 
 def test_validation_is_refused():
     assert refusal('digits', validation=39) == 'validation = 39 cannot be shared evenly by 10 classes: ask for 30 or 40'
     smallest = int(load('digits').train.y.bincount().min())
     assert f'ask for at most {10*(smallest - 1)}' in refusal('digits', validation=10*smallest)
     assert load('digits', validation=10*(smallest - 1)).train.y.bincount().min() == 1
-    for bad in (0, -10, 10.0, 'all'): assert f'validation = {bad!r}: expected a whole number' in refusal('digits',
-        validation=bad)
+    for bad in (0, -10, 10.0, 'all'):
+        assert f'validation = {bad!r}: expected a whole number' in refusal('digits', validation=bad)
     assert 'has 26 training images and 30 of each class' in refusal('digits', validation=1000, shots=30)
 
 # images on disk
@@ -366,8 +371,8 @@ def photos(tmp_path):
         for name in ('cat', 'dog', 'old_owl'):
             (tmp_path/'photos'/part/name).mkdir(parents=True)
             for i in range(n):
-                image = Image.fromarray(rng.randint(0, 256, (9, 12, 3), np.uint8)).resize((100 + 30*i, 120),
-                    Image.Resampling.BICUBIC)
+                image = Image.fromarray(rng.randint(0, 256, (9, 12, 3),
+                                                    np.uint8)).resize((100 + 30*i, 120), Image.Resampling.BICUBIC)
                 image.save(tmp_path/'photos'/part/name/f'{i}.jpg')
     return tmp_path/'photos'
 
@@ -375,9 +380,8 @@ def with_workers(monkeypatch, n): monkeypatch.setattr(data_module, '_workers', l
 
 def test_large_images_stay_on_disk(photos):
     d = load(f'folder:{photos}')
-    assert isinstance(d.train, Files) and isinstance(d.test,
-                                                     Files) and d.image_size == 224 and d.class_names == ('cat',
-                                                         'dog', 'old owl')
+    assert (isinstance(d.train, Files) and isinstance(d.test, Files) and d.image_size == 224
+            and d.class_names == ('cat', 'dog', 'old owl'))
     assert (len(d.train), len(d.test)) == (15, 9) and d.train.y.tolist() == sum(([c]*5 for c in range(3)), [])
     assert [os.fsdecode(p) for p in d.train.paths[:6]] == [*(f'train/cat/{i}.jpg' for i in range(5)), 'train/dog/0.jpg']
     assert str(d.train) == '15 image files' and d.mean == (0.485, 0.456, 0.406) and d.std == (0.229, 0.224, 0.225)
@@ -386,10 +390,10 @@ def test_large_images_stay_on_disk(photos):
         assert len(part) == len(part.paths) == len(part.y) and part.paths[0] == b'train/cat/3.jpg' and part.y[0] == 0
     few, held = load(f'folder:{photos}', shots=2, seed=1), load(f'folder:{photos}', validation=3)
     assert few.train.y.tolist() == [0, 0, 1, 1, 2, 2] and few.digest == d.digest and few.test is d.test
-    assert len(held.train) == 12 and held.test.y.tolist() == [0, 1,
-        2] and not {*held.test.paths} & {*held.train.paths} and {*held.test.paths} < {*d.train.paths}
-    assert isinstance(load(f'folder:{photos}', image_size=64).train,
-                      Images) and isinstance(load(f'folder:{photos}', image_size=65).train, Files)
+    assert (len(held.train) == 12 and held.test.y.tolist() == [0, 1, 2] and not {*held.test.paths} & {*held.train.paths}
+            and {*held.test.paths} < {*d.train.paths})
+    assert (isinstance(load(f'folder:{photos}', image_size=64).train, Images)
+            and isinstance(load(f'folder:{photos}', image_size=65).train, Files))
 
 def test_size_of_large_squares_is_kept(photos):
     for path in photos.rglob('*.jpg'): Image.new('RGB', (80, 80)).save(path)
@@ -418,19 +422,20 @@ def test_batches_do_not_depend_on_workers(photos, monkeypatch):
         here, there = batches(0, noise=noise), batches(2, noise=noise)
         assert len(here) == 5 and torch.equal(torch.get_rng_state(), state)
         for (x, y), (a, b), (index, _) in zip(here, there, schedule):
-            assert torch.equal(x, a) and torch.equal(y, b) and torch.equal(y,
-                d.train.y[index]) and y.dtype == torch.int64
-            assert x.shape == (6, 3, 72, 72) and x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+            assert (torch.equal(x, a) and torch.equal(y, b) and torch.equal(y, d.train.y[index])
+                    and y.dtype == torch.int64)
+            assert (x.shape == (6, 3, 72, 72) and x.dtype == torch.float32
+                    and x.is_contiguous(memory_format=torch.channels_last))
         for k, n in ((0, 0), (1, 2)):
-            for (x, y), (a, b) in zip(here, batches(n, noise=noise,
-                                                    share=slice(k, None, 2))): assert torch.equal(x[k::2],
-                                                        a) and torch.equal(y[k::2], b)
+            for (x, y), (a, b) in zip(here, batches(n, noise=noise, share=slice(k, None, 2))):
+                assert torch.equal(x[k::2], a) and torch.equal(y[k::2], b)
     noise = here[0][0] - batches(0)[0][0]
     assert abs(noise.std() - 0.2) < 0.002 and abs(noise.mean()) < 0.002
-    repeated = list(training_batches(d, [(torch.tensor([4, 4]), 7), (torch.tensor([4, 4]), 8),
-                                         (torch.tensor([4, 4]), 7)]))
+    repeated = list(training_batches(d,
+                                     [(torch.tensor([4, 4]), 7), (torch.tensor([4, 4]), 8), (torch.tensor([4, 4]), 7)]))
     assert torch.equal(repeated[0][0], repeated[2][0])
-    assert len({x.numpy().tobytes() for batch, _ in repeated[:2] for x in batch}) == 4  # another place or another seed is another window
+    # another place or another seed is another window
+    assert len({x.numpy().tobytes() for batch, _ in repeated[:2] for x in batch}) == 4
 
 def test_training_is_torchvisions_recipe(photos):
     from torchvision.transforms import v2
@@ -469,8 +474,8 @@ def test_a_damaged_file_is_named_at_once_or_when_it_is_met(photos, monkeypatch, 
     d = load(f'folder:{photos}')
     assert len(list(training_batches(d, [(torch.tensor([5]), 0)]))) == 1
     with pytest.raises(ValueError) as e: list(training_batches(d, [(torch.tensor([5, 6]), 0)]))
-    assert re.fullmatch(rf'train/dog/1.jpg in {photos} cannot be read \(.*\): replace or remove it',
-                        str(e.value)) and ImageFile.LOAD_TRUNCATED_IMAGES is tolerant
+    assert (re.fullmatch(rf'train/dog/1.jpg in {photos} cannot be read \(.*\): replace or remove it', str(e.value))
+            and ImageFile.LOAD_TRUNCATED_IMAGES is tolerant)
     with pytest.raises(ValueError, match='train/dog/1.jpg in '): list(plain_batches(d, d.train, 4))
 
 def test_digest_of_files_is_of_their_bytes_in_order_labels_and_names(photos, tmp_path):
@@ -491,14 +496,14 @@ def test_digest_of_files_is_of_their_bytes_in_order_labels_and_names(photos, tmp
 def test_images_in_memory_go_through_training_batch():
     d = load('digits', labels=250)
     schedule = [(torch.arange(k, k + 9), k) for k in range(4)]
-    for (x, y), (index, seed) in zip(training_batches(d, iter(schedule), noise=0.1, share=slice(1, None, 3)),
-                                     schedule, strict=True):
+    for (x, y), (index, seed) in zip(training_batches(d, iter(schedule), noise=0.1, share=slice(1, None, 3)), schedule,
+                                     strict=True):
         a, b = training_batch(d, index, seeded(seed), noise=0.1)
-        assert torch.equal(x, a[1::3]) and torch.equal(y,
-                                                       b[1::3]) and x.is_contiguous(memory_format=torch.channels_last)
+        assert (torch.equal(x, a[1::3]) and torch.equal(y, b[1::3])
+                and x.is_contiguous(memory_format=torch.channels_last))
     got = list(plain_batches(d, d.test[:100], 64))
-    assert [len(x) for x in got] == [64, 36] and torch.equal(torch.cat(got),
-        d.normalise(d.test.x[:100])) and got[1].is_contiguous(memory_format=torch.channels_last)
+    assert ([len(x) for x in got] == [64, 36] and torch.equal(torch.cat(got), d.normalise(d.test.x[:100]))
+            and got[1].is_contiguous(memory_format=torch.channels_last))
 
 def test_process_ends_with_workers_at_work(photos):
     code = f"""import itertools, torch

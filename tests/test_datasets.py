@@ -27,8 +27,8 @@ def offline(tmp_path, monkeypatch):
 def trust(monkeypatch):
     "Let torchvision take the tiny files that a test wrote for the real ones."
     import torchvision.datasets as datasets
-    for module in (datasets.cifar, datasets.svhn, datasets.flowers102, datasets.imagenet): monkeypatch.setattr(module,
-        'check_integrity', lambda path, md5=None: os.path.isfile(path))
+    for module in (datasets.cifar, datasets.svhn, datasets.flowers102, datasets.imagenet):
+        monkeypatch.setattr(module, 'check_integrity', lambda path, md5=None: os.path.isfile(path))
     monkeypatch.setattr(datasets.svhn, 'download_url', lambda *a, **k: None)
 
 # refusals
@@ -51,14 +51,15 @@ def test_no_network_no_file(offline, name):
     inside, deed, put = DATASETS[name]
     start, message = time.time(), refusal(name)
     library = 'no library' if name == 'cub200' else 'torchvision'
-    assert message.startswith(f'{name} is not in {(offline/inside)} and {library} {deed}') and put in message and time.time() - start < 10
+    assert (message.startswith(f'{name} is not in {(offline/inside)} and {library} {deed}') and put in message
+            and time.time() - start < 10)
     assert ('no network' in message) == (name not in ('imagenet', 'cub200', 'cars'))
 
 def test_a_silent_network_does_not_hang(offline, monkeypatch):
     import urllib.request
     silent = socket.create_server(('127.0.0.1', 0))  # takes connections and says nothing
-    monkeypatch.undo(); monkeypatch.setenv('LICO_ROOT', str(offline.parent)); monkeypatch.setattr(datasets,
-        'patience', 1)
+    monkeypatch.undo(); monkeypatch.setenv('LICO_ROOT', str(offline.parent))
+    monkeypatch.setattr(datasets, 'patience', 1)
     from torchvision.datasets import CIFAR10
     monkeypatch.setattr(CIFAR10, 'url', f'http://127.0.0.1:{silent.getsockname()[1]}/x.tar.gz')
     start, before = time.time(), socket.getdefaulttimeout()
@@ -84,14 +85,14 @@ def test_cifar_names_are_in_label_order(offline, monkeypatch, name):
     names = ['zebra', 'apple', 'fire_truck']  # not alphabetical on purpose
     x = lambda k: np.stack([np.r_[np.full(1024, label), np.full(1024, k), np.arange(1024) % 32]
                             for label in (2, 0, 1)]).astype(np.uint8)
-    for k, f in enumerate(files): (folder/f).write_bytes(pickle.dumps({'data': x(k),
-        'fine_labels' if fine else 'labels': [2, 0, 1]}))
-    (folder/('meta' if fine else 'batches.meta')).write_bytes(pickle.dumps({'fine_label_names' if fine
-        else 'label_names': names}))
+    for k, f in enumerate(files):
+        (folder/f).write_bytes(pickle.dumps({'data': x(k), 'fine_labels' if fine else 'labels': [2, 0, 1]}))
+    (folder/('meta' if fine else 'batches.meta')).write_bytes(pickle.dumps(
+        {'fine_label_names' if fine else 'label_names': names}))
     d = load(name)
     assert d.class_names == ('zebra', 'apple', 'fire truck') and d.flip and d.image_size == 32
-    assert torch.equal(d.train.x[:, 0, 0, 0].long(), d.train.y) and (d.test.x[:, 1]
-        == len(files) - 1).all() and len(d.test) == 3
+    assert (torch.equal(d.train.x[:, 0, 0, 0].long(), d.train.y) and (d.test.x[:, 1] == len(files) - 1).all()
+            and len(d.test) == 3)
     assert torch.equal(d.train.x[0, 2], torch.arange(32, dtype=torch.uint8).expand(32, 32))  # rows and columns in place
     assert load(name, image_size=16).train.x.shape == (len(d.train), 3, 16, 16)
 
@@ -106,10 +107,10 @@ def test_svhn_ten_is_zero_and_extra_is_training_data(offline, monkeypatch):
         savemat(offline/f'{part}_32x32.mat', {'X': x, 'y': y[:, None]})
     d = load('svhn')
     assert d.class_names == tuple('0123456789') and not d.flip and (len(d.train), len(d.test)) == (6, 3)
-    assert d.train.y.tolist() == [0, 1, 9]*2 and d.train.x[:, 0, 0, 0].tolist() == [10, 1, 9]*2 and d.train.x[:, 1, 0,
-        0].tolist() == [0]*3 + [1]*3
-    assert (d.test.x[:, 1] == 2).all() and torch.equal(d.train.x[0, 2],
-                                                       torch.arange(32, dtype=torch.uint8).expand(32, 32))
+    assert (d.train.y.tolist() == [0, 1, 9]*2 and d.train.x[:, 0, 0, 0].tolist() == [10, 1, 9]*2
+            and d.train.x[:, 1, 0, 0].tolist() == [0]*3 + [1]*3)
+    assert ((d.test.x[:, 1] == 2).all()
+            and torch.equal(d.train.x[0, 2], torch.arange(32, dtype=torch.uint8).expand(32, 32)))
 
 def write_idx(folder, zipped):
     """Fashion-MNIST's four files: label 9, 0, 4, … in turn, pixel (0, 0) is the label, pixel (0, 1) the part, the
@@ -120,14 +121,15 @@ def write_idx(folder, zipped):
         x = np.tile(np.arange(28, dtype=np.uint8), (4, 28, 1)); x[:, 0, 0], x[:, 0, 1] = y, k
         files = {f'{part}-images-idx3-ubyte': struct.pack('>4i', 2051, 4, 28, 28) + x.tobytes(),
                  f'{part}-labels-idx1-ubyte': struct.pack('>2i', 2049, 4) + y.tobytes()}
-        for name, content in files.items(): (folder/(name + '.gz'*zipped)).write_bytes(gzip.compress(content) if zipped
-            else content)
+        for name, content in files.items():
+            (folder/(name + '.gz'*zipped)).write_bytes(gzip.compress(content) if zipped else content)
 
 @pytest.mark.parametrize('of_debian', [False, True])
 def test_fashion_mnist(offline, of_debian):
     write_idx(datasets.debian if of_debian else offline/'FashionMNIST'/'raw', of_debian)
     d = load('fashion_mnist')
-    assert d.class_names[9] == 'Ankle boot' and d.class_names[0] == 'T-shirt/top' and d.class_names[4] == 'Coat' and len(d.class_names) == 10 and d.flip
+    assert (d.class_names[9] == 'Ankle boot' and d.class_names[0] == 'T-shirt/top' and d.class_names[4] == 'Coat'
+            and len(d.class_names) == 10 and d.flip)
     for k, part in enumerate((d.train, d.test)):
         assert part.y.tolist() == [9, 0, 4, 5] == part.x[:, 2, 0, 0].tolist() and (part.x[:, 0, 0, 1] == k).all()
         assert torch.equal(part.x[2, 1, 5], torch.arange(28, dtype=torch.uint8))
@@ -148,10 +150,10 @@ def test_debians_fashion_mnist_is_what_torchvision_reads(tmp_path, monkeypatch):
     for a, b, n in ((debians.train, torchvisions.train, 6000), (debians.test, torchvisions.test, 1000)):
         assert np.array_equal(a.images, b.images) and a.labels == b.labels and np.bincount(a.labels).tolist() == [n]*10
     # trousers are taller than sandals, bags fill more than trousers: names and pictures agree
-    lit = {name: (debians.train.images[np.array(debians.train.labels) == c] > 30) for c,
-           name in enumerate(debians.class_names)}
-    assert lit['Trouser'][:, 2].any(1).mean() > 0.9 > 0.2 > lit['Sandal'][:,
-        2].any(1).mean() and lit['Bag'].mean() > lit['Trouser'].mean() + 0.1
+    lit = {name: (debians.train.images[np.array(debians.train.labels) == c] > 30)
+           for c, name in enumerate(debians.class_names)}
+    assert (lit['Trouser'][:, 2].any(1).mean() > 0.9 > 0.2 > lit['Sandal'][:, 2].any(1).mean()
+            and lit['Bag'].mean() > lit['Trouser'].mean() + 0.1)
 
 # photographs: red is ten times the label, green is 0 for training and 200 for testing
 
@@ -162,12 +164,13 @@ def photo(path, label, test=False):
 def check(name, class_names, n_train, n_test):
     "Names by label, pictures by label, parts; the same on disk and in memory."
     d, large = load(name, image_size=8), load(name)
-    assert d.class_names == large.class_names == tuple(class_names) and d.flip and (len(d.train),
-        len(d.test)) == (n_train, n_test)
+    assert (d.class_names == large.class_names == tuple(class_names) and d.flip
+            and (len(d.train), len(d.test)) == (n_train, n_test))
     for part, files, green in ((d.train, large.train, 0), (d.test, large.test, 200)):
-        assert torch.equal(part.x[:, 0, 4, 4].long(),
-                           10*part.y) and (part.x[:, 1] == green).all() and torch.equal(part.y, files.y)
-    assert isinstance(large.train, Files) and large.image_size == 224 and all((large.train.folder/os.fsdecode(p)).is_file() for p in large.train.paths)
+        assert (torch.equal(part.x[:, 0, 4, 4].long(), 10*part.y) and (part.x[:, 1] == green).all()
+                and torch.equal(part.y, files.y))
+    assert (isinstance(large.train, Files) and large.image_size == 224
+            and all((large.train.folder/os.fsdecode(p)).is_file() for p in large.train.paths))
     return large
 
 def write_birds(folder):
@@ -176,8 +179,8 @@ def write_birds(folder):
     names = {1: '001.Black_footed_Albatross', 2: '002.Laysan_Albatross', 3: '010.Red_winged_Blackbird'}
     write = lambda name, lines: (folder/f'{name}.txt').write_text(''.join(f'{a} {b}\n' for a, b in lines))
     write('classes', names.items()); write('images', [(i, f'{names[c]}/{i}.jpg') for i, c, _ in rows])
-    write('image_class_labels', [(i, c) for i, c, _ in rows[::-1]]); write('train_test_split',
-        [(i, t) for i, _, t in sorted(rows)])
+    write('image_class_labels', [(i, c) for i, c, _ in rows[::-1]])
+    write('train_test_split', [(i, t) for i, _, t in sorted(rows)])
     for i, c, t in rows: photo(folder/'images'/names[c]/f'{i}.jpg', c - 1, not t)
 
 def test_cub200(offline):
@@ -186,8 +189,9 @@ def test_cub200(offline):
     assert d.train.y.tolist() == [1, 2, 0] and d.train.paths[0] == b'images/002.Laysan_Albatross/11.jpg'
     (offline/'CUB_200_2011'/'images'/'002.Laysan_Albatross'/'2.jpg').unlink()
     data_module._whole.cache_clear()
-    with pytest.raises(ValueError, match='1 of 6 images in .*CUB_200_2011 cannot be read: '
-                                         'images/002.Laysan_Albatross/2.jpg '): load('cub200')
+    with pytest.raises(ValueError,
+                       match='1 of 6 images in .*CUB_200_2011 cannot be read: images/002.Laysan_Albatross/2.jpg '):
+        load('cub200')
 
 def test_cars(offline):
     from scipy.io import savemat
@@ -207,8 +211,8 @@ def test_aircraft(offline):
     base.mkdir(parents=True)
     (base/'variants.txt').write_text('\n'.join(names) + '\n')
     for part, first in (('trainval', 0), ('test', 4)):
-        (base/f'images_variant_{part}.txt').write_text(''.join(f'{first + k:07} {names[c]}\n' for k,
-            c in enumerate((3, 1, 0, 2))))
+        (base/f'images_variant_{part}.txt').write_text(''.join(f'{first + k:07} {names[c]}\n'
+                                                               for k, c in enumerate((3, 1, 0, 2))))
         for k, c in enumerate((3, 1, 0, 2)): photo(base/'images'/f'{first + k:07}.jpg', c, part == 'test')
     assert check('aircraft', names, 4, 4).train.y.tolist() == [3, 1, 0, 2]
 
@@ -218,13 +222,13 @@ def test_flowers102(offline, monkeypatch):
     base, labels = offline/'flowers-102', [3, 1, 2, 3, 1, 2, 1, 2, 3]  # from 1, of images 1 to 9
     base.mkdir(parents=True)
     savemat(base/'imagelabels.mat', {'labels': np.array([labels])})
-    savemat(base/'setid.mat', {'trnid': np.array([[2, 3, 4]]), 'valid': np.array([[1, 7, 6]]),
-                               'tstid': np.array([[8, 9, 5]])})
+    savemat(base/'setid.mat',
+            {'trnid': np.array([[2, 3, 4]]), 'valid': np.array([[1, 7, 6]]), 'tstid': np.array([[8, 9, 5]])})
     for i, c in enumerate(labels, 1): photo(base/'jpg'/f'image_{i:05}.jpg', c - 1, i in (8, 9, 5))
     from torchvision.datasets import Flowers102
     d = check('flowers102', Flowers102.classes, 6, 3)
-    assert d.class_names[:3] == ('pink primrose', 'hard-leaved pocket orchid',
-                                 'canterbury bells') and len(d.class_names) == 102
+    assert (d.class_names[:3] == ('pink primrose', 'hard-leaved pocket orchid', 'canterbury bells')
+            and len(d.class_names) == 102)
     assert d.train.y.tolist() == [0, 1, 2, 2, 0, 1]
 
 def test_imagenette(offline):
@@ -255,30 +259,31 @@ def test_imagenet_from_its_archives(offline, monkeypatch, tmp_path):
     trust(monkeypatch)
     folder, wnids = offline/'imagenet', list(imagenet_names())
     folder.mkdir(parents=True)
-    order = np.random.RandomState(0).permutation(1000)  # ILSVRC's own ids are in another order than the sorted WordNet ids
+    # ILSVRC's own ids are in another order than the sorted WordNet ids
+    order = np.random.RandomState(0).permutation(1000)
     kinds = [(o, 'O') for o in ('ILSVRC2012_ID', 'WNID', 'words', 'gloss', 'num_children')]
     savemat(tmp_path/'meta.mat',
-            {'synsets': np.array([(k + 1, wnids[o], 'a word, another', 'gloss', 0) for k, o in enumerate(order)] +
-                                                      [(1001, 'n00001740', 'entity', 'gloss', 2)], kinds)})
+            {'synsets': np.array([(k + 1, wnids[o], 'a word, another', 'gloss', 0)
+                                  for k, o in enumerate(order)] + [(1001, 'n00001740', 'entity', 'gloss', 2)], kinds)})
     truth = np.random.RandomState(1).permutation(1000)
     pack(folder/'ILSVRC2012_devkit_t12.tar.gz',
          [('ILSVRC2012_devkit_t12/data/meta.mat', (tmp_path/'meta.mat').read_bytes()),
-        ('ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt',
-         ''.join(f'{k + 1}\n' for k in truth).encode())])
-    pack(folder/'ILSVRC2012_img_val.tar', [(f'ILSVRC2012_val_{i:08}.JPEG', png(order[k], True)) for i,
-                                           k in enumerate(truth, 1)])
+          ('ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt',
+           ''.join(f'{k + 1}\n' for k in truth).encode())])
+    pack(folder/'ILSVRC2012_img_val.tar',
+         [(f'ILSVRC2012_val_{i:08}.JPEG', png(order[k], True)) for i, k in enumerate(truth, 1)])
     inner = [(f'{w}.tar', pack(tmp_path/f'{w}.tar', [(f'{w}_{i}.JPEG', png(c, False)) for i in range(2)]).read_bytes())
              for c, w in enumerate(wnids)]
     pack(folder/'ILSVRC2012_img_train.tar', inner)
     d = load('imagenet', image_size=8)
     value = lambda part: part.x[:, 0, 0, 0].long() + 250*part.x[:, 1, 0, 0].long()
-    assert torch.equal(value(d.train), d.train.y) and torch.equal(value(d.test), d.test.y) and (len(d.train),
-        len(d.test)) == (2000, 1000)
-    assert (d.train.x[:, 2] == 0).all() and (d.test.x[:, 2] == 200).all() and d.class_names[:2] == ('tench',
-        'goldfish') and d.class_names[134] == 'crane bird'
+    assert (torch.equal(value(d.train), d.train.y) and torch.equal(value(d.test), d.test.y)
+            and (len(d.train), len(d.test)) == (2000, 1000))
+    assert ((d.train.x[:, 2] == 0).all() and (d.test.x[:, 2] == 200).all()
+            and d.class_names[:2] == ('tench', 'goldfish') and d.class_names[134] == 'crane bird')
     large = load('imagenet')
-    assert isinstance(large.test, Files) and torch.equal(large.train.y,
-                                                         d.train.y) and large.image_size == 224 and large.class_names == d.class_names
+    assert (isinstance(large.test, Files) and torch.equal(large.train.y, d.train.y) and large.image_size == 224
+            and large.class_names == d.class_names)
     for part in ('train', 'val'): shutil.rmtree(folder/part/wnids[5])
     assert 'has 999 class folders, not the 1,000 WordNet ids' in refusal('imagenet')
 
@@ -287,7 +292,8 @@ def test_imagenet_names_are_readable_and_unique():
     names, info = imagenet_names(), ImageNetInfo('imagenet-1k')
     assert list(names) == sorted(names) == info.label_names() and len({name.lower() for name in names.values()}) == 1000
     changed = {i for i, name in names.items() if name != info.label_name_to_description(i).split(',')[0]}
-    assert changed == {'n02012849', 'n02113186', 'n03126707', 'n03710637', 'n03710721'}  # crane and maillot, twice each, and the Cardigan that is a dog
+    # crane and maillot, twice each, and the Cardigan that is a dog
+    assert changed == {'n02012849', 'n02113186', 'n03126707', 'n03710637', 'n03710721'}
     assert not any('_' in name or name != name.strip() for name in names.values())
 
 # known by their pixels
@@ -306,9 +312,9 @@ def write_archive(folder, parts, names=NAMES):
     (folder/'batches.meta').write_bytes(pickle.dumps({'label_names': list(names)}))
     rows = {part: x.transpose(0, 3, 1, 2).reshape(len(x), -1) for part, (x, _) in parts.items()}
     write = lambda f, part, which: (folder/f).write_bytes(pickle.dumps({'data': rows[part][which],
-        'labels': parts[part][1][which].tolist()}))
-    for i, which in enumerate(np.array_split(np.arange(len(rows['train'])), 5), 1): write(f'data_batch_{i}', 'train',
-        which)
+                                                                        'labels': parts[part][1][which].tolist()}))
+    for i, which in enumerate(np.array_split(np.arange(len(rows['train'])), 5), 1):
+        write(f'data_batch_{i}', 'train', which)
     write('test_batch', 'test', slice(None))
 
 def write_folder(folder, parts, seed=0, ending='png', names=NAMES):
@@ -337,8 +343,8 @@ def known(offline, monkeypatch):
     write_archive(offline/'cifar-10-batches-py', tiny())
     return mine, write_folder(offline.parent/'cats and dogs', tiny(), 2, 'bmp')
 
-@pytest.mark.parametrize('asked', [dict(), dict(labels=6, seed=3), dict(labels=6, seed=4),
-                                   dict(shots=2, validation=6), dict(image_size=16)])
+@pytest.mark.parametrize('asked', [dict(), dict(labels=6, seed=3), dict(labels=6, seed=4), dict(shots=2, validation=6),
+                                   dict(image_size=16)])
 def test_a_folder_of_a_known_datasets_pixels_is_that_dataset(known, asked):
     archive, *folders = load('cifar10', **asked), *(load(f'folder:{f}', **asked) for f in known)
     for d in folders:
@@ -370,8 +376,8 @@ def test_nearly_a_known_dataset_is_a_folder(known):
     parts = copy(); a, b = (sorted(parts.glob(f'{part}/zebra/*'))[0] for part in ('train', 'test'))
     a.rename(b.parent/'new.png'); b.rename(a.parent/'new.png')
     fewer = copy(); sorted(fewer.glob('test/zebra/*'))[0].unlink()
-    for name in (f'folder:{folder}' for folder in (pixel, renamed, label, parts,
-                                                   fewer)): assert load(name).name == dataset_name(name) == name
+    for name in (f'folder:{folder}' for folder in (pixel, renamed, label, parts, fewer)):
+        assert load(name).name == dataset_name(name) == name
     assert load(f'folder:{copy()}').name == 'cifar10'
 
 def test_a_known_dataset_on_disk_keeps_its_order_too(known):
@@ -380,8 +386,8 @@ def test_a_known_dataset_on_disk_keeps_its_order_too(known):
     for part in ('train', 'test'):
         one, other = (getattr(d, part) for d in large)
         a, b = ([np.asarray(Image.open(o.folder/os.fsdecode(p))) for p in o.paths] for o in (one, other))
-        assert len(a) == (6 if part == 'train' else 21) and all(map(np.array_equal, a, b)) and torch.equal(one.y,
-            other.y)
+        assert (len(a) == (6 if part == 'train' else 21) and all(map(np.array_equal, a, b))
+                and torch.equal(one.y, other.y))
 
 def test_only_folders_of_the_right_size_are_decoded_to_be_known(known, monkeypatch):
     other = write_folder(known[0].parent/'other', tiny(n=6))
@@ -391,11 +397,11 @@ def test_only_folders_of_the_right_size_are_decoded_to_be_known(known, monkeypat
 
 def test_content_of_settings_is_of_64_digits_and_each_has_its_images():
     sections = {k: dataset_settings(k) for k in ('cifar10', 'cifar100-part', 'tiny-imagenet-100')}
-    for o in sections.values(): assert re.fullmatch('[0-9a-f]{64}', o['content']) and re.fullmatch(r'\d+, \d+',
-        o['images'])
+    for o in sections.values():
+        assert re.fullmatch('[0-9a-f]{64}', o['content']) and re.fullmatch(r'\d+, \d+', o['images'])
     part = sections['cifar100-part']
-    assert 'paper_name' not in part and part['stand_in'] == 'CIFAR-100' and 'content' not in dataset_settings(
-        'cifar100')
+    assert ('paper_name' not in part and part['stand_in'] == 'CIFAR-100'
+            and 'content' not in dataset_settings('cifar100'))
 
 # hashes that are kept
 
@@ -416,8 +422,8 @@ def counted(offline, monkeypatch):
 def test_an_unchanged_file_is_read_once(counted):
     folder, look, kept = counted
     want = [hashlib.sha256(np.asarray(Image.open(folder/f'{i}.png')).tobytes()).hexdigest() for i in range(12)]
-    assert look() == (want, sorted(f'{i}.png' for i in range(12))) and look() == (want,
-        []) and len(list(kept.iterdir())) == 1
+    assert (look() == (want, sorted(f'{i}.png' for i in range(12))) and look() == (want, [])
+            and len(list(kept.iterdir())) == 1)
     os.utime(folder/'3.png', (1, 1)); assert look() == (want, ['3.png'])
     Image.new('RGB', (8, 8), (200, 0, 0)).save(folder/'4.png')
     changed, opened = look()
@@ -427,8 +433,8 @@ def test_an_unchanged_file_is_read_once(counted):
 
 def test_bytes_are_another_matter_than_pixels(counted):
     folder, look, kept = counted
-    assert look(file_bytes)[0] == [hashlib.sha256((folder/f'{i}.png').read_bytes()).hexdigest()
-                                   for i in range(12)] != look()[0]
+    assert (look(file_bytes)[0] == [hashlib.sha256((folder/f'{i}.png').read_bytes()).hexdigest() for i in range(12)]
+            != look()[0])
     assert len(list(kept.iterdir())) == 2 and look(file_bytes)[1] == look()[1] == []
 
 @pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b'', lambda b: b'\xff' + b,
@@ -468,5 +474,5 @@ def test_cifar10_itself_in_a_folder_is_the_archives(offline, monkeypatch):
         parts[part] = o.x[order].permute(0, 2, 3, 1).numpy(), o.y[order].numpy()
     write_archive(offline/'cifar-10-batches-py', parts, whole.class_names)
     archive = load('cifar10', labels=40, seed=7)
-    assert archive.digest == d.digest and torch.equal(archive.train.x, d.train.x) and torch.equal(archive.test.x,
-        d.test.x)
+    assert (archive.digest == d.digest and torch.equal(archive.train.x, d.train.x)
+            and torch.equal(archive.test.x, d.test.x))

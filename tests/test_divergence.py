@@ -7,7 +7,8 @@ from scipy.special import log_softmax, rel_entr
 
 from lico.backbones import create_backbone
 from lico.config import root
-from lico.evidence.divergence import Snapshots, compose, curves, divergence_sentences, ends, gap, map_batches, weights_along
+from lico.evidence.divergence import (Snapshots, compose, curves, divergence_sentences, ends, gap, map_batches,
+                                      weights_along)
 from lico.evidence.store import write_results
 from lico.experiments import Run, build, load_data, run, runs_folder
 from lico.text import load_text_encoder
@@ -32,8 +33,8 @@ def test_weights_along_are_those_of_the_record(lico_root, encoder, method):
     assert list(kept) == [0, 2, 3] and kept[3].keys() == stored.keys()
     for k, v in stored.items(): assert torch.equal(v, kept[3][k]), k
     for k, v in build(r, data, encoder).state_dict().items(): assert torch.equal(v, kept[0][k]), k
-    assert all(not torch.equal(kept[a]['backbone.fc.weight'], kept[b]['backbone.fc.weight']) for a,
-               b in ((0, 2), (2, 3)))
+    assert all(not torch.equal(kept[a]['backbone.fc.weight'], kept[b]['backbone.fc.weight'])
+               for a, b in ((0, 2), (2, 3)))
 
 
 class Tiny(torch.nn.Module):
@@ -86,16 +87,15 @@ def test_curves_exchange_one_thing_at_a_time(encoder, lico_root):
     df, data = curves(r, points=2, images=64), load_data(r)
     assert sorted(df.step.unique()) == [0, 1, 4] and (df.seed == 1).all()
     end = df[df.step == 4].set_index(['method', 'prompts', 'tau_of'])
-    lico, ce = weights_along(r, (0, 4), data,
-                             encoder), weights_along(Run(**{**r.__dict__, 'method': 'CE', 'options': r.options}),
-                                                     (0, 4), data)
+    lico, ce = (weights_along(r, (0, 4), data, encoder),
+                weights_along(Run(**{**r.__dict__, 'method': 'CE', 'options': r.options}), (0, 4), data))
     model, places = build(r, data, encoder).eval(), {'first': 0, 'learned': 4}
     for (method, prompts, tau), row in end.iterrows():
         text = {k: v for k, v in lico[places[prompts]].items() if k.startswith(('prompts', 'mapping'))}
         state = {**(lico if method == 'LICO' else ce)[4], **text, 'tau.value': lico[places[tau]]['tau.value']}
         model.load_state_dict(state)
-        assert row.kl == pytest.approx(gap(model, map_batches(model.backbone, data, 64))['kl'], rel=1e-4), (method,
-            prompts, tau)
+        assert row.kl == pytest.approx(gap(model, map_batches(model.backbone, data, 64))['kl'],
+                                       rel=1e-4), (method, prompts, tau)
     tau = end.tau
     assert tau[('CE', 'first', 'first')] == pytest.approx(0.5)
     assert tau[('CE', 'first', 'learned')] == tau[('LICO', 'learned', 'learned')] != 0.5
@@ -112,9 +112,8 @@ def toy():
     "Five views of three seeds, two steps; KL after training differs by known factors."
     views = [('CE', 'first', 'first'), ('CE', 'first', 'learned'), ('CE', 'learned', 'learned'),
              ('LICO', 'learned', 'learned'), ('LICO', 'first', 'first')]
-    rows = [dict(method=m, prompts=p, tau_of=t, step=k, seed=s, kl=1. if k == 0 else [2, 1, 1, .5 + .1*s, 4][i],
-                 tau=1., cosine=.5,
-                 dataset='digits', labels='all', backbone='wrn_10_1', preset='paper', id=f'{s}-p1')
+    rows = [dict(method=m, prompts=p, tau_of=t, step=k, seed=s, kl=1. if k == 0 else [2, 1, 1, .5 + .1*s, 4][i], tau=1.,
+                 cosine=.5, dataset='digits', labels='all', backbone='wrn_10_1', preset='paper', id=f'{s}-p1')
             for i, (m, p, t) in enumerate(views) for s in range(3) for k in (0, 9)]
     return pd.DataFrame(rows)
 
@@ -122,17 +121,17 @@ def toy():
 def test_factors_are_geometric_means_over_pairs():
     c = ends(toy()).set_index('view')
     lico = c.loc["LICO, learned prompts, learned τ (the paper's curve)"]
-    assert lico['KL after'] == pytest.approx(stats.gmean([.5, .6,
-                                                          .7])) == pytest.approx(lico['factor']) and lico[
-                                                              '% of looks that fall'] == 100
+    assert (lico['KL after'] == pytest.approx(stats.gmean([.5, .6, .7])) == pytest.approx(lico['factor'])
+            and lico['% of looks that fall'] == 100)
     assert c.loc["CE, first prompts, first τ (the paper's curve)"].factor == pytest.approx(2) and (c.n == 3).all()
     d = np.log(np.array([.5, .6, .7])/2)
     low, high = (math.exp(d.mean() + s*stats.t.ppf(.975, 2)*stats.sem(d)) for s in (-1, 1))
     said = divergence_sentences(toy())
     assert f"LICO's is {math.exp(d.mean()):.3g} times ({low:.3g} to {high:.3g}) the baseline's" in said
-    assert "the baseline's is 0.5 times (0.5 to 0.5) what it was" in said and "from before training it is 2 times (2 to 2)" in said
-    assert "is 0.25 times the baseline's" in divergence_sentences(toy()[lambda o: o.seed
-        == 0]), 'no interval of one seed'
+    assert ("the baseline's is 0.5 times (0.5 to 0.5) what it was" in said
+            and "from before training it is 2 times (2 to 2)" in said)
+    assert "is 0.25 times the baseline's" in divergence_sentences(
+        toy()[lambda o: o.seed == 0]), 'no interval of one seed'
 
 
 def test_rows_of_other_seeds_are_kept(tmp_path):

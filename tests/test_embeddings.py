@@ -8,11 +8,10 @@ from scipy import stats
 from lico.backbones import create_backbone
 from lico.config import root
 from lico.data import load
-from lico.evidence.embeddings import (MEASURES, centroids, collect_embeddings, describe, draw_embeddings, embed,
-                                      harder_splits,
-                                      linear_probe, measure_features, order_correlation, order_sentences,
-                                      pooled_features,
-                                      read_points, write_points)
+from lico.evidence.embeddings import (
+    MEASURES, centroids, collect_embeddings, describe, draw_embeddings, embed, harder_splits,
+    linear_probe, measure_features, order_correlation, order_sentences, pooled_features,
+    read_points, write_points)
 from lico.evidence.stats import METRICS, conditions, paired
 from lico.evidence.store import read_results
 from lico.experiments import Run, run
@@ -60,12 +59,13 @@ def test_a_plane_splits_what_it_can():
 def test_describe_measures_what_the_names_allow():
     features = rng.normal(size=(200, 5)) + 5*y[:, None]
     digits, points = describe(features, y, tuple('0123456789'))
-    assert points.shape == (200, 2) and digits['ordinal'] > 0.95 > digits['ordinal_0_as_10'] and not any('vehicles' in k for k in digits)
+    assert (points.shape == (200, 2) and digits['ordinal'] > 0.95 > digits['ordinal_0_as_10']
+            and not any('vehicles' in k for k in digits))
     names = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
     cifar = describe(features, y, names)[0]
     assert not any('ordinal' in k for k in cifar) and cifar['vehicles'] < 90 and np.isfinite(list(cifar.values())).all()
-    assert {'trustworthiness', 'silhouette', 'silhouette_embedded'} == set(describe(features, y,
-        tuple('abcdefghij'))[0])
+    assert {'trustworthiness', 'silhouette', 'silhouette_embedded'} == set(
+        describe(features, y, tuple('abcdefghij'))[0])
     np.testing.assert_array_equal(embed(features[:40], 3), embed(features[:40], 3))
 
 
@@ -75,8 +75,8 @@ def test_every_measure_can_be_compared():
 
 def test_pictures_have_the_perplexity_asked_for():
     features = rng.normal(size=(100, 5))
-    assert not np.array_equal(embed(features, perplexity=5),
-                              embed(features)) and np.isfinite(embed(features[:12], perplexity=50)).all()
+    assert (not np.array_equal(embed(features, perplexity=5), embed(features))
+            and np.isfinite(embed(features[:12], perplexity=50)).all())
 
 
 def test_points_are_kept_or_replaced(tmp_path):
@@ -119,7 +119,8 @@ def test_order_sentences_have_the_textbooks_interval():
                            ordinal_0_as_10=.2 + d,
                            ordinal_embedded=[-.5, .1, .2, .31], ordinal_text=np.nan))
     half = stats.t.ppf(.975, 3)*stats.sem(d)
-    assert f'changes by +{d.mean():.2f} ± {half:.2f}' in order_sentences(df) and 'from -0.50 to 0.31' in order_sentences(df)
+    assert (f'changes by +{d.mean():.2f} ± {half:.2f}' in order_sentences(df)
+            and 'from -0.50 to 0.31' in order_sentences(df))
     assert order_sentences(df.drop(columns='ordinal')) == ''
 
 
@@ -149,7 +150,7 @@ def smoke(tmp_path, name):
 def test_figure9_smoke_and_drawn_again_from_files(tmp_path):
     out, table, again = smoke(tmp_path, 'figure9')
     assert {f.name for f in out.iterdir() if not f.name.startswith('.')} == {'results.csv', 'points.csv', 'table.md',
-        'figure.png'}
+                                                                             'figure.png'}
     assert again == table and 'digits' in table and 'smoke' in table
-    assert {'seed', 'hardware', 'torch', 'commit', 'profile', 'classes',
-            'ordinal'} <= set(pd.read_csv(out/'results.csv'))
+    assert {'seed', 'hardware', 'torch', 'commit', 'profile', 'classes', 'ordinal'} <= set(pd.read_csv(
+        out/'results.csv'))

@@ -19,19 +19,18 @@ def named(case, changes): return ', '.join([case, *(f'{k}={v}' for k, v in chang
 SMALL = dict(dataset='shapes', labels=24, backbone='test_vit', options=dict(batch_size=12, epochs=2))
 CNN = dict(SMALL, backbone='wrn_10_1', image_size=16)
 TEXT = dict(epochs=1, batch_size=8, n_context=3)
-BASES = {
-    'CE paper': dict(CNN, dataset='digits', labels=40, steps=5, options=dict(batch_size=16)),
-    'LICO paper': dict(CNN, dataset='digits', labels=40, steps=3, method='LICO', options={}),
-    **{f'LICO {name}': dict(CNN, steps=2, method='LICO', preset=name, options={})
-       for name in ('released', 'repaired', 'semantic')},
-    'CE CNN': CNN,
-    **{method: dict(CNN, steps=1, method=method) for method in ('CGC', 'GCC', 'LICO+CGC')},
-    'CE': SMALL,
-    'LICO': dict(SMALL, method='LICO', options=dict(TEXT, alpha=1, tau_init=0.3)),
-    'CE+MM': dict(SMALL, method='CE+MM', options=dict(TEXT, tau_init=0.3)),
-    'CE+OT': dict(SMALL, method='CE+OT', options=TEXT),
-    **{f'{method} ViT': dict(SMALL, steps=1, method=method) for method in ('CGC', 'GCC')},
-    **{method: dict(SMALL, method=method) for method in ('CE+LS', 'CE+SupCon')}}
+BASES = {'CE paper': dict(CNN, dataset='digits', labels=40, steps=5, options=dict(batch_size=16)),
+         'LICO paper': dict(CNN, dataset='digits', labels=40, steps=3, method='LICO', options={}),
+         **{f'LICO {name}': dict(CNN, steps=2, method='LICO', preset=name, options={})
+            for name in ('released', 'repaired', 'semantic')},
+         'CE CNN': CNN,
+         **{method: dict(CNN, steps=1, method=method) for method in ('CGC', 'GCC', 'LICO+CGC')},
+         'CE': SMALL,
+         'LICO': dict(SMALL, method='LICO', options=dict(TEXT, alpha=1, tau_init=0.3)),
+         'CE+MM': dict(SMALL, method='CE+MM', options=dict(TEXT, tau_init=0.3)),
+         'CE+OT': dict(SMALL, method='CE+OT', options=TEXT),
+         **{f'{method} ViT': dict(SMALL, steps=1, method=method) for method in ('CGC', 'GCC')},
+         **{method: dict(SMALL, method=method) for method in ('CE+LS', 'CE+SupCon')}}
 FIELDS = dict(seed=1, split_seed=1, labels=16, shots=4, image_size=48, validation=8, dataset='photographs')  # of `Run`
 VARIANTS = [  # a case, and what another one changes of its fields or options
     *(('CE', {field: value}) for field, value in FIELDS.items()),
@@ -296,7 +295,8 @@ def test_every_value_of_every_option_is_in_a_case(place, monkeypatch):
     monkeypatch.setenv('LICO_ROOT', str(place))
     from lico.config import OPTIONS, preset
     for option, allowed in OPTIONS.items():
-        if option == 'precision': continue  # bf16 needs a processor that has it, and is no reference for one that has not
+        # bf16 needs a processor that has it, and is no reference for one that has not
+        if option == 'precision': continue
         pairs = [(RUNS[case], RUNS[named(case, changes)]) for case, changes in VARIANTS if option in changes]
         values = {preset(r.get('preset', 'paper'), **r['options'])[option] for pair in pairs for r in pair}
         if allowed is bool: assert values == {True, False}, option

@@ -9,8 +9,8 @@ from lico.losses import (LossOptions, adjacency, calibrated_taus, cost_matrix, i
 
 torch.set_num_threads(1)
 
-def normal(*shape, seed=0, dtype=torch.float64): return torch.randn(*shape,
-    generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 def feature_rows(B=16, N=128, M=13, width=64, dtype=torch.float32):
     """Rows as in training: feature maps after a leaky ReLU, one of them dead, and prompts whose rows share most of
@@ -29,7 +29,8 @@ def test_manifold_matching_is_what_a_loop_gives(distance, normalise, sign, diago
     F, G, tau = normal(7, 5, 3).numpy(), normal(7, 2, 3, seed=1).numpy(), 0.4
     def matrix(x):
         x = [v.ravel()/(np.linalg.norm(v) if normalise else 1) for v in x]
-        D = lambda a, b: np.sqrt(((a - b)**2).sum()) if distance == 'euclidean' else 1 - a@b/np.linalg.norm(a)/np.linalg.norm(b)
+        D = (lambda a, b: np.sqrt(((a - b)**2).sum()) if distance == 'euclidean'
+             else 1 - a@b/np.linalg.norm(a)/np.linalg.norm(b))
         E = np.array([[math.exp(sign*D(a, b)/tau)*(a is not b or diagonal == 'in') for b in x] for a in x])
         return E/E.sum(1, keepdims=True)
     AF, AG = matrix(F), matrix(G)
@@ -53,8 +54,8 @@ def test_entropy_and_cosine_against_loops():
 
 @pytest.mark.parametrize('distance', ('euclidean', 'cosine'))
 def test_gradients_of_manifold_matching(distance):
-    F, G, tau = normal(5, 3, 2).requires_grad_(), normal(5, 4, seed=1).requires_grad_(), torch.tensor(0.6,
-        dtype=torch.float64, requires_grad=True)
+    F, G, tau = (normal(5, 3, 2).requires_grad_(), normal(5, 4, seed=1).requires_grad_(),
+                 torch.tensor(0.6, dtype=torch.float64, requires_grad=True))
     torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance), (F, G, tau))
     torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance, normalise=False, sign=1), (F, G, tau))
     torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance, diagonal='out'), (F, G, tau))
@@ -68,9 +69,9 @@ def test_the_same_prompt_twice_in_a_batch():
     torch.autograd.gradcheck(lambda G: manifold_matching(F, G[[0, 1, 2, 0]], 0.5, diagonal='out'), (G,))
 
 @pytest.mark.parametrize('dtype', (torch.float32, torch.float64, torch.bfloat16))
-@pytest.mark.parametrize('x', (torch.ones(4, 3, 2), torch.zeros(4, 3, 2),
-                               torch.cat([torch.zeros(2, 6), torch.eye(2, 6)]), torch.ones(1, 5),
-                               1e-30*torch.ones(3, 2)),
+@pytest.mark.parametrize('x',
+                         (torch.ones(4, 3, 2), torch.zeros(4, 3, 2), torch.cat([torch.zeros(2, 6), torch.eye(2, 6)]),
+                          torch.ones(1, 5), 1e-30*torch.ones(3, 2)),
                          ids=('identical', 'zero', 'some zero', 'one', 'tiny'))
 @pytest.mark.parametrize('diagonal', ('in', 'out'))
 @pytest.mark.parametrize('distance', ('euclidean', 'cosine'))
@@ -88,7 +89,8 @@ def test_degenerate_samples_have_finite_values_and_gradients(x, distance, diagon
         log_p = log_p.masked_fill(torch.eye(len(x), dtype=torch.bool), 0)
     assert log_p.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     (log_p*torch.arange(len(x))).sum().backward()
-    assert log_p.isfinite().all() and tau.grad.isfinite() and x.grad.isfinite().all() and x.grad.abs().max()*(x.detach().abs().max() or 1) < 1e4
+    assert (log_p.isfinite().all() and tau.grad.isfinite() and x.grad.isfinite().all()
+            and x.grad.abs().max()*(x.detach().abs().max() or 1) < 1e4)
     if distance == 'euclidean' and diagonal == 'in': assert torch.equal(log_p.diagonal(), log_p.max(1)[0])
 
 def test_without_the_diagonal_a_loss_of_two_samples_is_zero_whatever_they_are():
@@ -139,8 +141,8 @@ def test_properties_of_manifold_matching(shape, tau, choice):
     order = torch.randperm(B, generator=torch.Generator().manual_seed(seed))
     assert torch.allclose(adjacency(F[order], tau, **choice), A[order][:, order])
     assert torch.isclose(manifold_matching(F[order], G[order], tau, **choice), loss)
-    if choice['normalise']: assert torch.allclose(adjacency(F*torch.arange(1, B + 1)[:, None, None], tau, **choice),
-                                                  A, atol=1e-6)
+    if choice['normalise']:
+        assert torch.allclose(adjacency(F*torch.arange(1, B + 1)[:, None, None], tau, **choice), A, atol=1e-6)
 
 def test_a_large_tau_empties_the_loss():
     F, G = normal(8, 3), normal(8, 3, seed=1)
@@ -182,16 +184,15 @@ def test_a_sample_alone_in_its_class_says_nothing_of_tau_without_the_diagonal():
 
 @pytest.mark.parametrize('case, message', [
     (lambda F, G, y: (F, G[:1].expand(12, 6), 0*y), "of 12 samples of 1 classes a share from 0 to 0 of the text's mass "
-     "can lie on other classes, not tau_share = 0.25: use larger"),
+                                                    "can lie on other classes, not tau_share = 0.25: use larger"),
     (lambda F, G, y: (F, G[:1].expand(12, 6), y), 'of 12 samples of 4 classes a share from 0.75 to 0.75 of'),
     (lambda F, G, y: (F[:2], G[:2], y[:2], 0.6),
      'of 2 samples of 2 classes a share from 0 to 0.5 of .*, not tau_share = 0.6'),
     (lambda F, G, y: (F[:4], G[:4], y[:4], 0.25, 'euclidean', True, 'out'),
      r'of 4 samples of 4 classes a share from nan to nan of .*\(nan: no sample has another of its class\)'),
     (lambda F, G, y: (F[:1], G[:1], y[:1]), 'of 1 samples of 1 classes a share from 0 to 0'),
-    (lambda F, G, y: (F[:1].expand(12, 5), G, y),
-     "the images' rows can have a mean entropy from 2.48 to 2.48 nats, not "
-     "the text's .*: their features are too much alike")])
+    (lambda F, G, y: (F[:1].expand(12, 5), G, y), "the images' rows can have a mean entropy from 2.48 to 2.48 nats, "
+                                                  "not the text's .*: their features are too much alike")])
 def test_what_cannot_be_calibrated_is_refused(case, message):
     with pytest.raises(ValueError, match=message) as e: calibrated_taus(*case(*labelled()))
     assert '\n' not in str(e.value)
@@ -210,10 +211,10 @@ def test_what_counts_as_inactive(image, text, cosine, reason):
 
 # optimal transport
 
-def references(C, eps): return torch.stack([torch.tensor(ot.bregman.sinkhorn(np.full(len(c), 1/len(c)),
-    np.full(len(c.T), 1/len(c.T)), c, eps, method='sinkhorn_log',
-                                                                             numItermax=20000, stopThr=1e-13))
-                                                                             for c in C.numpy()])
+def references(C, eps):
+    return torch.stack([torch.tensor(ot.bregman.sinkhorn(np.full(len(c), 1/len(c)), np.full(len(c.T), 1/len(c.T)), c,
+                                                         eps, method='sinkhorn_log',
+                                                         numItermax=20000, stopThr=1e-13)) for c in C.numpy()])
 
 def test_cost_matrix_against_pot_and_zero_rows():
     F, G = normal(3, 5, 4), normal(3, 2, 4, seed=1)
@@ -223,8 +224,8 @@ def test_cost_matrix_against_pot_and_zero_rows():
     F[0, 0] = 0
     F.requires_grad_()
     cost_matrix(F, G).sum().backward()
-    assert cost_matrix(F, G)[0, 0].tolist() == pytest.approx([1, 1],
-        abs=1e-12) and (F.grad[0, 0] == 0).all() and F.grad.isfinite().all()
+    assert (cost_matrix(F, G)[0, 0].tolist() == pytest.approx([1, 1], abs=1e-12) and (F.grad[0, 0] == 0).all()
+            and F.grad.isfinite().all())
 
 @pytest.mark.parametrize('eps', (0.05, 0.1, 0.5))
 @pytest.mark.parametrize('shape', ((3, 16, 13), (2, 5, 9), (2, 1, 6), (2, 6, 1), (1, 1, 1)))
@@ -318,8 +319,8 @@ def test_properties_of_plans(B, N, M, eps, seed):
     C = cost_matrix(F, G)
     P = sinkhorn(C, eps, n_iter=20000, tol=1e-9)
     assert (C >= 0).all() and (C <= 4 + 1e-12).all() and (P >= 0).all()
-    assert torch.allclose(P.sum(2), torch.tensor(1/N).double(),
-                          atol=1e-12) and ((P.sum(1) - 1/M).abs().sum(1) < 1e-9).all()
+    assert (torch.allclose(P.sum(2), torch.tensor(1/N).double(), atol=1e-12)
+            and ((P.sum(1) - 1/M).abs().sum(1) < 1e-9).all())
     assert torch.allclose(cost_matrix(F*3, G*torch.arange(1, M + 1)[:, None]), C, atol=1e-9)
     g = torch.Generator().manual_seed(seed)
     n, m = torch.randperm(N, generator=g), torch.randperm(M, generator=g)
@@ -331,8 +332,8 @@ class Largest(TorchDispatchMode):
     size = 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        self.size = max([self.size, *(o.numel() for o in torch.utils._pytree.tree_leaves(out)
-                                      if isinstance(o, torch.Tensor))])
+        self.size = max([self.size,
+                         *(o.numel() for o in torch.utils._pytree.tree_leaves(out) if isinstance(o, torch.Tensor))])
         return out
 
 def test_memory():
@@ -346,8 +347,8 @@ def test_memory():
 # options and errors
 
 @pytest.mark.parametrize('call, message', [
-    (lambda x: cost_matrix(x, x[:, :, 1:]),
-     r"features \[2, 3, 4\] and prompts \[2, 3, 3\]: expected \[B, N, d'\] and \[B, M, d'\] of one batch and one width"),
+    (lambda x: cost_matrix(x, x[:, :, 1:]), r"features \[2, 3, 4\] and prompts \[2, 3, 3\]: expected \[B, N, "
+                                            r"d'\] and \[B, M, d'\] of one batch and one width"),
     (lambda x: cost_matrix(x, x[:1]), r"features \[2, 3, 4\] and prompts \[1, 3, 4\]"),
     (lambda x: cost_matrix(x, x[0]), r"prompts \[3, 4\]"),
     (lambda x: sinkhorn(x[0]), r"cost of shape \[3, 4\]: expected \[B, N, M\]"),

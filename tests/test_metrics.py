@@ -21,7 +21,7 @@ def network(channels=3, classes=5, seed=0):
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
                         nn.Flatten(), nn.Dropout(0.5),
-        nn.Linear(32, classes))
+                        nn.Linear(32, classes))
     net[1].running_mean.normal_(); net[1].running_var.uniform_(0.5, 2)
     return net.train()
 
@@ -98,11 +98,11 @@ def test_a_perfect_map_of_a_linear_model(n, step):
     if n % step == 0: assert math.isclose(low, n*n/2/N)
     for perfect, deleted, inserted in ((weight, low, n - low), (-weight, None, None)):
         if deleted is not None:
-            assert math.isclose(run(deletion, perfect), deleted,
-                                rel_tol=1e-6) and math.isclose(run(insertion, perfect), inserted, rel_tol=1e-6)
+            assert (math.isclose(run(deletion, perfect), deleted, rel_tol=1e-6)
+                    and math.isclose(run(insertion, perfect), inserted, rel_tol=1e-6))
     if n % step == 0 and (N - n) % step == 0:
-        assert math.isclose(run(deletion, -weight), n - n*n/2/N,
-                            rel_tol=1e-6) and math.isclose(run(insertion, -weight), n*n/2/N, rel_tol=1e-6)
+        assert (math.isclose(run(deletion, -weight), n - n*n/2/N, rel_tol=1e-6)
+                and math.isclose(run(insertion, -weight), n*n/2/N, rel_tol=1e-6))
 
 def test_the_end_points_are_the_networks_own_scores():
     net, x, maps, y = network(), normal(5, 3, 12, 12), uniform(5, 12, 12), torch.arange(5)
@@ -118,10 +118,11 @@ sizes = st.tuples(st.integers(1, 3), st.integers(3, 9), st.integers(3, 9), st.in
 def test_properties_of_curves(shape, data):
     B, H, W, seed = shape
     step, batch = data.draw(st.integers(1, H*W)), data.draw(st.integers(1, 40))
-    net, x, maps, y = network(seed=seed % 7), normal(B, 3, H, W, seed=seed), uniform(B, H, W,
-        seed=seed + 1), torch.arange(B) + seed % 3
+    net, x, maps, y = (network(seed=seed % 7), normal(B, 3, H, W, seed=seed), uniform(B, H, W, seed=seed + 1),
+                       torch.arange(B) + seed % 3)
     ins, dele = insertion(net, x, maps, y, step, baseline=0.), deletion(net, x, maps, y, step, baseline=0.)
-    assert ins.fraction[0] == 0 and ins.fraction[-1] == 1 and (ins.fraction.diff() > 0).all() and torch.equal(ins.fraction, dele.fraction)
+    assert (ins.fraction[0] == 0 and ins.fraction[-1] == 1 and (ins.fraction.diff() > 0).all()
+            and torch.equal(ins.fraction, dele.fraction))
     assert ins.curve.shape == (B, math.ceil(H*W/step) + 1) and (ins.curve >= 0).all() and (ins.curve <= 1).all()
     assert (ins.auc >= ins.curve.amin(1) - 1e-6).all() and (ins.auc <= ins.curve.amax(1) + 1e-6).all()
     other = insertion(net, x, maps, y, step, baseline=0., batch_size=batch)
@@ -149,8 +150,8 @@ def test_blur_scales_with_the_image():
         r = kernel//2
         assert np.allclose(blur(x)[0, 0, size//2 - r:size//2 + r + 1, size//2 - r:size//2 + r + 1], expected, atol=1e-6)
         assert math.isclose(blur(x).sum(), 1, rel_tol=1e-5)
-    assert not torch.equal(blur(x, 5, 2.), blur(x)) and torch.allclose(blur(torch.ones(2, 3, 9, 9)),
-        torch.ones(2, 3, 9, 9))
+    assert (not torch.equal(blur(x, 5, 2.), blur(x))
+            and torch.allclose(blur(torch.ones(2, 3, 9, 9)), torch.ones(2, 3, 9, 9)))
 
 def test_modes_gradients_and_memory():
     net, x, maps = network(), normal(6, 3, 10, 10), uniform(6, 10, 10)
@@ -168,28 +169,27 @@ def test_modes_gradients_and_memory():
     with Largest() as seen: insertion(net, x, maps, 0, batch_size=7)
     assert seen.size == 7, 'no more frames at once than asked for, however many there are'
     assert [m.training for m in net] == [True, False, *[True]*5] and net.training
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all((p.grad == 1).all()
-        for p in net.parameters())
+    assert (all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+            and all((p.grad == 1).all() for p in net.parameters()))
     with pytest.raises(ValueError): insertion(net, x, maps, 99)
     assert [m.training for m in net] == [True, False, *[True]*5] and torch.is_grad_enabled()
 
 @pytest.mark.parametrize('change, message', [
-    (dict(x=torch.zeros(2, 3, 8)),
-     r"images of shape \[2, 3, 8\] and torch.float32: expected the network's input, floats \[B, C, H, W\]"),
+    (dict(x=torch.zeros(2, 3, 8)), r"images of shape \[2, 3, 8\] and torch.float32: expected the network's input, "
+                                   r"floats \[B, C, H, W\]"),
     (dict(x=torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "images of shape .* and torch.uint8"),
     (dict(saliency=torch.rand(8, 8)), r"saliency of shape \[8, 8\]: expected maps \[B, H, W\]"),
-    (dict(saliency=torch.rand(1, 8, 8)),
-     r"images \[2, 3, 8, 8\] and maps \[1, 8, 8\]: expected one map \[8, 8\] for each of 2 images"),
+    (dict(saliency=torch.rand(1, 8, 8)), r"images \[2, 3, 8, 8\] and maps \[1, 8, 8\]: expected one map \[8, "
+                                         r"8\] for each of 2 images"),
     (dict(saliency=torch.rand(2, 8, 7)), r"images \[2, 3, 8, 8\] and maps \[2, 8, 7\]"),
     (dict(saliency=torch.full((2, 8, 8), math.inf)), r"saliency map 0 of 2 \(and 1 more\) is not finite"),
     (dict(target=5), r"target 5 and an output of shape \[\d+, 5\]: expected \[n, K\] and class indices below K"),
     (dict(target=-1), "target -1: class indices begin at 0"),
-    (dict(target=torch.zeros(3, dtype=torch.long)),
-     r"target of shape \[3\] and torch.int64: expected one class index, or one for each of 2 images"),
+    (dict(target=torch.zeros(3, dtype=torch.long)), r"target of shape \[3\] and torch.int64: expected one class index, "
+                                                    r"or one for each of 2 images"),
     (dict(target=0.5), r"target of shape \[\] and torch.float32"),
     (dict(step=0), "step = 0: expected a whole number from 1 to 64"), (dict(step=65), "step = 65"),
-    (dict(step=2.5), "step = 2.5"),
-    (dict(batch_size=0), "batch_size = 0: expected a whole number"),
+    (dict(step=2.5), "step = 2.5"), (dict(batch_size=0), "batch_size = 0: expected a whole number"),
     (dict(score='probability'), "unknown score 'probability': choose one of softmax, logit"),
     (dict(baseline=torch.zeros(2, 1, 1)), r"baseline of shape \[2, 1, 1\] for images \[2, 3, 8, 8\]")])
 @pytest.mark.parametrize('metric', (insertion, deletion))
@@ -207,8 +207,9 @@ def test_a_target_out_of_range_is_found_at_once():
 
 def test_overall_wants_the_same_steps():
     a, b = (insertion(network(), normal(1, 3, 8, 8), uniform(1, 8, 8), 0, step=s) for s in (3, 8))
-    with pytest.raises(ValueError, match=r"curves \[1, 23\] and \[1, 9\]: expected the same images and the same step "
-                                         r"for both"): overall(a, b)
+    with pytest.raises(ValueError,
+                       match=r"curves \[1, 23\] and \[1, 9\]: expected the same images and the same step for both"):
+        overall(a, b)
 
 # pointing games
 
@@ -218,7 +219,8 @@ def point(H, W, *places):
     return m
 
 @pytest.mark.parametrize('place, tolerance, hit', [
-    ((10, 10), 0, 1), ((12, 14), 0, 1), ((9, 10), 0, 0), ((13, 10), 0, 0), ((10, 15), 0, 0), ((12, 9), 0, 0),  # the box is rows 10 to 12, columns 10 to 14
+    # the box is rows 10 to 12, columns 10 to 14
+    ((10, 10), 0, 1), ((12, 14), 0, 1), ((9, 10), 0, 0), ((13, 10), 0, 0), ((10, 15), 0, 0), ((12, 9), 0, 0),
     ((7, 10), 3, 1), ((7, 10), 2.9, 0), ((7, 6), 5, 1), ((7, 6), 4.99, 0), ((0, 0), 14.1, 0), ((0, 0), 14.2, 1)])
 def test_planted_maxima(place, tolerance, hit):
     "The last four are diagonal: 3-4-5, and the square root of 200."
@@ -241,8 +243,8 @@ def test_boxes_at_the_border():
     corners = torch.cat([point(10, 12, p) for p in ((0, 0), (0, 11), (9, 0), (9, 11))])
     assert pointing_game(corners, [[[-5, -5, 1, 1]], [[11, 0, 99, 1]], [[0, 9.2, 0.1, 10]], [[11.9, 9.9, 12, 10]]],
                          0).tolist() == [1]*4
-    assert pointing_game(corners, [[[1, 1, 11, 9]]]*4, 1).tolist() == [0]*4 and pointing_game(corners,
-        [[[1, 1, 11, 9]]]*4, 2**0.5).tolist() == [1]*4
+    assert (pointing_game(corners, [[[1, 1, 11, 9]]]*4, 1).tolist() == [0]*4
+            and pointing_game(corners, [[[1, 1, 11, 9]]]*4, 2**0.5).tolist() == [1]*4)
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(2, 8), st.integers(2, 8), st.integers(0, 10**6), st.floats(0, 9), st.integers(2, 4))
@@ -268,21 +270,20 @@ def test_energy():
     (dict(regions=[[[0, 0, 3, 3]]]), "1 regions for 2 maps: expected one for each"),
     (dict(regions=[[[0, 0, 3, 3]], []]), "region 1 has no box and no mask"),
     (dict(regions=[[[0, 0, 3, 3]], torch.zeros(0, 4)]), "region 1 has no box and no mask"),
-    (dict(regions=[[[0, 0, 3, 3]], [[3, 3, 3, 5]]]),
-     r"region 1 has the box \(3, 3, 3, 5\): expected x0 < x1 and y0 < y1, and a part of it inside the image of 9 x 8 "
-     r"pixels"),
+    (dict(regions=[[[0, 0, 3, 3]], [[3, 3, 3, 5]]]), r"region 1 has the box \(3, 3, 3, 5\): expected x0 < x1 and y0 < "
+                                                     r"y1, and a part of it inside the image of 9 x 8 pixels"),
     (dict(regions=[[[0, 0, 3, 3]], [[9, 0, 12, 3]]]), "region 1 has the box .* inside the image of 9 x 8"),
     (dict(regions=[[[0, 0, 3, 3]], [[0, 0, math.nan, 3]]]), "region 1 has the box"),
     (dict(regions=torch.zeros(2, 8, 9, dtype=torch.bool)), "region 0 has an empty mask"),
-    (dict(regions=torch.ones(2, 9, 8, dtype=torch.bool)),
-     r"region 0 is bool of shape \[9, 8\]: expected boxes \[K, 4\] or boolean masks \[K, 8, 9\]"),
+    (dict(regions=torch.ones(2, 9, 8, dtype=torch.bool)), r"region 0 is bool of shape \[9, 8\]: expected boxes \[K, "
+                                                          r"4\] or boolean masks \[K, 8, 9\]"),
     (dict(regions=torch.ones(2, 8, 9)), r"region 0 is float32 of shape \[8, 9\]"),
     (dict(saliency=torch.full((2, 8, 9), math.nan)), r"saliency map 0 of 2 \(and 1 more\) is not finite"),
-    (dict(saliency=torch.zeros(2, 8, 9)),
-     "saliency map 0 of 2 .and 1 more. is (constant: it points nowhere|zero everywhere)")])
+    (dict(saliency=torch.zeros(2, 8, 9)), "saliency map 0 of 2 .and 1 more. is (constant: "
+                                          "it points nowhere|zero everywhere)")])
 def test_refusals_of_pointing_games(play, change, message):
-    with pytest.raises(ValueError, match=message): play(**{**dict(saliency=uniform(2, 8, 9),
-        regions=[[[0, 0, 3, 3]]]*2), **change})
+    with pytest.raises(ValueError, match=message):
+        play(**{**dict(saliency=uniform(2, 8, 9), regions=[[[0, 0, 3, 3]]]*2), **change})
 
 def test_more_refusals():
     box, s = [[[0, 0, 3, 3]]], uniform(1, 8, 9)
@@ -290,12 +291,13 @@ def test_more_refusals():
     with pytest.raises(ValueError, match="saliency map 0 of 1 is constant"): pointing_game(torch.ones(1, 8, 9), box)
     with pytest.raises(ValueError, match="saliency map 0 of 1 has negative values"): energy_pointing_game(s - 0.5, box)
     with pytest.raises(ValueError, match="region 0 has one instance: evenness needs two or more"): mosu(s, box)
-    with pytest.raises(ValueError, match=r"maps \[1, 8, 9\] and \[1, 9, 9\]: expected pairs of the same size"): rank_correlation(s, uniform(1, 9, 9))
+    with pytest.raises(ValueError, match=r"maps \[1, 8, 9\] and \[1, 9, 9\]: expected pairs of the same size"):
+        rank_correlation(s, uniform(1, 9, 9))
     with pytest.raises(ValueError, match="a map of 8 x 9 pixels from .*: SSIM needs 11 x 11 or more"): ssim(s, s)
     with pytest.raises(ValueError, match="a map of 12 x 12 pixels from .* to .*: SSIM needs 11 x 11 or more, in "):
         ssim(2*uniform(1, 12, 12), uniform(1, 12, 12))
-    with pytest.raises(ValueError, match=r"theta of shape \[2, 2, 3\] for 1 images"): ses(lambda x: x[:, 0],
-        normal(1, 3, 8, 8), random_affine(2))
+    with pytest.raises(ValueError, match=r"theta of shape \[2, 2, 3\] for 1 images"):
+        ses(lambda x: x[:, 0], normal(1, 3, 8, 8), random_affine(2))
     with pytest.raises(ValueError, match="area = .0, 1.: expected two shares"): random_affine(2, area=(0, 1))
     with pytest.raises(ValueError, match="unknown scheme 'top-down': choose one of cascading, independent"):
         sanity_check(lambda net: s, network(), scheme='top-down')
@@ -315,8 +317,8 @@ def test_mosu_is_scipys_relative_entropy(K, seed):
 def test_mosu_at_its_ends():
     boxes = [[0, 0, 2, 2], [4, 4, 6, 6], [8, 8, 10, 10]]
     even, one, none = torch.ones(1, 10, 10), point(10, 10, (1, 1)), point(10, 10, (0, 9))
-    assert math.isclose(mosu(even, [boxes]), 0, abs_tol=1e-7) and math.isclose(mosu(one, [boxes]), math.log(3),
-        rel_tol=1e-6) and mosu(none, [boxes]).isnan()
+    assert (math.isclose(mosu(even, [boxes]), 0, abs_tol=1e-7)
+            and math.isclose(mosu(one, [boxes]), math.log(3), rel_tol=1e-6) and mosu(none, [boxes]).isnan())
 
 # randomisation
 
@@ -324,30 +326,32 @@ def same(net, state): return {k: torch.equal(v, state[k]) for k, v in net.state_
 
 @pytest.mark.parametrize('name', ('resnet18', 'vit_tiny_patch16_224', 'convnext_atto', 'parametrised'))
 def test_randomised_networks_are_put_back_bit_for_bit(name):
-    if name == 'parametrised': net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
-                                                   nn.Linear(4, 2))
+    if name == 'parametrised':
+        net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
     else: net = timm.create_model(name, num_classes=3, **(dict(depth=2) if name.startswith('vit') else {}))
     for b in net.buffers():
         if b.is_floating_point(): b.uniform_(0.5, 2)  # statistics as after training
-    layers, state, ids = parameter_layers(net), {k: v.clone() for k, v in net.state_dict().items()}, [id(p)
-        for p in net.parameters()]
+    layers, state, ids = (parameter_layers(net), {k: v.clone() for k, v in net.state_dict().items()},
+                          [id(p) for p in net.parameters()])
     rng = torch.get_rng_state()
     with randomised(net, layers[:1]):
         changed = [k for k, v in same(net, state).items() if not v]
         assert changed and all(k.startswith(layers[0]) for k in changed)
     assert all(same(net, state).values())
     with pytest.raises(KeyboardInterrupt), randomised(net, layers) as inside:
-        assert inside is net and not any(v for k, v in same(net, state).items() if k.endswith('weight')
-                                         and net.get_parameter(k).ndim > 1)
+        assert inside is net and not any(v for k, v in same(net, state).items()
+                                         if k.endswith('weight') and net.get_parameter(k).ndim > 1)
         net.train()
         raise KeyboardInterrupt
-    assert all(same(net, state).values()) and [id(p) for p in net.parameters()] == ids and torch.equal(torch.get_rng_state(), rng)
+    assert (all(same(net, state).values()) and [id(p) for p in net.parameters()] == ids
+            and torch.equal(torch.get_rng_state(), rng))
 
 def test_layers_from_the_output_down():
     assert parameter_layers(network()) == ['6', '1', '0']
     net = timm.create_model('resnet18')
     layers = parameter_layers(net)
-    assert layers[0] == 'fc' and layers[-1] == 'conv1' and layers[1].startswith('layer4.1') and len(set(layers)) == len(layers)
+    assert (layers[0] == 'fc' and layers[-1] == 'conv1' and layers[1].startswith('layer4.1')
+            and len(set(layers)) == len(layers))
     vit = parameter_layers(timm.create_model('vit_tiny_patch16_224', depth=1))
     assert vit[0] == 'head' and {'cls_token', 'pos_embed'} <= set(vit) and '' not in vit
 
@@ -356,10 +360,10 @@ def test_new_weights_depend_on_seed_and_name_only():
     def weights(layers, seed=0):
         torch.randn(3)
         with randomised(net, layers, seed): return net[0].weight.clone(), net[6].weight.clone()
-    assert torch.equal(weights(['6', '1', '0'])[0], weights(['0'])[0]) and torch.equal(weights(['6'])[1],
-        weights(['0', '6'])[1])
-    assert not torch.equal(weights(['6'])[1], weights(['6'], seed=1)[1]) and torch.equal(weights(['6'])[0],
-        net[0].weight)
+    assert (torch.equal(weights(['6', '1', '0'])[0], weights(['0'])[0])
+            and torch.equal(weights(['6'])[1], weights(['0', '6'])[1]))
+    assert (not torch.equal(weights(['6'])[1], weights(['6'], seed=1)[1])
+            and torch.equal(weights(['6'])[0], net[0].weight))
     with randomised(net, ['1']): assert net[1].running_mean.abs().max() == 0, 'a normalisation forgets its statistics'
     assert net[1].running_mean.abs().max() > 0
 
@@ -370,7 +374,8 @@ def test_layers_of_one_shape_get_different_weights():
 def test_a_parameter_with_no_rule_keeps_its_mean_and_spread():
     net = timm.create_model('vit_tiny_patch16_224', depth=1)
     with torch.no_grad(): net.pos_embed.normal_(3, 0.5)
-    with randomised(net, ['pos_embed']): assert abs(net.pos_embed.mean() - 3) < 0.02 and abs(net.pos_embed.std() - 0.5) < 0.01
+    with randomised(net, ['pos_embed']):
+        assert abs(net.pos_embed.mean() - 3) < 0.02 and abs(net.pos_embed.std() - 0.5) < 0.01
 
 def test_a_module_is_redrawn_with_all_it_contains():
     "Also where its weight is computed from others, and parameters of modules that have no rule of their own."
@@ -386,17 +391,18 @@ def test_a_module_is_redrawn_with_all_it_contains():
         assert all(k.startswith(name) for k in changed)
 
 def test_a_layer_that_is_not_there():
-    with pytest.raises(ValueError, match="the network has no layer 'fc': choose names such as 6, 1, 0"), randomised(network(), [
-        '6', 'fc']): pass
+    with (pytest.raises(ValueError, match="the network has no layer 'fc': choose names such as 6, 1, 0"),
+          randomised(network(), ['6', 'fc'])):
+        pass
 
 def test_similarities_against_the_libraries():
     a, b = uniform(3, 16, 20), uniform(3, 16, 20, seed=1)
     b[1] = a[1]**3; b[2] = (a[2]*4).round()/4
-    assert np.allclose(rank_correlation(a, b), [scipy.stats.spearmanr(p.ravel(), q.ravel()).statistic for p,
-                                                q in zip(a.numpy(), b.numpy())], atol=1e-6)
+    assert np.allclose(rank_correlation(a, b),
+                       [scipy.stats.spearmanr(p.ravel(), q.ravel()).statistic for p, q in zip(a.numpy(), b.numpy())],
+                       atol=1e-6)
     direct = [skimage.metrics.structural_similarity(p, q, data_range=1, gaussian_weights=True,
-                                                    use_sample_covariance=False)
-              for p, q in zip(a.numpy(), b.numpy())]
+                                                    use_sample_covariance=False) for p, q in zip(a.numpy(), b.numpy())]
     assert np.allclose(ssim(a, b), direct, atol=1e-5)
     assert rank_correlation(a, torch.zeros_like(a)).isnan().all()
 
@@ -411,8 +417,8 @@ def test_sanity_check(scheme):
     assert [e.layer for e in entries] == ['6', '1', '0'] and all(same(net, before).values())
     assert [sorted(set(s)) for s in seen] == [[], ['6'], ['1', '6'] if scheme == 'cascading' else ['1'],
                                               ['0', '1', '6'] if scheme == 'cascading' else ['0']]
-    assert torch.equal(entries[0].spearman, torch.ones(2)) and torch.allclose(entries[0].ssim,
-        torch.ones(2)), 'the head does not reach this map'
+    assert (torch.equal(entries[0].spearman, torch.ones(2))
+            and torch.allclose(entries[0].ssim, torch.ones(2))), 'the head does not reach this map'
     assert (entries[2].spearman < 0.9).all() and (entries[2].ssim < 0.99).all() and entries[2].maps.shape == (2, 16, 16)
     assert torch.equal(rank_correlation(explain(net), entries[1].maps), entries[1].spearman)
 
@@ -463,8 +469,8 @@ def test_random_windows_lie_inside(seed, smallest, flip):
     assert (torch.einsum('nij,cj->nci', theta, corners).abs() <= 1 + 1e-5).all()
     area = theta[:, 0, 0].abs()*theta[:, 1, 1]
     assert (area >= smallest*0.74).all() and (area <= 1 + 1e-5).all() and (flip or (theta[:, 0, 0] > 0).all())
-    assert torch.equal(theta, random_affine(20, seed, (smallest, 1), 0, flip)) and not torch.equal(theta,
-        random_affine(20, seed + 1, (smallest, 1), 0, flip))
+    assert (torch.equal(theta, random_affine(20, seed, (smallest, 1), 0, flip))
+            and not torch.equal(theta, random_affine(20, seed + 1, (smallest, 1), 0, flip)))
 
 def test_rotations_and_mirrors():
     """A square window of the whole image, turned: the columns stay at right angles and of equal length, half of
@@ -475,7 +481,7 @@ def test_rotations_and_mirrors():
     angle = torch.rad2deg(torch.atan2(-y_axis[:, 0], y_axis[:, 1]))
     assert 25 < angle.max() <= 30 and -30 <= angle.min() < -25
     mirrored = torch.linalg.det(theta[:, :, :2]) < 0
-    assert 0.4 < mirrored.float().mean() < 0.6 and torch.allclose(torch.linalg.det(theta[:, :, :2]).abs(),
-        torch.tensor(0.2), atol=1e-5)
+    assert (0.4 < mirrored.float().mean() < 0.6
+            and torch.allclose(torch.linalg.det(theta[:, :, :2]).abs(), torch.tensor(0.2), atol=1e-5))
     ratio = x_axis.norm(dim=1)/y_axis.norm(dim=1)
     assert 0.75 - 1e-4 <= ratio.min() < 0.8 and 1.25 < ratio.max() <= 4/3 + 1e-4

@@ -38,8 +38,8 @@ def threads(n):
     finally: torch.set_num_threads(before)
 
 
-def digest(tensors): return hashlib.sha256(b''.join(tensors[k].contiguous().numpy().tobytes()
-                                                    for k in sorted(tensors))).hexdigest()
+def digest(tensors):
+    return hashlib.sha256(b''.join(tensors[k].contiguous().numpy().tobytes() for k in sorted(tensors))).hexdigest()
 
 
 def trained(r):
@@ -90,8 +90,8 @@ def test_torch_finds_nothing_that_is_not_deterministic(name):
     finally: torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize('mine', [lambda rows, of: LICO.text(of_model(rows), of)[0], lambda rows,
-                                  of: prompts_of(rows)(of)])
+@pytest.mark.parametrize('mine',
+                         [lambda rows, of: LICO.text(of_model(rows), of)[0], lambda rows, of: prompts_of(rows)(of)])
 def test_gradients_of_repeated_rows_have_one_order(mine):
     "Two threads give the gradient of one, bit for bit, which is that of indexing."
     torch.manual_seed(0)
@@ -124,15 +124,16 @@ def test_a_run_has_its_own_number_of_threads(lico_root, monkeypatch):
     monkeypatch.setattr(experiments, 'fit', lambda *a, **k: (seen.append(torch.get_num_threads()), advance(*a, **k))[1])
     with threads(2): one = run(TINY, progress=False)
     with threads(1): two = run(replace(TINY, threads=2), progress=False)
-    assert seen == [1, 2] and [r['stamp']['threads'] for r in (one, two)] == [1,
-        2] and [r['run']['threads'] for r in (one, two)] == [1, 2]
-    assert 'threads' not in one['spec'] and two['spec']['threads'] == 2 and one['id'] != two['id'] and 'threads=2' in two[
-        'command'] and 'threads' not in one['command']
+    assert (seen == [1, 2] and [r['stamp']['threads'] for r in (one, two)] == [1, 2]
+            and [r['run']['threads'] for r in (one, two)] == [1, 2])
+    assert ('threads' not in one['spec'] and two['spec']['threads'] == 2 and one['id'] != two['id']
+            and 'threads=2' in two['command'] and 'threads' not in one['command'])
     data = load_data(TINY)
     for n, r in ((1, one), (2, two)):
         model = start(TINY, data)
         with threads(n): fit(model, data, steps=TINY.steps, seed=TINY.seed, progress=False)
-        assert digest(model.state_dict()) == digest(load_checkpoint(runs_folder()/r['id']/'model.safetensors')[0]), 'what `fit` gives with that number'
+        assert digest(model.state_dict()) == digest(
+            load_checkpoint(runs_folder()/r['id']/'model.safetensors')[0]), 'what `fit` gives with that number'
 
 
 def test_runs_of_other_numbers_of_threads_are_no_pair(lico_root):
@@ -159,10 +160,9 @@ def test_generators_and_threads_are_left_as_they_were(lico_root):
 
 def test_threads_of_one_process_are_refused(lico_root, monkeypatch):
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError,
-                                                      match="executor is a ThreadPoolExecutor, .*: use a "
-                                                            "ProcessPoolExecutor"): sweep([TINY], progress=False,
-                                                                executor=pool)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="executor is a ThreadPoolExecutor, .*: "
+                                                                        "use a ProcessPoolExecutor"):
+        sweep([TINY], progress=False, executor=pool)
 
 
 @pytest.fixture
@@ -177,10 +177,12 @@ def changed(folder, how):
         weights = load_file(folder/'model.safetensors')
         weights['encoder.layer.5.output.dense.weight'][0, 0] += 1
         save_file(weights, folder/'model.safetensors', metadata=dict(format='pt'))
-    elif how == 'heads': (folder/'config.json').write_text((folder/'config.json').read_text().replace(
-        '"num_attention_heads": 12', '"num_attention_heads": 6'))
-    else: (folder/'tokenizer.json').write_text((folder/'tokenizer.json').read_text().replace('"frog":',
-        '"\x07":').replace('"zebra":', '"frog":').replace('"\x07":', '"zebra":'))
+    elif how == 'heads':
+        (folder/'config.json').write_text((folder/'config.json').read_text().replace('"num_attention_heads": 12',
+                                                                                     '"num_attention_heads": 6'))
+    else:
+        (folder/'tokenizer.json').write_text((folder/'tokenizer.json').read_text().replace('"frog":', '"\x07":')
+                                             .replace('"zebra":', '"frog":').replace('"\x07":', '"zebra":'))
 
 
 @pytest.mark.parametrize('how', ['weights', 'vocabulary', 'heads'])
@@ -201,8 +203,9 @@ def test_a_known_name_with_other_weights_is_another_encoder(folder, monkeypatch)
     changed(folder, 'weights')
     monkeypatch.setattr(experiments, 'load_text_encoder', lambda name: load_text_encoder(folder))
     experiments._loaded.cache_clear()
-    try: assert encoder_name('minilm').startswith('minilm@') and encoder_name('clip:ViT-B-32/openai').startswith(
-        'clip:ViT-B-32/openai@')
+    try:
+        assert (encoder_name('minilm').startswith('minilm@')
+                and encoder_name('clip:ViT-B-32/openai').startswith('clip:ViT-B-32/openai@'))
     finally: experiments._loaded.cache_clear()
 
 
@@ -232,8 +235,7 @@ CHANGES = dict(
     dynamic=(lambda d: dict(model=small(d, dynamic=False)), r'prompts.dynamic \(true there, false here\)'),
     alpha=(lambda d: dict(model=small(d, losses=LossOptions(alpha=1.))), r'options.alpha \(10.0 there, 1.0 here\)'),
     dropout=(lambda d: dict(model=small(d, losses=LossOptions(dropout=0.5))),
-             r'options.dropout \(0.0 there, 0.5 here\), mapping.1.p .*'),
-)
+             r'options.dropout \(0.0 there, 0.5 here\), mapping.1.p .*'),)
 
 
 @pytest.mark.filterwarnings('ignore::lico.training.DegenerateLossWarning')
@@ -243,8 +245,9 @@ def test_fit_goes_on_from_its_own_checkpoint_only(tmp_path, digits, change):
     first = call()
     assert call() == first, 'the same call finds it'
     other, differs = CHANGES[change]
-    with pytest.raises(ValueError, match=f'is the checkpoint of another run, which differs in {differs}: give this '
-                                         f'run a folder of its own'): call(**other(digits))
+    with pytest.raises(ValueError, match=f'is the checkpoint of another run, which differs in {differs}: '
+                                         'give this run a folder of its own'):
+        call(**other(digits))
 
 
 def test_fit_does_not_go_on_with_another_number_of_threads(tmp_path, digits):
@@ -260,5 +263,5 @@ def test_fit_knows_the_text_encoder(tmp_path, digits, folder):
                     LossOptions(alpha=0.))
     changed(folder, 'weights')
     fit(model(load_encoder()), digits, steps=1, folder=tmp_path/'run', progress=False)
-    with pytest.raises(ValueError, match='differs in text encoder: give'): fit(model(load_text_encoder(folder)),
-        digits, steps=1, folder=tmp_path/'run', progress=False)
+    with pytest.raises(ValueError, match='differs in text encoder: give'):
+        fit(model(load_text_encoder(folder)), digits, steps=1, folder=tmp_path/'run', progress=False)

@@ -24,8 +24,8 @@ class Local(nn.Module):
     "Every position sees its own pixel only, every map counts for the classes of `head` [K, 3]."
     def __init__(self, head):
         super().__init__()
-        self.scale, self.head, self.norm = nn.Parameter(torch.ones(())), nn.Parameter(head), nn.BatchNorm2d(3,
-            affine=False)
+        self.scale, self.head, self.norm = (nn.Parameter(torch.ones(())), nn.Parameter(head),
+                                            nn.BatchNorm2d(3, affine=False))
 
     def forward_features(self, x):
         self.norm(x)  # for its statistics
@@ -79,8 +79,8 @@ def test_cgc_loss_from_its_formula(T):
     np.fill_diagonal(similarity, (unit(u)*unit(v)).sum(1))
     expected = (logsumexp(similarity/T, axis=1) - similarity.diagonal()/T).mean()
     got = cgc_loss(*(torch.from_numpy(m).view(7, 1, 5, 6) for m in (u, v)), T)
-    assert math.isclose(got, expected, rel_tol=1e-10) and math.isclose(got,
-        cgc_loss(3*torch.from_numpy(u), torch.from_numpy(v)/7, T), rel_tol=1e-10)
+    assert (math.isclose(got, expected, rel_tol=1e-10)
+            and math.isclose(got, cgc_loss(3*torch.from_numpy(u), torch.from_numpy(v)/7, T), rel_tol=1e-10))
 
 
 def test_cgc_loss_at_its_ends():
@@ -147,8 +147,8 @@ def test_gcc_loss_from_its_formula():
     expected = np.abs(seen/seen.sum((1, 2), keepdims=True) - wanted).mean()
     got = gcc_loss(torch.from_numpy(seen), torch.from_numpy(maps), torch.from_numpy(cell))
     assert math.isclose(got, expected, rel_tol=1e-10) and got < 2/(4*h*w)
-    assert math.isclose(gcc_loss(torch.from_numpy(5*seen), torch.from_numpy(maps/9), torch.from_numpy(cell)),
-                        expected, rel_tol=1e-10)
+    assert math.isclose(gcc_loss(torch.from_numpy(5*seen), torch.from_numpy(maps/9), torch.from_numpy(cell)), expected,
+                        rel_tol=1e-10)
 
 
 def test_composites():
@@ -187,8 +187,8 @@ def test_gradient_by_differences(kind, name, size):
         torch.manual_seed(1)
         out = model(x.double(), y)
         return out.loss - out.ce
-    exact = sum((g*d).sum() for g, d in zip(torch.autograd.grad(term(), weights, allow_unused=True), along)
-                if g is not None).item()
+    exact = sum((g*d).sum()
+                for g, d in zip(torch.autograd.grad(term(), weights, allow_unused=True), along) if g is not None).item()
     numeric = (term(1e-8) - term(-2e-8)).item()/2e-8
     assert abs(exact) > 1e-3 and math.isclose(exact, numeric, rel_tol=1e-4)
 
@@ -202,7 +202,8 @@ def test_any_backbone(kind, name, size):
     (out.loss - out.ce).backward()
     assert sum(p.grad.abs().sum() for p in net.parameters() if p.grad is not None) > 0
     assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
-    assert set(out.stats) == {kind.name} and not out.stats[kind.name].requires_grad and out.mm.isnan() and out.ot.isnan() and out.logits.shape == (6, 10)
+    assert (set(out.stats) == {kind.name} and not out.stats[kind.name].requires_grad and out.mm.isnan()
+            and out.ot.isnan() and out.logits.shape == (6, 10))
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -223,8 +224,9 @@ def test_statistics_are_those_of_the_images(kind):
     nets = small(), small()
     CrossEntropy(nets[0])(x, y), kind(nets[1])(x, y)
     for a, b in zip(*(n.modules() for n in nets)):
-        if isinstance(a, nn.BatchNorm2d): assert torch.equal(a.running_mean,
-            b.running_mean) and torch.equal(a.running_var, b.running_var) and a.momentum == b.momentum
+        if isinstance(a, nn.BatchNorm2d):
+            assert (torch.equal(a.running_mean, b.running_mean) and torch.equal(a.running_var, b.running_var)
+                    and a.momentum == b.momentum)
 
 
 def test_statistics_kept_restores_after_an_error():
@@ -241,8 +243,8 @@ def test_without_weight_it_is_the_baseline(kind):
         net = small()
         runs.append((net.state_dict(), fit(make(net), data, steps=3, batch_size=16, seed=0, progress=False)))
     (a, log_a), (b, log_b) = runs
-    assert all(torch.equal(a[k], b[k]) for k in a if 'tracked' not in k) and [r['ce'] for r in log_a] == [r['ce']
-        for r in log_b]
+    assert (all(torch.equal(a[k], b[k]) for k in a if 'tracked' not in k)
+            and [r['ce'] for r in log_a] == [r['ce'] for r in log_b])
     assert log_b[-1][kind.name] > 0 and not {'mm', 'ot'} & set(log_b[-1])
 
 
@@ -340,8 +342,8 @@ def test_supcon_of_a_dead_feature():
     z.requires_grad_()
     loss = supcon_loss(z, torch.tensor([0, 0, 1, 1]), 0.1)
     loss.backward()
-    assert loss.isfinite() and z.grad.isfinite().all() and torch.equal(z.grad[1],
-        torch.zeros(3)) and z.grad[2].abs().sum() > 0
+    assert (loss.isfinite() and z.grad.isfinite().all() and torch.equal(z.grad[1], torch.zeros(3))
+            and z.grad[2].abs().sum() > 0)
 
 
 @pytest.mark.parametrize('smoothing', [0.1, 0.4])
@@ -389,5 +391,5 @@ def test_controls_are_run_like_any_other(lico_root, method, options):
     assert {getattr(model, k.removeprefix('supcon_')) for k in options} == {0.7}
     assert torch.equal(model.backbone.fc.weight, start(Run(backbone='wrn_10_1'), data).backbone.fc.weight)
     record = run(r, progress=False)
-    assert record['degenerate'] is None and ('supcon' in record) == ('supcon' in frame([record])) == (method
-        == 'CE+SupCon')
+    assert (record['degenerate'] is None
+            and ('supcon' in record) == ('supcon' in frame([record])) == (method == 'CE+SupCon'))

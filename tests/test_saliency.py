@@ -18,9 +18,10 @@ FAST = {'rise': dict(n_masks=20), 'group-cam': dict(groups=8), 'xrai': dict(step
         'guided-ig': dict(steps=6, anchors=1)}
 
 
+# timm's own arguments: the same layers, fewer channels
 NARROW = {'resnet18': dict(channels=(8, 16, 32, 64)), 'vgg19': dict(mlp_ratio=1/64),
           'swin_tiny_patch4_window7_224': dict(img_size=56, embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 4)),
-          'vit_small_patch16_rope_224': dict(img_size=48, embed_dim=64, depth=2, num_heads=2)}  # timm's own arguments: the same layers, fewer channels
+          'vit_small_patch16_rope_224': dict(img_size=48, embed_dim=64, depth=2, num_heads=2)}
 
 
 def small(name='wrn_10_1', size=16, seed=0):
@@ -38,7 +39,8 @@ def pictures(n=3, h=16, w=16, seed=1): return torch.randn(n, 3, h, w, generator=
 
 
 @pytest.fixture(autouse=True)
-def small_segments(monkeypatch): monkeypatch.setattr('saliency.core.xrai._FELZENSZWALB_IM_RESIZE', (48, 48))  # XRAI cuts pictures of 224 pixels, which takes seconds
+# XRAI cuts pictures of 224 pixels, which takes seconds
+def small_segments(monkeypatch): monkeypatch.setattr('saliency.core.xrai._FELZENSZWALB_IM_RESIZE', (48, 48))
 
 
 def enlarge(maps, size): return to_unit(F.interpolate(to_unit(maps)[:, None], size, mode='bilinear')[:, 0])
@@ -59,35 +61,35 @@ def test_every_method_on_pictures_that_are_not_square(method):
     net, x, target = small(), pictures(3, 16, 24), torch.tensor([2, 5, 0])
     maps = explain(net, x, target, method, **FAST.get(method, {}))
     assert maps.shape == (3, 16, 24) and maps.dtype == torch.float32 and not maps.requires_grad
-    assert maps.amin((1, 2)).tolist() == [0]*3 and set(maps.amax((1, 2)).tolist()) in ({1},
-        {0, 1} if method == 'group-cam' else {1}), 'Group-CAM may find nothing'
+    assert maps.amin((1, 2)).tolist() == [0]*3 and set(maps.amax((1, 2)).tolist()) in (
+        {1}, {0, 1} if method == 'group-cam' else {1}), 'Group-CAM may find nothing'
     passes = []
     handle = net.stem.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
     two = explain(net, x, target, method, batch_size=2, **FAST.get(method, {}))
     handle.remove()
     assert max(passes, default=0) <= 2, 'no pass through the network is larger than batch_size'
     torch.testing.assert_close(maps, two, rtol=0, atol=1e-3)
-    if method not in ('random', 'edges', 'rise'): assert (explain(net, x[1:2], 6, method,
-        **FAST.get(method, {})) - maps[1:2]).abs().max() > 0.01, 'the class matters'
+    if method not in ('random', 'edges', 'rise'):
+        assert ((explain(net, x[1:2], 6, method, **FAST.get(method, {})) - maps[1:2]).abs().max()
+                > 0.01), 'the class matters'
 
 
 def test_a_map_that_is_constant_up_to_rounding_becomes_zeros():
     net = small('convnext_atto', 32)  # features of one place
     for method in CAMS: assert (explain(net, pictures(2, 32, 32), 1, method) == 0).all(), method
-    assert (to_unit(torch.tensor([[[1e5, 1e5 + 0.01]]]))
-            == 0).all() and to_unit(torch.tensor([[[1e-20, 2e-20]]])).tolist() == [[[0, 1]]]
+    assert ((to_unit(torch.tensor([[[1e5, 1e5 + 0.01]]])) == 0).all()
+            and to_unit(torch.tensor([[[1e-20, 2e-20]]])).tolist() == [[[0, 1]]])
 
 
 def test_predicted_class_is_the_default():
     net, x = small(), pictures()
     predicted = net(x).argmax(1)
-    assert torch.equal(explain(net, x), explain(net, x, predicted)) and torch.equal(explain(net, x, 3),
-        explain(net, x, torch.tensor([3]*3)))
+    assert (torch.equal(explain(net, x), explain(net, x, predicted))
+            and torch.equal(explain(net, x, 3), explain(net, x, torch.tensor([3]*3))))
 
 
-@pytest.mark.parametrize('name, size', [('parn_18', 16), ('resnet18', 64), ('vgg19', 64),
-                                        ('tf_efficientnet_lite0', 64), ('convnext_atto', 64),
-                                        ('swin_tiny_patch4_window7_224', 56),
+@pytest.mark.parametrize('name, size', [('parn_18', 16), ('resnet18', 64), ('vgg19', 64), ('tf_efficientnet_lite0', 64),
+                                        ('convnext_atto', 64), ('swin_tiny_patch4_window7_224', 56),
                                         ('vit_tiny_patch16_224', 48), ('vit_small_patch16_rope_224', 48)])
 def test_cams_on_many_networks(name, size):
     net, x, target = small(name, size), pictures(2, size, size), torch.tensor([1, 4])
@@ -96,8 +98,8 @@ def test_cams_on_many_networks(name, size):
         assert maps.shape == (2, size, size)
         torch.testing.assert_close(maps[1:], explain(net, x[1:], target[1:], method), rtol=0, atol=2e-3)
     cam, logits = grad_cam(net, x, target)
-    torch.testing.assert_close(logits, net(x)); torch.testing.assert_close(explain(net, x, target),
-        enlarge(cam.detach(), (size, size)), rtol=0, atol=2e-3)
+    torch.testing.assert_close(logits, net(x))
+    torch.testing.assert_close(explain(net, x, target), enlarge(cam.detach(), (size, size)), rtol=0, atol=2e-3)
 
 
 def test_vit_as_the_library_s_tutorial_does_it():
@@ -117,7 +119,7 @@ def theirs(name, net, x, target):
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     net = copy.deepcopy(net)
     return torch.from_numpy(getattr(lib, name)(net, [net.layer4])(x,
-        [ClassifierOutputTarget(c) for c in target.tolist()]))
+                                                                  [ClassifierOutputTarget(c) for c in target.tolist()]))
 
 
 def test_equal_to_pytorch_grad_cam():
@@ -125,21 +127,22 @@ def test_equal_to_pytorch_grad_cam():
     for method, name in (('grad-cam', 'GradCAM'), ('score-cam', 'ScoreCAM')):
         torch.testing.assert_close(explain(net, x, target, method), theirs(name, net, x, target), rtol=0, atol=1e-3)
     with torch.no_grad(): net.fc.weight.mul_(1000)  # gradients so large that the library's epsilon does not matter
-    torch.testing.assert_close(explain(net, x, target, 'grad-cam++'), theirs('GradCAMPlusPlus', net, x, target),
-                               rtol=0, atol=1e-3)
+    torch.testing.assert_close(explain(net, x, target, 'grad-cam++'), theirs('GradCAMPlusPlus', net, x, target), rtol=0,
+                               atol=1e-3)
 
 
 def test_grad_cam_plus_plus_is_the_paper_s_whatever_the_size_of_gradients():
     net, x, target = small('resnet18', 64), pictures(2, 64, 64), torch.tensor([1, 4])
-    with torch.no_grad(): net.fc.weight.mul_(torch.tensor([[.01], [.01], [.01], [.01], [1e-5], [.01], [.01]]))  # and one picture's smaller than its neighbour's
+    # and one picture's smaller than its neighbour's
+    with torch.no_grad(): net.fc.weight.mul_(torch.tensor([[.01], [.01], [.01], [.01], [1e-5], [.01], [.01]]))
     maps = net.double().forward_features(x.double())
     g, = torch.autograd.grad(net.forward_head(maps).gather(1, target[:, None]).sum(), maps)
     alpha = (g**2/(2*g**2 + maps.sum((2, 3), keepdim=True)*g**3)).nan_to_num()
     paper = enlarge(((alpha*g.relu()).sum((2, 3), keepdim=True)*maps).sum(1).relu().detach(), (64, 64)).float()
     net.float()
     torch.testing.assert_close(explain(net, x, target, 'grad-cam++'), paper, rtol=0, atol=1e-3)
-    assert (theirs('GradCAMPlusPlus', net, x,
-                   target) - paper).abs().max() > 0.01, 'the epsilon is why ours differs from the library as it is'
+    assert (theirs('GradCAMPlusPlus', net, x, target) - paper).abs().max() > 0.01, ('the epsilon is why ours differs '
+                                                                                    'from the library as it is')
 
 
 def test_torchcam_and_where_it_differs():
@@ -156,11 +159,11 @@ def test_torchcam_and_where_it_differs():
     torch.testing.assert_close(run('GradCAMpp'), to_unit(undivided), rtol=0, atol=1e-3)
     # Score-CAM: scales a feature map before it enlarges it, corners not aligned; ours, as pytorch-grad-cam, after
     def score_cam(masks):
-        with torch.no_grad(): scores = torch.stack([net(image*m[:, None])[:, c] for image, m,
-                                                    c in zip(x, masks, target)])
+        with torch.no_grad():
+            scores = torch.stack([net(image*m[:, None])[:, c] for image, m, c in zip(x, masks, target)])
         return (scores.softmax(1)[..., None, None]*maps).sum(1).relu().detach()
-    unit = lambda m: (m - m.amin((2, 3), keepdim=True))/(m.amax((2, 3), keepdim=True) - m.amin((2, 3),
-        keepdim=True)).clamp(min=1e-8)
+    unit = lambda m: (m - m.amin((2, 3), keepdim=True))/(
+        m.amax((2, 3), keepdim=True) - m.amin((2, 3), keepdim=True)).clamp(min=1e-8)
     before = F.interpolate(unit(maps.detach()), (64, 64), mode='bilinear')
     after = unit(F.interpolate(maps.detach(), (64, 64), mode='bilinear', align_corners=True))
     torch.testing.assert_close(run('ScoreCAM'), to_unit(score_cam(before)), rtol=0, atol=1e-3)
@@ -187,27 +190,29 @@ def test_grad_cam_s_gradient_by_central_differences(training):
         leaf.data.add_(1e-7*direction)
         torch.testing.assert_close((values[0] - values[1])/2e-7, (gradient*direction).sum().item(), rtol=1e-4,
                                    atol=1e-7)
-    assert net.training == training and all(p.grad is None for p in net.parameters()) and not any(m._forward_hooks
-        for m in net.modules())
+    assert (net.training == training and all(p.grad is None for p in net.parameters())
+            and not any(m._forward_hooks for m in net.modules()))
 
 
 def test_changes_in_place_after_the_maps_do_no_harm():
     class Net(nn.Module):
         num_classes = 3
-        def __init__(self, inplace): super().__init__(); torch.manual_seed(0); self.body, self.act, self.fc = nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Linear(8, 3)
+        def __init__(self, inplace):
+            super().__init__(); torch.manual_seed(0)
+            self.body, self.act, self.fc = nn.Conv2d(3, 8, 3), nn.ReLU(inplace), nn.Linear(8, 3)
         def forward_features(self, x): return self.body(x)
         def forward_head(self, maps): return self.fc(self.act(maps).mean((2, 3)))
         def forward(self, x): return self.forward_head(self.forward_features(x))
     x = pictures(2)
-    for method in CAMS: assert torch.equal(explain(Net(True), x, 1, method,
-                                                   **({'groups': 4} if method == 'group-cam' else {})),
-                                                   explain(Net(False), x, 1, method,
-                                                           **({'groups': 4} if method == 'group-cam' else {})))
+    for method in CAMS:
+        assert torch.equal(explain(Net(True), x, 1, method, **({'groups': 4} if method == 'group-cam' else {})),
+                           explain(Net(False), x, 1, method, **({'groups': 4} if method == 'group-cam' else {})))
 
 
 def test_rise_masks_are_the_published_ones():
-    """A grid of 7 x 7 cells enlarged to one cell more than the picture, cut at a random shift of less than one cell. The authors' code mirrors the grid at its border (mode
-    "reflect"), ours goes on with the border's value as torch and Pillow do: a difference in the outermost half cell only."""
+    """A grid of 7 x 7 cells enlarged to one cell more than the picture, cut at a random shift of less than one cell.
+    The authors' code mirrors the grid at its border (mode "reflect"), ours goes on with the border's value as torch and
+    Pillow do: a difference in the outermost half cell only."""
     from skimage.transform import resize
     u = torch.rand(50, 51, generator=torch.Generator().manual_seed(5))
     ours = rise_masks(50, (30, 45), torch.Generator().manual_seed(5))
@@ -218,8 +223,8 @@ def test_rise_masks_are_the_published_ones():
             large = resize(grid, (8*5, 8*7), order=1, mode=mode, anti_aliasing=False)
             np.testing.assert_allclose(mask[border:, border:], large[top + border:top + 30, left + border:left + 45],
                                        atol=1e-6)
-    assert ours.shape == (50, 30, 45) and abs(rise_masks(2000, (14, 14), torch.Generator().manual_seed(0),
-                                                         p=0.3).mean() - 0.3) < 0.01
+    assert (ours.shape == (50, 30, 45)
+            and abs(rise_masks(2000, (14, 14), torch.Generator().manual_seed(0), p=0.3).mean() - 0.3) < 0.01)
     generator = torch.Generator().manual_seed(5)
     assert torch.equal(torch.cat([rise_masks(n, (30, 45), generator) for n in (1, 30, 19)]),
                        ours), 'however they are divided into batches'
@@ -228,10 +233,10 @@ def test_rise_masks_are_the_published_ones():
 def test_rise_is_a_slow_loop_over_its_masks():
     net, x, target = small(), pictures(2, 16, 24), torch.tensor([1, 4])
     masks = rise_masks(11, (16, 24), torch.Generator().manual_seed(7), cells=4, p=0.6)
-    with torch.no_grad(): slow = torch.stack([sum(net(o[None]*m).softmax(1)[0, c]*m for m in masks)/(11*0.6) for o,
-                                              c in zip(x, target)])
-    with undisturbed(net): torch.testing.assert_close(saliency.rise(net, x, target, 6, seed=7, n_masks=11, cells=4,
-        p=0.6), slow)
+    with torch.no_grad():
+        slow = torch.stack([sum(net(o[None]*m).softmax(1)[0, c]*m for m in masks)/(11*0.6) for o, c in zip(x, target)])
+    with undisturbed(net):
+        torch.testing.assert_close(saliency.rise(net, x, target, 6, seed=7, n_masks=11, cells=4, p=0.6), slow)
 
 
 def test_rise_is_seeded_and_finds_the_pixels_that_matter():
@@ -256,12 +261,13 @@ def test_group_cam_s_limits():
     net, x, target = small(), pictures(2), torch.tensor([1, 4])
     background, maps = _blurred(x), weighted_maps(net, x, target)[0].detach()
     torch.testing.assert_close(_blurred(x*0 + 1), x*0 + 1)
-    one, cam = explain(net, x, target, 'group-cam', groups=1,
-                       denoise=0), enlarge(grad_cam(net, x, target)[0].detach(), (16, 16))
+    one, cam = (explain(net, x, target, 'group-cam', groups=1, denoise=0),
+                enlarge(grad_cam(net, x, target)[0].detach(), (16, 16)))
     gain = lambda masks: masked_scores(lambda o: net(o).softmax(1), x, target, masks, 8,
                                        background) - net(background).softmax(1).gather(1, target[:, None])
-    for b in range(2): torch.testing.assert_close(one[b], cam[b] if gain(maps.sum(1, True).relu())[b] > 0
-                                                  else 0*cam[b], rtol=0, atol=1e-3)
+    for b in range(2):
+        torch.testing.assert_close(one[b], cam[b] if gain(maps.sum(1, True).relu())[b] > 0 else 0*cam[b], rtol=0,
+                                   atol=1e-3)
     every = torch.zeros(2, 16, 16)  # one group per channel: a loop over the channels
     with torch.no_grad():
         for b in range(2):
@@ -286,9 +292,8 @@ class Guided(nn.Module):
             def backward(ctx, g):
                 z, = ctx.saved_tensors
                 slope = getattr(act, 'negative_slope', 0)
-                return torch.where(g > 0, g, 0)*torch.where(z > 0,
-                                                            torch.where(z < 6, 1., 0.) if isinstance(act, nn.ReLU6)
-                                                            else 1., slope)
+                return torch.where(g > 0, g, 0)*torch.where(
+                    z > 0, torch.where(z < 6, 1., 0.) if isinstance(act, nn.ReLU6) else 1., slope)
         return Rule.apply(x)
 
 
@@ -306,7 +311,8 @@ def test_guided_backprop_is_the_rule_at_every_rectifier(name, size):
     net, x, target = small(name, size), pictures(2, size, size), torch.tensor([1, 4])
     ruled = input_gradient(swap(copy.deepcopy(net)), x, target).abs().sum(1)
     torch.testing.assert_close(explain(net, x, target, 'guided-backprop'), to_unit(ruled), rtol=0, atol=1e-4)
-    assert (to_unit(input_gradient(net, x, target).abs().sum(1)) - to_unit(ruled)).abs().max() > 0.05, 'and not the plain gradient'
+    assert ((to_unit(input_gradient(net, x, target).abs().sum(1)) - to_unit(ruled)).abs().max()
+            > 0.05), 'and not the plain gradient'
 
 
 def test_guided_backprop_equals_captum_where_captum_has_a_rule():
@@ -321,16 +327,16 @@ def test_guided_backprop_equals_captum_where_captum_has_a_rule():
 
 @pytest.mark.parametrize('name', ['convnext_atto', 'vit_tiny_patch16_224', 'mobilenetv3_small_050', 'efficientnet_b0'])
 def test_guided_backprop_refuses_what_it_has_no_rule_for(name):
-    with pytest.raises(ValueError, match=
-                       'guided-backprop has no rule for '
-                       '(Gelu|ScaledDotProduct.*|Hardswish|Hardsigmoid|Silu|Sigmoid|SwishMeBackward)'):
+    with pytest.raises(ValueError,
+                       match='guided-backprop has no rule for '
+                             '(Gelu|ScaledDotProduct.*|Hardswish|Hardsigmoid|Silu|Sigmoid|SwishMeBackward)'):
         explain(small(name, 32), pictures(1, 32, 32), 0, 'guided-backprop')
 
 
 def test_guided_backprop_refuses_rectifiers_that_do_not_start_at_zero():
     for act in (nn.Hardtanh(), nn.Tanh(), nn.Sigmoid(), nn.Softplus(), nn.ELU(), nn.PReLU(), lambda x: x.clamp(min=0)):
-        with pytest.raises(ValueError, match='no rule for'): saliency.guided_backprop(lambda x: act(x).sum((2, 3)),
-            pictures(1), torch.tensor([0]))
+        with pytest.raises(ValueError, match='no rule for'):
+            saliency.guided_backprop(lambda x: act(x).sum((2, 3)), pictures(1), torch.tensor([0]))
     saliency.guided_backprop(lambda x: F.hardtanh(F.relu6(F.leaky_relu(x.relu())), 0, 2).sum((2, 3)), pictures(1),
                              torch.tensor([0]))
 
@@ -340,8 +346,8 @@ def test_smoothgrad_s_noise():
     net, x, target = small(), pictures(2)*torch.tensor([1., 9]).view(2, 1, 1, 1), torch.tensor([1, 4])
     maps = explain(net, x, target, 'smoothgrad', samples=3)
     torch.rand(5)
-    assert torch.equal(explain(net, x, target, 'smoothgrad', samples=3),
-                       maps) and not torch.equal(explain(net, x, target, 'smoothgrad', samples=3, seed=1), maps)
+    assert (torch.equal(explain(net, x, target, 'smoothgrad', samples=3), maps)
+            and not torch.equal(explain(net, x, target, 'smoothgrad', samples=3, seed=1), maps))
     for b in range(2):
         generator = torch.Generator().manual_seed(0)
         noise = 0.15*(x[b].max() - x[b].min())*torch.randn(3, 3, 16, 16, generator=generator)
@@ -361,8 +367,8 @@ def test_guided_ig_is_the_library_s_algorithm(monkeypatch):
         for b in range(2):
             slope = lambda z: input_gradient(net, torch.tensor(z)[None], target[b:b + 1])[0].numpy()
             ends = [x[b].numpy()*k/(anchors + 1) for k in range(anchors + 2)]
-            pieces = [guided_ig_impl(end, start, slope, steps//(anchors + 1), fraction, max_dist=1.) for start,
-                      end in zip(ends, ends[1:])]
+            pieces = [guided_ig_impl(end, start, slope, steps//(anchors + 1), fraction, max_dist=1.)
+                      for start, end in zip(ends, ends[1:])]
             np.testing.assert_allclose(ours[b].numpy(), sum(pieces), rtol=1e-6, atol=1e-9)
     maps = explain(net.float(), x.float(), target, 'guided-ig', steps=4, fraction=0.8, anchors=1)
     torch.testing.assert_close(maps, to_unit(ours.abs().sum(1)).float(), rtol=0, atol=0.02)
@@ -403,19 +409,20 @@ def test_baselines():
     assert (explain(small(), x*0 + 3, 0, 'edges') == 0).all(), 'a constant map becomes zeros'
     many = pictures(40, 16, 16)
     noise = explain(small(), many, 0, 'random', seed=4)
-    assert abs(noise.mean() - 0.5) < 0.02 and not torch.equal(noise[0], noise[1]) and torch.equal(noise[7:8],
-        explain(small(), many[7:8], 0, 'random', seed=4))
+    assert (abs(noise.mean() - 0.5) < 0.02 and not torch.equal(noise[0], noise[1])
+            and torch.equal(noise[7:8], explain(small(), many[7:8], 0, 'random', seed=4)))
     assert not torch.equal(noise, explain(small(), many, 0, 'random', seed=5))
 
 
 def traces(net):
     "All that an explanation could leave behind."
-    hooks = [len(getattr(m, h)) for m in net.modules() for h in ('_forward_hooks', '_forward_pre_hooks',
-        '_backward_hooks', '_backward_pre_hooks')]
+    hooks = [len(getattr(m, h)) for m in net.modules()
+             for h in ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')]
     return dict(modes=[m.training for m in net.modules()], flags=[p.requires_grad for p in net.parameters()],
                 hooks=hooks, state={k: v.clone() for k, v in net.state_dict().items()},
-                grads=[p.grad for p in net.parameters()], values=[None if p.grad is None else p.grad.clone()
-                    for p in net.parameters()], torch=torch.get_rng_state(),
+                grads=[p.grad for p in net.parameters()],
+                values=[None if p.grad is None else p.grad.clone() for p in net.parameters()],
+                torch=torch.get_rng_state(),
                 numpy=np.random.get_state()[1].copy(), python=random.getstate(), enabled=torch.is_grad_enabled(),
                 modules=[id(m) for m in net.modules()])
 
@@ -423,9 +430,10 @@ def traces(net):
 def same(a, b):
     assert all(x is y for x, y in zip(a.pop('grads'), b.pop('grads'), strict=True)), 'the very tensors'
     for key in a:
-        if key in ('state', 'values'): assert all(x is y is None or torch.equal(x, y) for x,
-                                                  y in zip(*(list(o[key].values()) if key == 'state' else o[key]
-                                                      for o in (a, b)), strict=True)), key
+        if key in ('state', 'values'):
+            assert all(x is y is None or torch.equal(x, y)
+                       for x, y in zip(*(list(o[key].values()) if key == 'state' else o[key] for o in (a, b)),
+                                       strict=True)), key
         elif key in ('torch', 'numpy'): assert (np.asarray(a[key]) == np.asarray(b[key])).all(), key
         else: assert a[key] == b[key], key
 
@@ -452,8 +460,8 @@ def test_leaves_no_trace(method):
     torch.testing.assert_close(maps, explain(net.eval(), x, 2, method, **FAST.get(method, {})), rtol=0, atol=1e-5)
     with torch.no_grad(): a = explain(net, x, 2, method, **FAST.get(method, {}))
     with torch.inference_mode(): b = explain(net, x*1, 2, method, **FAST.get(method, {}))
-    torch.testing.assert_close(a, maps, rtol=0, atol=1e-5); torch.testing.assert_close(b.clone(), maps, rtol=0,
-        atol=1e-5)
+    torch.testing.assert_close(a, maps, rtol=0, atol=1e-5)
+    torch.testing.assert_close(b.clone(), maps, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize('error', [Stop, IndexError])
@@ -493,8 +501,8 @@ def test_leaves_no_trace_in_a_vit():
     (dict(target=7), r'target 7: expected class indices from 0 to 6'),
     (dict(target=-1), 'target -1: expected class indices'),
     (dict(target=torch.tensor([1, 2, 3])), r'shape \[3\]: expected one class index, or one for each of 2 images'),
-    (dict(target=1.5), 'target is torch.float32 of shape'), (dict(target=torch.tensor([True, False])),
-        'target is torch.bool'),
+    (dict(target=1.5), 'target is torch.float32 of shape'),
+    (dict(target=torch.tensor([True, False])), 'target is torch.bool'),
     (dict(batch_size=0), 'batch_size is 0: expected at least 1'),
     (dict(method='rise', masks=3), "rise has no option 'masks': its options are n_masks, cells, p"),
     (dict(kind='score-cam'), "grad-cam has no option 'kind': its options are none"),
@@ -502,22 +510,23 @@ def test_leaves_no_trace_in_a_vit():
     (dict(method='guided-ig', steps=0), 'guided-ig with 0 steps'),
     (dict(method='group-cam', groups=65), '65 groups of 64 channels: expected 1 to 64'),
     (dict(method='group-cam', denoise=1), 'denoise is 1: expected a quantile'),
-    (dict(method='xrai', x=torch.ones(1, 3, 16, 16)),
-     'xrai cannot cut image 0 into segments: all its values are equal')])
+    (dict(method='xrai', x=torch.ones(1, 3, 16, 16)), 'xrai cannot cut image 0 into segments: '
+                                                      'all its values are equal')])
 def test_refusals_are_one_sentence(change, sentence):
-    with pytest.raises(ValueError, match=sentence) as refusal: explain(**{**dict(net=small(), x=pictures(2),
-        target=1), **change})
+    with pytest.raises(ValueError, match=sentence) as refusal:
+        explain(**{**dict(net=small(), x=pictures(2), target=1), **change})
     assert '\n' not in str(refusal.value)
 
 
 def test_networks_that_cannot_be_explained():
-    with pytest.raises(ValueError, match='Linear has no forward_features: expected a classifier with timm'): explain(nn.Linear(3, 3), pictures(2))
+    with pytest.raises(ValueError, match='Linear has no forward_features: expected a classifier with timm'):
+        explain(nn.Linear(3, 3), pictures(2))
     net = small()
     net.fc.weight.data.fill_(float('nan'))
     for method in METHODS:
         if method in ('random', 'edges'): continue
-        with pytest.raises(ValueError, match='not finite: check the network'): explain(net, pictures(2), 1, method,
-            **FAST.get(method, {}))
+        with pytest.raises(ValueError, match='not finite: check the network'):
+            explain(net, pictures(2), 1, method, **FAST.get(method, {}))
 
 
 def test_importing_is_cheap():

@@ -13,11 +13,10 @@ DIFFERENCES = st.lists(st.floats(-50, 50).map(lambda x: round(x, 3)), min_size=5
 
 def rows(arm, values, metric='accuracy_last', text='minilm', method='LICO', preset='paper', options=None, **more):
     n = len(values)
-    return pd.DataFrame(dict(dataset='digits', data='d', labels='all', backbone='wrn_16_1', image_size=16, steps=120,
-                             training='t', preset=preset, method=method, options=options, text_encoder=text,
-                             seed=range(n), split=range(n), arm=arm,
-                             id=[f'{arm}{preset}{options}{i}' for i in range(n)], classes=10, **{metric: values})
-                             | more)
+    return pd.DataFrame(
+        dict(dataset='digits', data='d', labels='all', backbone='wrn_16_1', image_size=16, steps=120, training='t',
+             preset=preset, method=method, options=options, text_encoder=text, seed=range(n), split=range(n), arm=arm,
+             id=[f'{arm}{preset}{options}{i}' for i in range(n)], classes=10, **{metric: values}) | more)
 
 
 def says(d, grade=GRADES[0], **more): return verdict(e := estimate(d), e.p(), .5, grade, **more)
@@ -73,8 +72,8 @@ def test_equivalence_is_two_one_sided_tests():
 
 def test_no_verdict_where_there_can_be_none():
     good = [1., 1.1, .9, 1.05, .95]
-    assert says(good) == 'supported' and says(good[:4]) == 'too few pairs' and says(good,
-        'demonstration') == '' and says(good, 'natural images') == 'higher'
+    assert (says(good) == 'supported' and says(good[:4]) == 'too few pairs' and says(good, 'demonstration') == ''
+            and says(good, 'natural images') == 'higher')
     assert says(good, failed=.6) == 'training failed (60%)'
     with pytest.raises(ValueError, match='unknown grade of evidence'): says(good, 'digits')
 
@@ -86,8 +85,8 @@ def test_paired_against_scipy(metric):
     ci = stats.ttest_rel(b, a).confidence_interval(0.95)
     np.testing.assert_allclose([c.difference - c.half_width, c.difference + c.half_width, c.baseline, c.value],
                                [ci.low, ci.high, a.mean(), b.mean()])
-    assert (c.reference, c.arm, c.metric, c.n) == ('CE', 'LICO', metric,
-                                                   6) and METRICS[metric].lower_is_better == (metric == 'deletion')
+    assert ((c.reference, c.arm, c.metric, c.n) == ('CE', 'LICO', metric, 6)
+            and METRICS[metric].lower_is_better == (metric == 'deletion'))
 
 
 def test_what_is_a_pair():
@@ -101,25 +100,26 @@ def test_what_is_a_pair():
                      'CE')) == 2
     kinds = [dict(preset=p, options=o, text=t) for p in ('paper', 'repaired') for o in (None, 'alpha=5')
              for t in ('minilm', 'clip')]
-    df = pd.concat([rows(arm, np.full(3, 10.*i + j), **k) for i, k in enumerate(kinds) for j,
-                    arm in enumerate(('DC on', 'DC off'))])
+    df = pd.concat([rows(arm, np.full(3, 10.*i + j), **k) for i, k in enumerate(kinds)
+                    for j, arm in enumerate(('DC on', 'DC off'))])
     c = paired(df, ['accuracy_last'], 'DC on')
     assert len(c) == 8 and (c.difference == 1).all() and set(c.arm) == {'DC off'}
 
 
 def test_images_are_averaged_before_networks_are_compared():
     "Thousand images of one network are one draw."
-    def maps(arm, shift): return pd.concat([rows(arm, [10.*s + i + shift*(s + 1) for s in range(3)],
-                                                 'insertion').assign(image=str(i)) for i in range(4)])
+    def maps(arm, shift):
+        return pd.concat([rows(arm, [10.*s + i + shift*(s + 1) for s in range(3)], 'insertion').assign(image=str(i))
+                          for i in range(4)])
     df = pd.concat([maps('CE', 0).assign(text_encoder=None), maps('LICO', 1)])
     c = paired(df[(df.arm != 'CE') | (df.image != '3')], ['insertion'], within='image').iloc[0]
-    assert (c.n, c.images, c.difference) == (3, 3, 2) and c.half_width == pytest.approx(estimate([1., 2.,
-        3.]).half_width)
+    assert ((c.n, c.images, c.difference) == (3, 3, 2)
+            and c.half_width == pytest.approx(estimate([1., 2., 3.]).half_width))
 
 
 def test_conditions():
     df = pd.DataFrame(dict(accuracy_last=[50., 10.9, 60., 70., 70.], classes=10, cosine=[.3, .3, .99, .3, .3],
                            entropy_image=[math.nan, .5, .5, .5, .9999], entropy_text=[math.nan, .5, .5, .5, .5]))
     found = conditions(df)
-    assert found.failed.tolist() == [False, True, True, False, False] and found.inactive.tolist() == [False, False,
-        True, False, True], 'one side is enough'
+    assert (found.failed.tolist() == [False, True, True, False, False]
+            and found.inactive.tolist() == [False, False, True, False, True]), 'one side is enough'

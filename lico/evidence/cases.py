@@ -51,8 +51,8 @@ def trained_network(
 ) -> Network:
     "The network that a run left."
     data = load_data(run_of(record))
-    return Network(record['id'], load_backbone(record).to(device()), data.normalise, data.class_names,
-                   data.image_size, source=f'trained_network(run({run_of(record)!r}))')
+    return Network(record['id'], load_backbone(record).to(device()), data.normalise, data.class_names, data.image_size,
+                   source=f'trained_network(run({run_of(record)!r}))')
 
 # %% ../../nbs/evidence/18_cases.ipynb #f5e6942d
 def folded(net: nn.Module) -> nn.Module:
@@ -118,8 +118,8 @@ def _labelled_pictures(folder, n):
         raise FileNotFoundError(f"no {folder/'labels.csv'}: expected a table with the columns file and class_index, "
                                 f"and the files in {folder/'images'}")
     labels = pd.read_csv(folder/'labels.csv')
-    if missing := {'file', 'class_index'} - set(labels): raise ValueError(f"{folder/'labels.csv'} has no column "
-                                                                          f"{' and no '.join(sorted(missing))}")
+    if missing := {'file', 'class_index'} - set(labels):
+        raise ValueError(f"{folder/'labels.csv'} has no column {' and no '.join(sorted(missing))}")
     if n > len(labels): raise ValueError(f"images = {n}: {folder} has {len(labels)} pictures")
     chosen = labels.set_index('file').class_index.loc[by_hash(labels.file)[:n]]
     return [(name, Image.open(folder/'images'/name).convert('RGB'), int(c)) for name, c in chosen.items()]
@@ -134,7 +134,8 @@ def imagenet_cases(
     else: found = _labelled_pictures(Path(where).expanduser(), images)
     names, opened, classes = zip(*found)
     x = torch.stack([preprocess(image) for image in opened])
-    with torch.no_grad(): target = torch.tensor(classes) if None not in classes else network.net(x.to(device())).argmax(1).cpu()
+    with torch.no_grad():
+        target = torch.tensor(classes) if None not in classes else network.net(x.to(device())).argmax(1).cpu()
     title = where if where == 'photographs' else Path(where).expanduser().resolve().name
     return Cases(_of_pictures(network, title), x, target, names, source=f'imagenet_cases({where!r}, {images})')
 
@@ -152,8 +153,8 @@ def _scene_cases(scenes, prepare, classes, n):
         scene = scenes[i]
         for label in scene.labels.unique().tolist():
             name = scenes.class_names[label]
-            if known := classes.get(name): found.append((f'{scene.name} {name}', prepare(scene.image), known,
-                                                         scene.of(label).numpy()))
+            if known := classes.get(name):
+                found.append((f'{scene.name} {name}', prepare(scene.image), known, scene.of(label).numpy()))
         if n and len(found) >= n: return found[:n]
     return found
 
@@ -168,8 +169,9 @@ def on_scenes(
     "Scenes with known objects: one case for each class in a scene that the network knows."
     classes = classes or {name: (i,) for i, name in enumerate(network.class_names)}
     found = _scene_cases(scenes, network.normalise, classes, images)
-    if not found: raise ValueError(f"none of the {len(scenes)} scenes{f' of kind {kind!r}' if kind else ''} has an "
-                                   f"object of a class that the network knows: expected at least one")
+    if not found:
+        raise ValueError(f"none of the {len(scenes)} scenes{f' of kind {kind!r}' if kind else ''} has an object of a "
+                         "class that the network knows: expected at least one")
     names, x, known, regions = zip(*found)
     x = torch.stack(x)
     with torch.no_grad(): logits = torch.cat([network.net(o.to(device())).cpu() for o in x.split(16)])
@@ -192,7 +194,8 @@ def of_kind(scenes, kind: str):
     return Scenes(scenes.class_names, tuple(scenes.names[i] for i in kept), lambda i: scenes[kept[i]])
 
 @functools.lru_cache(maxsize=4)
-def _coco(folder, image_size, kind):  # what kind they are is seen in the masks: all 5,000 are read, once for all networks
+# what kind they are is seen in the masks: all 5,000 are read, once for all networks
+def _coco(folder, image_size, kind):
     layout = ('annotations/instances_val2017.json', 'val2017') if (folder/'val2017').is_dir() else ()
     return of_kind(coco_scenes(folder, image_size, *layout), kind)
 
@@ -221,11 +224,11 @@ def scene_cases(
 ) -> Cases:
     """The network that a run left, on scenes that it has not seen: digit scenes for one trained on those, COCO for
     one that knows ImageNet."""
-    network, source = trained_network(record), f'scene_cases(run({run_of(record)!r}), {images}, {kind!r}, {str(folder)!r})'
-    if Path(record['run']['dataset']).name.startswith('digit-scenes'): return on_scenes(network,
-        unseen_scenes(500, kind or 'one'), None, images, kind, source)
-    if len(network.class_names) == 1000: return on_scenes(network, coco_in(folder, network.image_size, kind),
-                                                          coco_to_imagenet(), images, kind, source)
+    network, source = (trained_network(record),
+                       f'scene_cases(run({run_of(record)!r}), {images}, {kind!r}, {str(folder)!r})')
+    if Path(record['run']['dataset']).name.startswith('digit-scenes'):
+        return on_scenes(network, unseen_scenes(500, kind or 'one'), None, images, kind, source)
+    if len(network.class_names) == 1000:
+        return on_scenes(network, coco_in(folder, network.image_size, kind), coco_to_imagenet(), images, kind, source)
     raise ValueError(f"{record['dataset']} has {len(network.class_names)} classes: COCO's categories are found among "
-                     f"ImageNet's 1,000, "
-                     "so pairs for COCO are trained on imagenet, others on digit-scenes")
+                     "ImageNet's 1,000, so pairs for COCO are trained on imagenet, others on digit-scenes")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from ..config import parameters, root
-from .arms import TABLES, arm_named, arm_of, columns_of, compare, grade, grid, paper_dataset, printed_as, printed_dataset, printed_place
+from .arms import (TABLES, arm_named, arm_of, columns_of, compare, grade, grid, paper_dataset, printed_as,
+                                printed_dataset, printed_place)
 from .printed import printed_number, printed_numbers, results
 from .programme import ARMS, BLOCKS
 from .report import forest, signed
@@ -42,8 +43,8 @@ CLAIMS = (
     Claim(1, "LICO's Grad-CAM maps are better at insertion", 'LICO', 'insertion', saliency='grad-cam', needs=_imagenet),
     Claim(1, "LICO's Grad-CAM maps are better at insertion and deletion together", 'LICO', 'overall',
           saliency='grad-cam', needs=_imagenet),
-    Claim(1, "with CGC they are better at insertion than with CGC alone", 'LICO+CGC', 'insertion',
-          saliency='grad-cam', against='CGC', needs=_imagenet),
+    Claim(1, "with CGC they are better at insertion than with CGC alone", 'LICO+CGC', 'insertion', saliency='grad-cam',
+          against='CGC', needs=_imagenet),
     Claim(2, "LICO costs no accuracy on ImageNet, it gains some", 'LICO', needs=_ablation),
     Claim(2, "CGC costs accuracy", 'CGC', sign=-1, needs=_imagenet),
     Claim(2, "GCC costs accuracy", 'GCC', sign=-1, needs=_imagenet),
@@ -75,8 +76,8 @@ def folders(
     name: str,  # of a notebook: "table3", "language"
 ) -> list:
     "Where results of a notebook are kept."
-    return sorted(p.parent for p in (root()/'figures').glob(f'{name}*/results.csv')
-                  if p.parent.name.split('-')[0] == name)
+    return sorted(p.parent
+                  for p in (root()/'figures').glob(f'{name}*/results.csv') if p.parent.name.split('-')[0] == name)
 
 def blocks() -> dict:
     "{block of the programme: its rows} as far as they were run."
@@ -85,7 +86,8 @@ def blocks() -> dict:
 def _rows(claim):
     "Every stored frame that holds something of a claim, with the arms of its table."
     for f in folders(f'table{claim.table}'): yield f.name, read_results(f)
-    for k, df in blocks().items() if claim.table in (3, 5) else ():  # the other tables' claims are about other data or networks
+    # the other tables' claims are about other data or networks
+    for k, df in blocks().items() if claim.table in (3, 5) else ():
         own = df[[ARMS[a].class_text == 'names' for a in df.arm]]
         yield f'language-{k}', own.assign(arm=own.method)
 
@@ -102,9 +104,11 @@ def _differences(claim, df):
         r = o.iloc[0]
         if r.arm != claim.arm: continue
         d = towards*(o[claim.metric] - o[f'{claim.metric}_base']).to_numpy(float).round(9)
-        where = grade(r) if grade(r) != GRADES[0] or not math.isnan(_printed(claim, r)) else GRADES[1]  # the paper's data, of another table
-        found[r.preset, r.dataset, r.labels, r.backbone] = dict(d=d, grade=where, row=r,
-            failed=float(o.failed.mean()), active=1 - float(o.inactive.mean()) if r.method == 'LICO' else math.nan)
+        # the paper's data, of another table
+        where = grade(r) if grade(r) != GRADES[0] or not math.isnan(_printed(claim, r)) else GRADES[1]
+        found[r.preset, r.dataset, r.labels, r.backbone] = dict(
+            d=d, grade=where, row=r, failed=float(o.failed.mean()),
+            active=1 - float(o.inactive.mean()) if r.method == 'LICO' else math.nan)
     return found
 
 def _printed(claim, r):
@@ -119,8 +123,8 @@ def _printed_anywhere(claim):
     "The smallest and the largest gain that the paper prints for a claim, in its direction."
     one, other = (arm_named(claim.table, a) for a in (claim.arm, claim.reference))
     places = {(k.dataset, k.size, k.backbone) for k in printed_numbers() if k.table == claim.table}
-    number = lambda arm, d, s, b: printed_numbers().get(printed_as(claim.table, arm, d, dict(size=s, backbone=b),
-        claim.metric, claim.saliency), math.nan)
+    number = lambda arm, d, s, b: printed_numbers().get(
+        printed_as(claim.table, arm, d, dict(size=s, backbone=b), claim.metric, claim.saliency), math.nan)
     gains = [claim.sign*(-1 if METRICS[claim.metric].lower_is_better else 1)*(number(one, *p) - number(other, *p))
              for p in places]
     gains = [round(g, 2) for g in gains if not math.isnan(g)]
@@ -133,7 +137,8 @@ def _measured(claim):
     for where, df in _rows(claim):
         for (preset, *setting), o in _differences(claim, df).items():
             known = found.setdefault((preset if o['row'].method not in ('CGC', 'GCC') else '—', o['grade']), {})
-            if tuple(setting) not in known or len(o['d']) > len(known[tuple(setting)]['d']): known[tuple(setting)] = o | dict(folder=where)
+            if tuple(setting) not in known or len(o['d']) > len(known[tuple(setting)]['d']):
+                known[tuple(setting)] = o | dict(folder=where)
     return found
 
 def _smallest(claim, r):
@@ -219,8 +224,8 @@ def _is_the_papers(n, r):
     "Whether a stored row is of the paper's data, protocol, network and text encoder."
     encoder = getattr(r, 'text_encoder', None)
     reads = isinstance(encoder, str)
-    return grade(r) == GRADES[0] and r.profile == 'paper' and not arm_named(n,
-        r.arm).stands_for and (not reads or bool(arm_named(n, r.arm).text_encoder) or encoder.startswith('clip'))
+    return (grade(r) == GRADES[0] and r.profile == 'paper' and not arm_named(n, r.arm).stands_for
+            and (not reads or bool(arm_named(n, r.arm).text_encoder) or encoder.startswith('clip')))
 
 def coverage() -> pd.DataFrame:
     "One row a table: how many numbers are printed, runnable, measured on the paper's data, stood in for."
@@ -254,10 +259,9 @@ def coverage_sentence(
     rows: pd.DataFrame,  # from `claim_rows`
 ) -> str:
     "How many claims and numbers of the paper could be tested, and how many could not."
-    total, by = n[['printed', 'runnable', 'measured', 'stand_in']].sum(), rows.drop_duplicates(['table',
-        'claim'])['where'].value_counts()
+    total, by = (n[['printed', 'runnable', 'measured', 'stand_in']].sum(),
+                 rows.drop_duplicates(['table', 'claim'])['where'].value_counts())
     return (f"Of 24 claims {by.get(GRADES[0], 0)} could be tested on the paper's data, {by.get(GRADES[1], 0)} were "
             f"seen on other natural images, {by.get('not testable here', 0)} are not testable here "
-            f"([why](paper.ipynb)). "
-            f"Of {total.printed} printed numbers {total.runnable} have a notebook that gives them with `-p profile "
-            f"paper`; beside {total.stand_in} stands a number measured on a stand-in.")
+            f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.runnable} have a notebook that gives "
+            f"them with `-p profile paper`; beside {total.stand_in} stands a number measured on a stand-in.")

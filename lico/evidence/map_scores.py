@@ -92,8 +92,8 @@ def _weights(network):
 def _contents(cases):
     "A digest of each case: its name (which seeds what is random), image, class and regions."
     regions = cases.regions or [np.zeros(0)]*len(cases)
-    return [_sha(name, x.numpy(), str(int(y)), np.asarray(r)) for name, x, y,
-            r in zip(cases.names, cases.x.cpu(), cases.target, regions)]
+    return [_sha(name, x.numpy(), str(int(y)), np.asarray(r))
+            for name, x, y, r in zip(cases.names, cases.x.cpu(), cases.target, regions)]
 
 def _file(cases, saliency, metrics, options):
     key = _sha(json.dumps([saliency, sorted(metrics), sorted(options.items()), MEASURING_PROTOCOL]))
@@ -103,8 +103,8 @@ def _check(cases, saliency, metrics):
     "Refuse a method or metric that does not exist, or that these cases cannot be scored with."
     choose('saliency method', saliency, METHODS)
     for m in metrics:
-        if choose('metric', m, SCORERS) in OF_PLACES and cases.regions is None: raise ValueError(
-            f"{m} needs images with known objects: scene_cases or coco give such cases")
+        if choose('metric', m, SCORERS) in OF_PLACES and cases.regions is None:
+            raise ValueError(f"{m} needs images with known objects: scene_cases or coco give such cases")
 
 def scores(
     cases: Cases,
@@ -121,12 +121,12 @@ def scores(
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f'{path}.lock'):
         done = pd.read_csv(path, dtype=dict(image=str)) if path.exists() else pd.DataFrame(dict(case=[]))
-        chunks = [range(i, min(i + 8, len(cases))) for i in range(0, len(cases), 8)]  # always the same ones, so that what is random does not depend on what was there
+        # always the same ones, so that what is random does not depend on what was there
+        chunks = [range(i, min(i + 8, len(cases))) for i in range(0, len(cases), 8)]
         missing = [list(c) for c in chunks if not {wanted[i] for i in c} <= set(done.case)]
         for index in tqdm(missing, f'{saliency}, 8 images', unit='step', delay=2, leave=False, disable=not progress):
-            rows = _chunk(cases, index, saliency, metrics, batch_size,
-                          options).assign(case=[wanted[i] for i in index],
-                                          **{k: stamp()[k] for k in ('hardware', 'instructions', 'torch')})
+            rows = _chunk(cases, index, saliency, metrics, batch_size, options).assign(
+                case=[wanted[i] for i in index], **{k: stamp()[k] for k in ('hardware', 'instructions', 'torch')})
             done = pd.concat([done, rows]).drop_duplicates('case', keep='last') if len(done) else rows
             write_atomic(path, done.to_csv(index=False, float_format='%.5g'))
         return pd.read_csv(path, dtype=dict(image=str)).set_index('case').loc[wanted].reset_index(drop=True)
@@ -140,9 +140,9 @@ def saliency_options(
     for item in filter(None, map(str.strip, str(text or '').split(','))):
         method, dot, rest = item.partition('.')
         name, equals, value = rest.partition('=')
-        if not (dot and equals and name
-                and value): raise ValueError(f"saliency_options = {text!r}: expected METHOD.NAME=VALUE, such as "
-                                             f"rise.n_masks=500, smoothgrad.samples=25")
+        if not (dot and equals and name and value):
+            raise ValueError(f"saliency_options = {text!r}: expected METHOD.NAME=VALUE, such as rise.n_masks=500, "
+                             "smoothgrad.samples=25")
         found.setdefault(choose('saliency method', method, METHODS), {})[name.strip()] = parse_value(value)
     return found
 
@@ -155,7 +155,7 @@ def _means(df, cases, saliency, options, metrics):
                 saliency=saliency,
                 saliency_options=', '.join(f'{k}={v}' for k, v in sorted(options.items())), images=len(df),
                 **df[shown].mean().to_dict(), constant=int(df.constant.sum()),
-                measured_by=f'python -c "from lico.evidence.cases import *; from lico.evidence.map_scores import *; '
+                measured_by='python -c "from lico.evidence.cases import *; from lico.evidence.map_scores import *; '
                             f'from lico.experiments import *; print({call}[0])"',
                 map_seconds=df.seconds.median(), measuring_protocol=MEASURING_PROTOCOL,
                 measured_on=', '.join(sorted(set(df.hardware + ', ' + df.instructions))))

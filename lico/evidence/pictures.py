@@ -33,7 +33,7 @@ from ..scenes import scene_dataset
 class Shown:
     "n images, c maps of each, and their curves: all that a picture of maps needs."
     images: np.ndarray  # uint8 [n, 3, S, S]
-    boxes: np.ndarray  # float32 [n, K, 4], pixels, of the objects asked for; not numbers where an image has fewer than K
+    boxes: np.ndarray  # float32 [n, K, 4], pixels, of the objects asked for; not numbers where there are fewer than K
     maps: np.ndarray  # uint8 [n, c, S, S], 255 is the largest value of a map
     insertion: np.ndarray  # float32 [n, c, steps + 1]; of no steps where there are no curves to draw
     deletion: np.ndarray  # the same
@@ -49,8 +49,9 @@ def save_shown(shown: Shown, path):
 
 def read_shown(path) -> Shown:
     "What `save_shown` wrote."
-    if not Path(path).exists(): raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the "
-                                                        f"folder of its results with -p out")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder of its results with "
+                                "-p out")
     with np.load(path) as f: return Shown(**{k.name: f[k.name] for k in fields(Shown)})
 
 # %% ../../nbs/evidence/22_pictures.ipynb #6fffa365
@@ -105,7 +106,8 @@ def _picture(ax, image, boxes):
     "An image [3, S, S] and boxes."
     import matplotlib.pyplot as plt
     ax.imshow(image.transpose(1, 2, 0))
-    for x0, y0, x1, y1 in boxes[~np.isnan(boxes[:, 0])]: ax.add_patch(plt.Rectangle((x0 - .5, y0 - .5), x1 - x0,
+    for x0, y0, x1, y1 in boxes[~np.isnan(boxes[:, 0])]:
+        ax.add_patch(plt.Rectangle((x0 - .5, y0 - .5), x1 - x0,
         y1 - y0, fill=False, color='lime', lw=1))
     ax.set(xticks=[], yticks=[])
 

@@ -32,8 +32,8 @@ def _as_printed(r):
     text = r['value'] + (f" ± {r['std']}" if r['std'] else '')
     return f'**{text}**' if r['bold'] == '1' else text
 
-def _joined(columns): return pd.concat(columns, axis=1).agg(' '.join, axis=1).str.replace(r'\s+', ' ',
-    regex=True).str.strip()
+def _joined(columns):
+    return pd.concat(columns, axis=1).agg(' '.join, axis=1).str.replace(r'\s+', ' ', regex=True).str.strip()
 
 def printed_table(table: int) -> str:
     "A table of the paper as Markdown: one row a model, one column a setting and metric."

@@ -56,15 +56,14 @@ class Block:
 _all = tuple(a for a in ARMS if a != 'CGC')
 _few = ('CE', 'CE+SupCon', 'repaired', 'repaired-shuffled', 'semantic', 'semantic-shuffled')
 _maps = ('grad-cam', 'grad-cam++', 'rise', 'group-cam', 'random', 'edges')
-BLOCKS = {
-    'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smallest setting"),
-    'B': Block('cifar10', 'wrn_28_2', 250, _all, 10, _maps, 300, says='the same with more labels, and maps'),
-    'C': Block('cifar100-part', 'wrn_28_2', 400, _few, 10, says='many classes, where meaning could matter'),
-    'D': Block('cifar10', 'wrn_28_2', 4000, ('CE', 'paper', 'repaired', 'repaired-shuffled'), 5, _maps, 300,
-               says='many labels'),
-    'E': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None,
-               ('CE', 'paper', 'repaired', 'repaired-shuffled', 'semantic', 'CGC'), 5, _maps, 200,
-               says="photographs, a network with ImageNet's weights, maps with boxes")}
+BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smallest setting"),
+          'B': Block('cifar10', 'wrn_28_2', 250, _all, 10, _maps, 300, says='the same with more labels, and maps'),
+          'C': Block('cifar100-part', 'wrn_28_2', 400, _few, 10, says='many classes, where meaning could matter'),
+          'D': Block('cifar10', 'wrn_28_2', 4000, ('CE', 'paper', 'repaired', 'repaired-shuffled'), 5, _maps, 300,
+                     says='many labels'),
+          'E': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None,
+                     ('CE', 'paper', 'repaired', 'repaired-shuffled', 'semantic', 'CGC'), 5, _maps, 200,
+                     says="photographs, a network with ImageNet's weights, maps with boxes")}
 
 def block_runs(
     name: str,  # a key of `BLOCKS`
@@ -160,7 +159,7 @@ def contrast_table(
                   **({"Holm's p": f'{r.p_holm:.2g}' if r.p_holm == r.p_holm else '',
                       'verdict': r.verdict if isinstance(r.verdict, str) else ''} if 'verdict' in rows else {}),
                   active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}')
-                  for r in rows.itertuples()]
+             for r in rows.itertuples()]
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
 
 def draw_contrasts(
@@ -169,7 +168,8 @@ def draw_contrasts(
 ):
     "Every contrast with its interval and its pairs."
     kinds = rows.block.where(rows.block == 'all', 'block ' + rows.block).replace('all', 'all blocks')
-    return forest(rows.assign(arm=rows.contrast.str.replace(' beats? ', ' − ', regex=True), kind=kinds, metric='accuracy_last', reference='the reference'), fig)
+    return forest(rows.assign(arm=rows.contrast.str.replace(' beats? ', ' − ', regex=True), kind=kinds,
+                              metric='accuracy_last', reference='the reference'), fig)
 
 # %% ../../nbs/evidence/26_programme.ipynb #533e4167
 _says = dict(supported='Yes', contradicted='No, the other way round', equivalent='No, no difference that matters',
@@ -196,19 +196,20 @@ def findings(
             f"{_points(semantic)} points over {repaired.n} pairs.",
             f"**Has language a part in it?** {answer(names_1, names_2)}: right names less the same names on wrong "
             f"classes give {_points(names_1)} and {_points(names_2)} points.",
-            f"**Does the literal text work?** {answer(literal)}: {_points(literal)} points, with a matching that is "
-            f"active in {literal.active:.0%} of runs; transport alone gives {_points(transport)}.",
-            f"**What does the same effort give without right names?** Supervised contrast {_points(contrast)}, label "
-            f"smoothing {_points(smoothing)}, wrong names {_points(shuffled)} points.",
-            "**How far does this go?** "
-            + '; '.join(f"block {k}: {BLOCKS[k].dataset}, {BLOCKS[k].backbone}, {BLOCKS[k].labels or 'all'} labels, "
-                        f"{rows[rows.block == k].n.max()} seeds" for k in ran) +
-            f". Of the declared blocks {', '.join(BLOCKS)} the others have not been run."]
+            f"**Does the literal text work?** {answer(literal)}: {_points(literal)} points, "
+            f"with a matching that is active in {literal.active:.0%} of runs; "
+            f"transport alone gives {_points(transport)}.",
+            f"**What does the same effort give without right names?** Supervised contrast {_points(contrast)}, "
+            f"label smoothing {_points(smoothing)}, wrong names {_points(shuffled)} points.",
+            "**How far does this go?** " + '; '.join(f"block {k}: {BLOCKS[k].dataset}, {BLOCKS[k].backbone}, "
+                                                     f"{BLOCKS[k].labels or 'all'} labels, "
+                                                     f"{rows[rows.block == k].n.max()} seeds" for k in ran)
+            + f". Of the declared blocks {', '.join(BLOCKS)} the others have not been run."]
     return '\n'.join(f'* {s}' for s in said)
 
 # %% ../../nbs/evidence/26_programme.ipynb #8725650f
 def collect_block(
-    p,  # parameters of a notebook: `block`, `datasets`, `seeds`, `text_encoder`, `evaluations`, `out`, `stored`, `workers`, `precision`
+    p,  # with `block`, `datasets`, `seeds`, `text_encoder`, `evaluations`, `out`, `stored`, `workers`, `precision`
 ) -> pd.DataFrame:
     "The rows of a block: run what is missing, write, read back."
     seeds = p.seeds or None

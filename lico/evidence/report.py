@@ -35,8 +35,8 @@ def dataset_title(name: str) -> str:
 def _has(r, name): return isinstance(getattr(r, name, None), str) and bool(getattr(r, name))
 
 def _dataset(r):
-    return dataset_title(r.dataset) + (f" (for {r.printed_for})" if getattr(r, 'is_stand_in', False)
-                                       and _has(r, 'printed_for') else '')
+    is_stand_in = getattr(r, 'is_stand_in', False) and _has(r, 'printed_for')
+    return dataset_title(r.dataset) + (f" (for {r.printed_for})" if is_stand_in else '')
 
 def _network(r):
     other = r.printed_backbone if _has(r, 'printed_backbone') and r.printed_backbone != family(r.backbone) else ''
@@ -47,15 +47,16 @@ def arm_label(r) -> str:
     method."""
     if not hasattr(r, 'arm'): return r.saliency + (f" ({r.saliency_options})" if _has(r, 'saliency_options') else '')
     stands_for = arm_named(r.table, r.arm).stands_for if hasattr(r, 'table') else ''
-    return f"{r.arm}{f' for {stands_for}' if stands_for else ''} ({r.preset}{f', {r.options}' if _has(r, 'options') else ''})" if _has(r,
-        'preset') else r.arm
+    return (f"{r.arm}{f' for {stands_for}' if stands_for else ''} "
+            f"({r.preset}{f', {r.options}' if _has(r, 'options') else ''})" if _has(r, 'preset') else r.arm)
 
 def network_label(r) -> str:
     """How the network of a row is called: as its arm, and one that reads no text without the preset, which names
     the reading of the text losses."""
     return arm_label(r) if _has(r, 'text_encoder') else r.arm
 
-_kinds = dict(one='one object', same='several of one class', different='several classes', test='test images')  # of scenes
+# of scenes
+_kinds = dict(one='one object', same='several of one class', different='several classes', test='test images')
 
 _parts = {  # what tells rows apart, in the order in which it is said
     'dataset': _dataset, 'kind': lambda r: _kinds.get(r.kind, r.kind), 'scheme': lambda r: r.scheme,
@@ -67,8 +68,8 @@ def _part(r, name):
     """A part of a row's setting, in words; empty where the row has none. A method of saliency is what is compared
     where there is no arm."""
     value = getattr(r, name, None)
-    return '' if value is None or value != value or value == '' or name == 'saliency' and not hasattr(r,
-        'arm') else _parts[name](r)
+    return ('' if value is None or value != value or value == ''
+            or name == 'saliency' and not hasattr(r, 'arm') else _parts[name](r))
 
 def _where(r, names=tuple(_parts)):
     "The setting of a row, in words."
@@ -83,8 +84,8 @@ def _line(r, columns, many):
     "A row of the table; `many`: whether there is more than one metric."
     unit = METRICS[r.metric].unit
     out = {'metric': METRICS[r.metric].title + (f', {unit}' if unit not in ('points', '') else '')} if many else {}
-    out |= {k: _part(r, k).removesuffix(' labels').removesuffix(' steps') or '—' for k in _parts if k in columns
-            and not (k == 'saliency' and 'arm' not in columns)}
+    out |= {k: _part(r, k).removesuffix(' labels').removesuffix(' steps') or '—'
+            for k in _parts if k in columns and not (k == 'saliency' and 'arm' not in columns)}
     out |= {'method': arm_label(r)} | ({'text': r.text_encoder if _has(r, 'text_encoder') else '—'}
                                        if 'text_encoder' in columns else {})
     out |= {'n': r.n, r.reference: plus_minus(r.baseline, r.baseline_std, _digits(r)),
@@ -95,8 +96,8 @@ def _line(r, columns, many):
         numbers = ['—' if math.isnan(v) else f'{v:g}' for v in (r.printed_baseline, r.printed_value)]
         out['printed'] = '—' if math.isnan(r.printed_value) else ' → '.join(numbers)
     reads = _has(r, 'text_encoder') and getattr(r, 'method', '') != 'CE+OT'
-    return out | ({'inactive': _counts(r, 'inactive') if reads else '—'} if 'inactive' in columns
-                  else {}) | ({'failed': _counts(r, 'failed')} if 'failed' in columns and r.failed else {})
+    return out | ({'inactive': _counts(r, 'inactive') if reads else '—'} if 'inactive' in columns else {}) | (
+        {'failed': _counts(r, 'failed')} if 'failed' in columns and r.failed else {})
 
 def comparison_table(
     c: pd.DataFrame,  # from `compare` or `paired`
@@ -111,10 +112,12 @@ def sentence(r) -> str:
     of = f" of {r.saliency}" if METRICS[r.metric].of_maps and hasattr(r, 'arm') and _has(r, 'saliency') else ''
     unit, arm = METRICS[r.metric].unit, f"{arm_label(r)}{f' with {r.text_encoder}' if _has(r, 'text_encoder') else ''}"
     if math.isnan(r.difference): return f"{arm}: training failed in {max(r.failed, r.failed_base)} of {r.n}"
-    said = f"{arm} changes {METRICS[r.metric].title}{of} by {signed(r.difference, r.half_width, _digits(r) + 1)}{f' {unit}' if unit else ''}"
+    said = (f"{arm} changes {METRICS[r.metric].title}{of} by "
+            f"{signed(r.difference, r.half_width, _digits(r) + 1)}{f' {unit}' if unit else ''}")
     said += f" {'in one pair' if r.n == 1 else f'over {r.n} pairs'} against {r.reference}"
     gain = getattr(r, 'printed_value', math.nan) - getattr(r, 'printed_baseline', math.nan)
-    if not math.isnan(gain): said += f" (the paper: {round(gain, 2):+g}{f' on {r.printed_for}' if r.is_stand_in else ''})"
+    if not math.isnan(gain):
+        said += f" (the paper: {round(gain, 2):+g}{f' on {r.printed_for}' if r.is_stand_in else ''})"
     if METRICS[r.metric].lower_is_better and abs(r.difference) > r.half_width: said += ", lower being better"
     if getattr(r, 'inactive', 0) > 0: said += f"; matching was inactive in {r.inactive:.0f} of {r.n} runs"
     if getattr(r, 'failed', 0) > 0: said += f"; training failed in {r.failed:.0f} of {r.n}"
@@ -125,8 +128,8 @@ def sentences(c: pd.DataFrame) -> str:
     "What a comparison says, a computed sentence a setting and metric, as a Markdown list."
     keys = [k for k in (*_parts, 'metric') if k in c and not (k == 'saliency' and 'arm' not in c)]
     groups = c.groupby(keys, sort=False, dropna=False)
-    return '\n'.join(f"* **{_where(next(rows.itertuples()))}**: {'; '.join(map(sentence, rows.itertuples()))}." for _,
-                     rows in groups)
+    return '\n'.join(f"* **{_where(next(rows.itertuples()))}**: {'; '.join(map(sentence, rows.itertuples()))}."
+                     for _, rows in groups)
 
 # %% ../../nbs/evidence/21_report.ipynb #ec5f0852
 def accuracies(
@@ -143,8 +146,8 @@ def accuracies(
 # %% ../../nbs/evidence/21_report.ipynb #5a5c0639
 def _labels(c):
     "The name of each row: its setting, as far as settings differ, and its arm."
-    differ = [k for k in _parts if k in c and c[k].nunique(dropna=False) > 1
-              and not (k == 'saliency' and 'arm' not in c)]
+    differ = [k
+              for k in _parts if k in c and c[k].nunique(dropna=False) > 1 and not (k == 'saliency' and 'arm' not in c)]
     names = [', '.join(filter(None, [_where(r, differ), arm_label(r)])) for r in c.itertuples()]
     return [f"{n}, n = {r.n}" if c.n.nunique() > 1 else n for n, r in zip(names, c.itertuples())]
 
@@ -155,8 +158,8 @@ def _panel(ax, part, places, labels, colours):
         if r.n <= 50: ax.plot(r.differences, [y + .22]*r.n, '.', ms=4, color=colour, alpha=.35, mew=0)
         ax.errorbar(r.difference, y, xerr=r.half_width if sure else 0, fmt='o', ms=5, capsize=3, color=colour,
                     mfc=colour if sure and abs(r.difference) > r.half_width else 'white')
-        if not math.isnan(getattr(r, 'printed_value', math.nan)): ax.plot(r.printed_value - r.printed_baseline, y,
-            'D', mfc='none', mec='k', ms=6)
+        if not math.isnan(getattr(r, 'printed_value', math.nan)):
+            ax.plot(r.printed_value - r.printed_baseline, y, 'D', mfc='none', mec='k', ms=6)
     m = METRICS[part.metric.iloc[0]]
     ax.axvline(0, color='.6', lw=1, zorder=0); ax.grid(axis='x', alpha=.3); ax.tick_params(labelsize=7)
     ax.set_title(m.title + (', lower is better' if m.lower_is_better else ''), fontsize=8)
@@ -190,8 +193,8 @@ def forest(
     from matplotlib.lines import Line2D
     (panels, side_by_side), arms = _panels(c), list(dict.fromkeys(map(arm_label, c.itertuples())))
     fig = fig or plt.figure(figsize=forest_size(c), layout='constrained', dpi=75)
-    grid = dict(ncols=len(panels), sharey=True) if side_by_side else dict(nrows=len(panels),
-        height_ratios=[1 + len(labels) for _, _, labels in panels])
+    grid = (dict(ncols=len(panels), sharey=True) if side_by_side
+            else dict(nrows=len(panels), height_ratios=[1 + len(labels) for _, _, labels in panels]))
     colours = dict(zip(arms, sns.color_palette('deep', len(arms))))
     for ax, panel in zip(fig.subplots(squeeze=False, **grid).flat, panels): _panel(ax, *panel, colours)
     if 'printed_value' in c and c.printed_value.notna().any():
@@ -207,8 +210,8 @@ def forests(
     import matplotlib.pyplot as plt
     widths, heights = zip(*map(forest_size, comparisons))
     fig = plt.figure(figsize=(max(widths), sum(heights)), layout='constrained', dpi=75)
-    for c, part in zip(comparisons, fig.subfigures(len(comparisons), 1, squeeze=False,
-                                                   height_ratios=heights).flat): forest(c, part)
+    for c, part in zip(comparisons, fig.subfigures(len(comparisons), 1, squeeze=False, height_ratios=heights).flat):
+        forest(c, part)
     return fig
 
 # %% ../../nbs/evidence/21_report.ipynb #a0ea34ac
@@ -231,15 +234,16 @@ def results_title(
     said = lambda k: ', '.join(dict.fromkeys(df[k].dropna())) if k in df else ''
     names = list(dict.fromkeys(df.dataset.dropna()))
     shows = ', a demonstration' if all(dataset_settings(n).get('demonstration') for n in names) else ''
-    return f"{what} on {', '.join(map(dataset_title, names))}, text by {said('text_encoder') or 'no encoder'}, profile {said('profile')}{shows}"
+    return (f"{what} on {', '.join(map(dataset_title, names))}, text by {said('text_encoder') or 'no encoder'}, "
+            f"profile {said('profile')}{shows}")
 
 _stamped = ('profile', 'text_encoder', 'protocol', 'measuring_protocol', 'hardware', 'instructions', 'threads',
             'precision', 'torch', 'python', 'commit', 'measured_on')
 
 def stamp_table(df: pd.DataFrame) -> str:
     "Where the results were made, as Markdown: one row per value found in the stored rows."
-    values = {k: ', '.join(sorted({str(v) for v in df[k].dropna()})) for k in _stamped if k in df
-              and df[k].notna().any()}
+    values = {k: ', '.join(sorted({str(v) for v in df[k].dropna()}))
+              for k in _stamped if k in df and df[k].notna().any()}
     runs = df.drop_duplicates('id').dropna(subset=['seed'])
     if 'seconds' in runs: values['training time'] = f"{runs.seconds.astype(float).sum()/60:.1f} min"
     return pd.Series({**values, 'runs': len(runs),

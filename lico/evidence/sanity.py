@@ -21,7 +21,7 @@ SCHEMES = 'cascading', 'independent'  # of `sanity_check`
 
 def check_network(
     record: dict,  # of a finished run
-    p,  # parameters of a notebook: `datasets`, `images`, `layers` from the output down (empty: all), `saliency` (the first)
+    p,  # parameters of a notebook: `datasets`, `images`, `layers` from the output down (empty: all), `saliency`
 ) -> tuple:
     """Of one network: a row an image, scheme and layer; and what its first image's maps are before and after, ready
     to be drawn."""

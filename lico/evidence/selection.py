@@ -19,15 +19,16 @@ from ..text import PromptLearner, derangement, load_text_encoder
 from ..training import load_checkpoint
 
 # %% ../../nbs/evidence/30_selection.ipynb #a5e267cf
-_rows = {'maps, all rows, mapped text': {}, 'pooled, class row, mapped text': dict(mm_features='pooled',
-    mm_rows='class'),
+_rows = {'maps, all rows, mapped text': {},
+         'pooled, class row, mapped text': dict(mm_features='pooled', mm_rows='class'),
          'pooled, class row, raw text': dict(mm_features='pooled', mm_rows='class', mm_text='raw')}
-_taus = {'τ learned from 2.66': {}, 'τ learned from 0.1': dict(tau_init=.1),
-         'τ = 0.3': dict(tau='fixed', tau_init=.3), 'τ = 0.1': dict(tau='fixed', tau_init=.1)}
+_taus = {'τ learned from 2.66': {}, 'τ learned from 0.1': dict(tau_init=.1), 'τ = 0.3': dict(tau='fixed', tau_init=.3),
+         'τ = 0.1': dict(tau='fixed', tau_init=.1)}
 _alphas = {'α = 10': {}, 'α = 1': dict(alpha=1.)}
-READINGS = {f'{r}; {t}; {a}': _rows[r] | _taus[t] | _alphas[a] for r, t, a in product(_rows, _taus, _alphas)}  # name -> options of the preset `paper`
-SUPCON = {f'λ = {w:g}, T = {t:g}': dict(supcon_weight=w, supcon_temperature=t) for w,
-          t in product((.1, .3, 1., 3.), (.05, .1, .2, .3, .5, 1.))}
+# name -> options of the preset `paper`
+READINGS = {f'{r}; {t}; {a}': _rows[r] | _taus[t] | _alphas[a] for r, t, a in product(_rows, _taus, _alphas)}
+SUPCON = {f'λ = {w:g}, T = {t:g}': dict(supcon_weight=w, supcon_temperature=t)
+          for w, t in product((.1, .3, 1., 3.), (.05, .1, .2, .3, .5, 1.))}
 ALPHAS = {f'α = {a:g}': dict(alpha=a) for a in (.03, .1, .3, 1., 3., 10.)}
 
 def class_entropy(
@@ -63,8 +64,8 @@ def confusions(
 ) -> torch.Tensor:
     """Which wrong classes the images of each class were given, [K, K], rows sum to one; half an image is added to
     each cell, since a cell may be empty."""
-    counts = torch.zeros(classes, classes, dtype=torch.double).index_put_((torch.as_tensor(y),
-        torch.as_tensor(predicted)), torch.ones(len(y), dtype=torch.double), accumulate=True)
+    counts = torch.zeros(classes, classes, dtype=torch.double).index_put_(
+        (torch.as_tensor(y), torch.as_tensor(predicted)), torch.ones(len(y), dtype=torch.double), accumulate=True)
     counts = (counts + .5).fill_diagonal_(0)
     return counts/counts.sum(1, keepdim=True)
 
@@ -95,8 +96,9 @@ def class_vectors(
     class_names: tuple,
 ) -> torch.Tensor:
     "The class rows of bare names, [K, d]."
-    with torch.no_grad(): return PromptLearner(load_text_encoder(encoder), class_names,
-                                               n_context=0)(torch.arange(len(class_names)))[:, -1]
+    with torch.no_grad():
+        return PromptLearner(load_text_encoder(encoder), class_names,
+                             n_context=0)(torch.arange(len(class_names)))[:, -1]
 
 # %% ../../nbs/evidence/30_selection.ipynb #3b2af047
 def trial_runs(
@@ -107,8 +109,8 @@ def trial_runs(
 ) -> dict:
     "{what is chosen: {a trial's name: its runs}}, and under `confusions` the one network that they are read from."
     shared = dict(dataset=dataset, backbone=backbone, labels=labels, validation=validation, steps=steps)
-    def of(options, seeds=seeds, **more): return {name: [Run(**shared, **more, seed=s, options=o) for s in seeds]
-                                                  for name, o in options.items()}
+    def of(options, seeds=seeds, **more):
+        return {name: [Run(**shared, **more, seed=s, options=o) for s in seeds] for name, o in options.items()}
     text = dict(method='LICO', text_encoder=text_encoder)
     return {'repaired': of(READINGS, seeds[:1], **text), 'supcon': of(SUPCON, method='CE+SupCon'),
             'semantic': of(ALPHAS, preset='semantic', **text)}

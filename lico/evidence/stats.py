@@ -39,10 +39,9 @@ METRICS = dict(
     spearman=Metric('rank correlation', ''), ssim=Metric('SSIM', ''))
 
 # %% ../../nbs/evidence/16_stats.ipynb #9ef50664
-_of_features = dict(
-    silhouette=Metric('silhouette', ''), ordinal=Metric('order, 0 before 1', ''),
-    ordinal_0_as_10=Metric('order, 0 as 10', ''),
-    vehicles=Metric('vehicles told from animals'), vehicles_rank=Metric('other splits that are harder'))
+_of_features = dict(silhouette=Metric('silhouette', ''), ordinal=Metric('order, 0 before 1', ''),
+                    ordinal_0_as_10=Metric('order, 0 as 10', ''),
+                    vehicles=Metric('vehicles told from animals'), vehicles_rank=Metric('other splits that are harder'))
 METRICS |= dict(trustworthiness=Metric('trustworthiness of the picture', '')) | _of_features | {
     f'{k}_embedded': replace(m, title=f'{m.title}, in the picture') for k, m in _of_features.items()}
 
@@ -97,9 +96,10 @@ def sign_flip(
     return float(beyond if len(d) <= most else (beyond*len(signs) + 1)/(len(signs) + 1))
 
 # %% ../../nbs/evidence/16_stats.ipynb #063c162d
+# of networks; a column that results do not have is left out
 SETTING = ['dataset', 'data', 'labels', 'backbone', 'image_size', 'validation', 'steps', 'training', 'threads',
            'precision',
-           'kind', 'saliency', 'saliency_options', 'images']  # of networks; a column that results do not have is left out
+           'kind', 'saliency', 'saliency_options', 'images']
 TREATMENT = ['arm', 'method', 'preset', 'options', 'text_encoder']
 
 def _together(df, setting):

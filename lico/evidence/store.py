@@ -27,7 +27,8 @@ from ..experiments import frame, load_backbone, load_data, run_of, runs_folder, 
 _text = ('image', 'data', 'labels', 'training', 'arm', 'options', 'paper_dataset', 'kind', 'saliency_options',
          'text_encoder', 'preset', 'commit', 'pretrained')
 _whole = ('seed', 'split', 'validation', 'steps', 'image_size', 'images', 'classes', 'threads')
-_key = ('id', 'kind', 'scheme', 'layer', 'saliency', 'saliency_options', 'image', 'method', 'prompts', 'tau_of', 'step')  # of a row, as far as there are such columns
+# of a row, as far as there are such columns
+_key = ('id', 'kind', 'scheme', 'layer', 'saliency', 'saliency_options', 'image', 'method', 'prompts', 'tau_of', 'step')
 
 def _read(path):
     return pd.read_csv(path, dtype=dict.fromkeys(_text, str) | dict.fromkeys(_whole, 'Int64'))
@@ -37,8 +38,9 @@ def read_results(
 ) -> pd.DataFrame:
     "The rows of `results.csv`."
     path = Path(folder)/'results.csv'
-    if not path.exists(): raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder "
-                                                  f"of its results with -p out")
+    if not path.exists():
+        raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder of its results with "
+                                "-p out")
     return _read(path)
 
 def read_scores(
@@ -79,8 +81,8 @@ def write_results(
                 rows = _added(before, rows)
                 if per_image is not None: per_image = _added(read_scores(folder), per_image)
             elif gone := len(set(before.id) - set(rows.id)):
-                print(f"{folder}/results.csv held {gone} other runs, which are no longer in it: -p out FOLDER writes "
-                      f"elsewhere, -p stored add keeps them", file=sys.stderr)
+                print(f"{folder}/results.csv held {gone} other runs, which are no longer in it: "
+                      "-p out FOLDER writes elsewhere, -p stored add keeps them", file=sys.stderr)
         if per_image is not None: write_atomic(folder/'scores.csv', per_image.to_csv(index=False, float_format='%.5g'))
         write_atomic(folder/'results.csv', rows.to_csv(index=False))
         return read_results(folder)
@@ -99,7 +101,8 @@ def rows_of(
     **more,  # further columns: the `profile`
 ) -> pd.DataFrame:
     "Records as rows of results, each run once."
-    own = {k for a in TABLES[table].arms for k in a.options} if table else {'class_text'} if arm_name else set()  # options that make the arms
+    # options that make the arms
+    own = {k for a in TABLES[table].arms for k in a.options} if table else {'class_text'} if arm_name else set()
     name = (lambda r: arm_of(table, r).label) if table else arm_name or (lambda r: r.method)
     df = frame(records)
     df['command'] = df.command.map(_anywhere)
@@ -120,7 +123,8 @@ def processes(
     if workers == 1: yield None
     else:
         with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads,
-                                 (max(1, os.cpu_count()//workers),)) as pool: yield pool
+                                 (max(1, os.cpu_count()//workers),)) as pool:
+            yield pool
 
 def train(
     p,  # parameters of a notebook: `out`, `workers`
@@ -131,8 +135,8 @@ def train(
     try:
         p.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=p.out).close()
-    except OSError as e: raise OSError(f"results cannot be written to {p.out} ({e.strerror}): give another folder "
-                                       f"with -p out") from None
+    except OSError as e:
+        raise OSError(f"results cannot be written to {p.out} ({e.strerror}): give another folder with -p out") from None
     with processes(p.workers) as pool: return list({r['id']: r for r in sweep(runs, executor=pool)}.values())
 
 # %% ../../nbs/evidence/20_store.ipynb #45ca6134
@@ -168,7 +172,7 @@ def _of_maps(p, table, records, cases, others):
                  p.batch_size)
 
 def collect(
-    p,  # parameters of a notebook; `stored`: `None`, "add" (keep the rows of other runs in the files) or "only" (run nothing, take what they hold)
+    p,  # parameters of a notebook; `stored`: `None`, "add" (keep rows of other runs) or "only" (run nothing)
     runs: list,  # of `Run`, as from `grid`
     table: int = None,  # the table of the paper that they are of: says their arms and what is measured beside accuracy
     cases=None,  # a record -> the `Cases`, or a list of them, on which its maps are scored; `None`: test images
@@ -178,13 +182,13 @@ def collect(
     "The results of runs: run what is missing, measure what is asked for, write the files in `p.out`, read them back."
     if p.stored == 'only': return read_results(p.out)
     records, per_image = train(p, runs), None
-    rows = rows_of(records, table, p.stand_in, arm_name,
-                   profile=p.protocol) if records else pd.DataFrame(columns=['id'])
+    rows = (rows_of(records, table, p.stand_in, arm_name, profile=p.protocol) if records
+            else pd.DataFrame(columns=['id']))
     if table and 'top5' in TABLES[table].metrics: rows['top5'] = [top5(r) for r in records]
     if _metrics(p, table):
         scored, per_image = _of_maps(p, table, records, cases or (lambda r: test_images(r, p.test_images)), others)
         scored['measured_by'] = scored.measured_by.map(_anywhere)
         rows = scored.merge(rows, on='id', how='left', suffixes=('', '_run')).assign(profile=p.protocol)
-        for k in [k for k in rows
-                  if k.endswith('_run')]: rows[k.removesuffix('_run')] = rows[k.removesuffix('_run')].fillna(rows.pop(k))
+        for k in [k for k in rows if k.endswith('_run')]:
+            rows[k.removesuffix('_run')] = rows[k.removesuffix('_run')].fillna(rows.pop(k))
     return write_results(p.out, rows, per_image, keep=p.stored == 'add')
