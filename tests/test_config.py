@@ -86,6 +86,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     config.write_atomic(path, 'old')
     def full(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(OSError, match='No space left on device.*make room there and start again'): config.write_atomic(path,
+    with pytest.raises(OSError, match='No space left on device.*make room there and start again'):
+        config.write_atomic(path,
         'new')
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]

@@ -33,13 +33,15 @@ def test_stored_rows(lico_root, monkeypatch, capsys):
     assert collect(p('add'), [replace(TINY, seed=1)]).equals(both) and 'held' not in capsys.readouterr().err
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
     assert collect(p('only'), [replace(TINY, seed=7)]).equals(both) and collect(p(None), [TINY]).seed.tolist() == [0]
-    assert 'results.csv held 1 other runs, which are no longer in it: -p out FOLDER writes elsewhere' in capsys.readouterr().err
+    said = 'results.csv held 1 other runs, which are no longer in it: -p out FOLDER writes elsewhere'
+    assert said in capsys.readouterr().err
 
 
 def test_that_results_cannot_be_written_is_said_before_anything_runs(lico_root, monkeypatch):
     monkeypatch.setattr(store, 'sweep', lambda *a, **k: pytest.fail('a run was started'))
     (lico_root/'file').write_text('')
-    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'): collect(p_of(lico_root/
+    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'):
+        collect(p_of(lico_root/
         'file'), [TINY])
 
 
@@ -71,7 +73,8 @@ def test_a_table_from_start_to_end(lico_root):
 def test_top5_and_shots(lico_root):
     p = p_of(lico_root/'out', methods=['CE', 'GCC'], labels=['1-shot', 'all'])
     df = collect(p, grid(p, 2), 2)
-    assert df.labels.tolist() == ['1-shot']*4 + ['all']*4 and 'insertion' not in df and not (p.out/'scores.csv').exists()
+    assert df.labels.tolist() == ['1-shot']*4 + ['all']*4
+    assert 'insertion' not in df and not (p.out/'scores.csv').exists()
     r = Run(shots=1, backbone='wrn_10_1', seed=1, steps=1)
     record = sweep([r], progress=False)[0]
     data, net = load_data(r), load_backbone(record)

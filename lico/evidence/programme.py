@@ -187,7 +187,7 @@ def findings(
     """Five sentences that follow from the numbers: does it work, is it the language, does the literal text work,
     what does no text give, how far does this go."""
     whole = {r.contrast: r for r in rows.drop_duplicates('contrast').itertuples()}
-    if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block of the programme that has all arms has been run.'
+    if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     contrast, smoothing, transport, _, _, shuffled = (whole[c.says] for c in SECONDARY)
     answer = lambda *found: _answer(pd.DataFrame(found))
