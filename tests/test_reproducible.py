@@ -11,7 +11,7 @@ from lico.data import load
 from lico.experiments import METHODS, Run, encoder_name, frame, load_data, run, run_id, runs_folder, spec, start, sweep
 from lico.losses import LossOptions
 from lico.model import LICO, CrossEntropy
-from lico.paper import pairs_of
+from lico.evidence import stats
 from lico.text import BERTText, PromptLearner, _installed, load_text_encoder
 from lico.training import fit, load_checkpoint
 
@@ -141,7 +141,7 @@ def test_runs_of_other_numbers_of_threads_are_no_pair(lico_root):
             for s in (0, 1)]
     df = frame(sweep(runs, progress=False))
     assert df.threads.tolist() == [1, 1, 2, 2, 2, 2] and df.training.nunique() == 2
-    [pairs] = pairs_of(df)
+    [pairs] = stats.pairs(df, 'CE')
     assert len(pairs) == 2 and (pairs.threads == 2).all() and (pairs.threads_base == 2).all()
 
 

@@ -262,7 +262,7 @@ def test_a_killed_training_goes_on_bit_for_bit(kind, tmp_path, monkeypatch):
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(training._Trainer, 'advance', killed)
         go()
-    parts = small(seed=9)
+    parts = small()
     resumed = go()
     assert [r[kind.name] for r in resumed] == [r[kind.name] for r in log]
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values()))
@@ -382,7 +382,7 @@ def test_the_classes_and_nothing_else(kind, strength):
 
 
 @pytest.mark.parametrize('method, options', [
-    ('CE+LS', dict(label_smoothing=0.1)), ('CE+SupCon', dict(supcon_weight=1., supcon_temperature=0.1))])
+    ('CE+LS', dict(label_smoothing=0.1)), ('CE+SupCon', dict(supcon_weight=0.1, supcon_temperature=0.1))])
 def test_controls_are_run_like_any_other(lico_root, method, options):
     r = Run(labels=40, backbone='wrn_10_1', steps=1, method=method)
     data, other = load_data(r), {k: 0.7 for k in options}
