@@ -142,7 +142,7 @@ def test_runs_of_other_numbers_of_threads_are_no_pair(lico_root):
     df = frame(sweep(runs, progress=False))
     assert df.threads.tolist() == [1, 1, 2, 2, 2, 2] and df.training.nunique() == 2
     [pairs] = stats.pairs(df, 'CE')
-    assert len(pairs) == 2 and (pairs.threads == 2).all() and (pairs.threads_base == 2).all()
+    assert len(pairs) == 2 and (pairs.threads == 2).all()
 
 
 def test_generators_and_threads_are_left_as_they_were(lico_root):
