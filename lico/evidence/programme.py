@@ -120,6 +120,7 @@ def _differences(df, contrast, metric):
 _columns = ['contrast', 'of', 'block', 'settings', 'n', 'difference', 'half_width', 'p', 'margin', 'failed', 'active',
             'differences', 'estimate']
 
+# %% ../../nbs/evidence/26_programme.ipynb #550ab4b1
 def contrast_rows(
     blocks: dict,  # block -> its rows of results
     contrasts=PRIMARY,

@@ -166,6 +166,7 @@ def _panel(ax, part, places, labels, colours):
     ax.set_xlabel(f"difference from {part.reference.iloc[0]}{f', {m.unit}' if m.unit else ''}", fontsize=7)
     ax.set_yticks(range(len(labels)), labels, fontsize=7); ax.set_ylim(len(labels) - .5, -.5)
 
+# %% ../../nbs/evidence/21_report.ipynb #05f4ceb7
 def _panels(c):
     """Of each metric its rows, their places, and the names of the places; and whether all metrics share them, a
     metric that lacks some rows included."""

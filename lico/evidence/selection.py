@@ -69,6 +69,7 @@ def confusions(
     counts = (counts + .5).fill_diagonal_(0)
     return counts/counts.sum(1, keepdim=True)
 
+# %% ../../nbs/evidence/30_selection.ipynb #8056acf0
 def _divergence(p, q):
     "Mean over classes of KL[p ‖ q] of rows whose diagonals are zero, in nats."
     off = ~torch.eye(len(p), dtype=torch.bool)

@@ -50,6 +50,7 @@ def read_scores(
     path = Path(folder)/'scores.csv'
     return _read(path) if path.exists() else pd.DataFrame(columns=['id', 'saliency', 'image'])
 
+# %% ../../nbs/evidence/20_store.ipynb #9bf5ee66
 def image_rows(
     folder,  # of a table or figure
 ) -> pd.DataFrame:
