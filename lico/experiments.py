@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'RIVALS', 'TRAINING_PROTOCOL', 'MEASURING_PROTOCOL', 'Run', 'encoder_name', 'load_data',
-           'pretrained_weights', 'spec', 'build', 'start', 'runs_folder', 'run_id', 'read_record', 'run', 'run_of',
-           'load_backbone', 'refuse_threads', 'sweep', 'frame']
+           'pretrained_weights', 'spec', 'build', 'start', 'runs_folder', 'run_id', 'read_record', 'refuse_broken',
+           'run', 'run_of', 'load_backbone', 'ship', 'refuse_threads', 'sweep', 'frame']
 
 # %% ../nbs/method/14_experiments.ipynb #e6f4961b
-import contextlib, functools, hashlib, json, math, numbers, random, sys, time
+import contextlib, dataclasses, functools, hashlib, json, math, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from . import rivals
 from .backbones import create_backbone
-from .config import (check_options, choose, derive_seed, device, preset, root, seed_everything, settings, stamp,
+from .config import (FIELDS, check_options, check_value, choose, derive_seed, device, preset, python_command,
+                         read_checked, root, seed_everything, set_aside, settings, sha256, stamp, sweep_temporaries,
                          write_atomic)
 from .data import load
 from .losses import LossOptions
-from .model import LICO, CrossEntropy
+from .model import LICO, CrossEntropy, load_checkpoint, preprocessing_of, save_checkpoint, save_network
 from .text import PromptLearner, load_text_encoder
-from .training import TrainOptions, fit, load_checkpoint, options_from, refuse_precision, save_checkpoint, set_aside
+from .training import TrainOptions, fit, options_from, refuse_precision
 
 # %% ../nbs/method/14_experiments.ipynb #0643b12b
 # method -> what it changes in Eq. 8; `None`: no text at all
@@ -38,15 +39,6 @@ RIVALS = {'CGC': ('CGC', _cgc), 'GCC': ('GCC', dict(weight='gcc_weight')), 'LICO
           'CE+SupCon': ('SupCon', dict(weight='supcon_weight', temperature='supcon_temperature'))}
 
 # %% ../nbs/method/14_experiments.ipynb #1eb16bb7
-# field of a `Run` -> its smallest value
-_least = dict(labels=1, shots=1, seed=0, split_seed=0, epochs=1, steps=1, evaluations=1, image_size=1, validation=1,
-              threads=1)
-
-def _whole(name, value):
-    "A whole number that is large enough."
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= _least[name]: return int(value)
-    raise ValueError(f"{name} = {value!r}: expected a whole number of at least {_least[name]}")
-
 @dataclass(frozen=True)
 class Run:
     "What to do: one training run and its evaluation."
@@ -55,6 +47,7 @@ class Run:
     shots: int = None  # or labelled images per class
     backbone: str = 'wrn_16_1'  # a name `create_backbone` knows
     pretrained: bool = False  # start from timm's pretrained weights
+    normalisation: str = 'weights'  # of a pretrained start: by the weights' own mean and std, or by those of the `data`
     method: str = 'CE'  # a key of `METHODS`
     preset: str = 'paper'  # a reading of the paper: a `[preset.…]` of `settings.ini`
     text_encoder: str = 'minilm'  # a name `load_text_encoder` knows; not read by CE, CGC and GCC
@@ -70,12 +63,12 @@ class Run:
 
     def __post_init__(self):
         choose('method', self.method, METHODS)
-        choose('value of pretrained:', self.pretrained, (True, False))
+        choose('value of normalisation:', self.normalisation, ('weights', 'data'))
         object.__setattr__(self, 'options', tuple(sorted(check_options(**dict(self.options)).items())))
         if self.labels == 'all': object.__setattr__(self, 'labels', None)
-        for name in _least:
-            if (value := getattr(self, name)) is not None or name in ('seed', 'evaluations', 'threads'):
-                object.__setattr__(self, name, _whole(name, value))
+        for f in fields(self):
+            if f.name in FIELDS and ((value := getattr(self, f.name)) is not None or f.default is not None):
+                object.__setattr__(self, f.name, check_value(f.name, value, FIELDS[f.name]))
         for a, b in (('epochs', 'steps'), ('labels', 'shots')):
             if getattr(self, a) and getattr(self, b):
                 raise ValueError(f"{a}={getattr(self, a)} and {b}={getattr(self, b)}: give one of them")
@@ -125,9 +118,17 @@ def encoder_name(
 # %% ../nbs/method/14_experiments.ipynb #b3934e31
 def _options(r): return preset(r.preset, **{**dict(r.options), **({} if r.epochs is None else dict(epochs=r.epochs))})
 
+def _pretrained_cfg(backbone):
+    "What timm knows of a backbone's pretrained weights, `None` for none."
+    import timm
+    return timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
+
 def load_data(r: Run):
-    return load(r.dataset, labels=r.labels, shots=r.shots, seed=r.split, image_size=r.image_size,
+    "The data of a run; for a network that starts from pretrained weights as these are used to see images."
+    data = load(r.dataset, labels=r.labels, shots=r.shots, seed=r.split, image_size=r.image_size,
                 validation=r.validation)
+    cfg = _pretrained_cfg(r.backbone) if r.pretrained and r.normalisation == 'weights' else None
+    return dataclasses.replace(data, mean=tuple(cfg.mean), std=tuple(cfg.std)) if cfg else data
 
 def _names(kind): return [f.name for f in fields(kind)]
 
@@ -143,9 +144,7 @@ def pretrained_weights(
     backbone: str,  # a name `create_backbone` knows
 ) -> str:
     "The full name of timm's pretrained weights: which ones `resnet50` means depends on timm's version."
-    import timm
-    cfg = timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
-    return f'{cfg.architecture}.{cfg.tag}' if cfg else backbone
+    return f'{cfg.architecture}.{cfg.tag}' if (cfg := _pretrained_cfg(backbone)) else backbone
 
 def spec(
     r: Run,
@@ -160,6 +159,7 @@ def spec(
                train=_told(o, [k for k in _names(TrainOptions) if k != 'epochs']))
     if r.validation is not None: out['validation'] = r.validation
     if r.pretrained: out['pretrained'] = pretrained_weights(r.backbone)
+    if r.pretrained and r.normalisation != 'data': out['normalisation'] = r.normalisation
     if r.threads != 1: out['threads'] = r.threads
     rival = {name: o[name] for name in RIVALS[r.method][1].values()} if r.method in RIVALS else {}
     if rival: out['losses'] = rival
@@ -221,19 +221,16 @@ def run_id(
     return f"{_spec_hash(spec(r, data or load_data(r)))}-p{TRAINING_PROTOCOL}"
 
 # %% ../nbs/method/14_experiments.ipynb #f478f798
-def _seal(record):
-    return hashlib.sha256(json.dumps({k: v for k, v in record.items() if k != 'checksum'},
-                                     sort_keys=True).encode()).hexdigest()
+def _seal(record): return sha256(json.dumps({k: v for k, v in record.items() if k != 'checksum'}, sort_keys=True))
+
+def _sealed(content):
+    record = json.loads(content)
+    if record['checksum'] == _seal(record): return record
+    raise ValueError("its checksum does not fit its content")
 
 def read_record(folder):
-    "The record in a run's folder, `None` if there is none or it is damaged."
-    path = Path(folder)/'record.json'
-    if not path.exists(): return None
-    try:
-        record = json.loads(path.read_text())
-        if record['checksum'] == _seal(record): return record
-        set_aside(path, "its checksum does not fit its content")
-    except (ValueError, KeyError, TypeError) as e: set_aside(path, e)
+    "The record in a run's folder, `None` if there is none or it is damaged; then it is set aside."
+    return read_checked(Path(folder)/'record.json', _sealed)
 
 # %% ../nbs/method/14_experiments.ipynb #55943b98
 def _lock(folder):
@@ -260,25 +257,39 @@ def _outcome(log):
 # %% ../nbs/method/14_experiments.ipynb #7daf0a62
 def _start(r, data): return start(r, data, None if METHODS[r.method] is None else _encoder(r.text_encoder)[0])
 
+def refuse_broken(model, r):
+    "Refuse a network that training has driven out of all numbers: it has no accuracy worth a record."
+    weights = {**dict(model.named_parameters()), **dict(model.backbone.named_buffers())}
+    if broken := [k for k, v in weights.items() if not v.isfinite().all()]:
+        raise FloatingPointError(f"{len(broken)} of the network's tensors are not finite after training ({broken[0]}): "
+                                 f"lower the learning rate of {r}; no record is written")
+
+def _write_record(r, s, data, folder, log):
+    "Seal what is known of a finished run."
+    record = dict(id=folder.name, run=asdict(r), spec=s, dataset=data.name, classes=len(data.class_names),
+                  class_names=data.class_names, preprocessing=preprocessing_of(data),
+                  precision=_options(r)['precision'], **_outcome(log), protocol=TRAINING_PROTOCOL,
+                  stamp=dict(stamp(), threads=r.threads),
+                  finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
+                  command=python_command(f'from lico.experiments import *; run({r!r})'))
+    write_atomic(folder/'record.json',
+                 json.dumps(dict(record, checksum=_seal(json.loads(json.dumps(record)))), indent=1))
+
 def _train(r, data, folder, progress):
     "Train and test a run, and write what is left of it; the record last."
     import pandas as pd
+    sweep_temporaries(folder)
     model, s = _start(r, data), spec(r, data)
     write_atomic(folder/'spec.json', json.dumps(s, indent=1))
     o = {k: v for k, v in _options(r).items() if k in _names(TrainOptions) and k != 'epochs'}
     log = fit(model, data, steps=s['steps'], preset=r.preset, seed=r.seed, evaluations=r.evaluations, folder=folder,
               progress=progress, **o)
-    predicted = load_checkpoint(folder/'checkpoint.safetensors')[0]['predicted']
+    refuse_broken(model, r)
+    if not (kept := load_checkpoint(folder/'checkpoint.safetensors')): return _train(r, data, folder, progress)
     save_checkpoint(folder/'model.safetensors', model.state_dict(), dict(id=folder.name))
-    save_checkpoint(folder/'predictions.safetensors', dict(predicted=predicted), dict(id=folder.name))
+    save_checkpoint(folder/'predictions.safetensors', dict(predicted=kept[0]['predicted']), dict(id=folder.name))
     write_atomic(folder/'log.csv', pd.DataFrame(log).to_csv(index=False))
-    record = dict(id=folder.name, run=asdict(r), spec=s, dataset=data.name, classes=len(data.class_names),
-                  precision=o['precision'], **_outcome(log), protocol=TRAINING_PROTOCOL,
-                  stamp=dict(stamp(), threads=r.threads),
-                  finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
-                  command=f'python -c "from lico.experiments import *; run({r!r})"')
-    write_atomic(folder/'record.json',
-                 json.dumps(dict(record, checksum=_seal(json.loads(json.dumps(record)))), indent=1))
+    _write_record(r, s, data, folder, log)
     (folder/'checkpoint.safetensors').unlink(missing_ok=True)
 
 # %% ../nbs/method/14_experiments.ipynb #c88ef896
@@ -298,21 +309,41 @@ def run(
 
 # %% ../nbs/method/14_experiments.ipynb #b63a15ff
 def run_of(record: dict) -> Run:
-    "The run that a record is of."
-    return Run(**{**record['run'], 'options': tuple(map(tuple, record['run']['options']))})
+    "The run that a record is of; pretrained ones from before their spec told so were normalised by their data."
+    told = dict(normalisation='data') if record['run']['pretrained'] and 'normalisation' not in record['spec'] else {}
+    return Run(**{**record['run'], **told, 'options': tuple(map(tuple, record['run']['options']))})
 
-def load_backbone(record: dict):
-    "The plain classifier that a run left, in evaluation mode."
-    from safetensors.torch import load_file
-    r = run_of(record)
-    data, path = load_data(r), runs_folder()/record['id']/'model.safetensors'
-    if not path.exists():
+def _weights_of(record):
+    "The weights that a run left; damaged ones are set aside with their record, and the run is done again."
+    folder = runs_folder()/record['id']
+    path, r = folder/'model.safetensors', run_of(record)
+    if found := load_checkpoint(path): return found[0]
+    if not any(folder.glob('model.safetensors.damaged-*')):
         raise FileNotFoundError(f"{path} is missing: the record of {r} is here without its weights; "
                                 "remove the folder and run it again")
-    net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size)
-    net.load_state_dict({k.removeprefix('backbone.'): v
-                         for k, v in load_file(path).items() if k.startswith('backbone.')})
+    with _lock(folder):
+        if not path.exists() and read_record(folder): set_aside(folder/'record.json', "its weights are damaged")
+    if run(r, progress=False)['id'] == record['id']: return _weights_of(record)
+    raise FileNotFoundError(f"{path} was damaged, and {r} is another run by now: its data or the code changed")
+
+def load_backbone(record: dict):
+    "The plain classifier that a run left, in evaluation mode; needs nothing but the run's folder."
+    weights = _weights_of(record)
+    net = create_backbone(record['run']['backbone'], num_classes=record['classes'],
+                          image_size=record['spec']['image_size'])
+    net.load_state_dict({k.removeprefix('backbone.'): v for k, v in weights.items() if k.startswith('backbone.')})
     return net.eval()
+
+def ship(
+    record: dict,  # from `run` or `sweep`
+    folder,  # to write to
+):
+    "Write a run's network, its class names and its preprocessing for others, as `save_network` does."
+    if 'preprocessing' not in record:
+        raise ValueError(f"the record {record['id']} is from before records held class names and preprocessing: "
+                         f"use save_network with those of load_data({run_of(record)!r})")
+    save_network(load_backbone(record), folder, record['class_names'], record['preprocessing'],
+                 record['run']['backbone'])
 
 # %% ../nbs/method/14_experiments.ipynb #f58a36e9
 def _identify(runs):
@@ -367,7 +398,7 @@ def _row(r):
     are short hashes of the images and of how the training starts and goes on."""
     flat = {**r['run'], **r['spec'], **r, 'labels': 'all' if r['spec']['split'] is None else r['spec']['images']}
     if r['dataset'].startswith('folder:'): flat['dataset'] = r['run']['dataset']
-    starts = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'threads')}
+    starts = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'normalisation', 'threads')}
     flat.update(data=r['spec']['data'][:8], training=_spec_hash({**r['spec']['train'], **starts})[:8])
     flat.update(text_encoder=r['spec'].get('text_encoder'), pretrained=r['spec'].get('pretrained'))
     flat['options'] = ', '.join(f'{k}={v}' for k, v in r['run']['options'])

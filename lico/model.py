@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['Output', 'wide', 'exact', 'CrossEntropy', 'mapping_net', 'Temperature', 'CalibratedTemperatures', 'refuse_unfit',
-           'LICO']
+           'LICO', 'tensors_digest', 'save_checkpoint', 'load_checkpoint', 'preprocessing_of', 'save_network',
+           'Shipped', 'refuse_damaged', 'load_network', 'loading_lines']
 
 # %% ../nbs/method/07_model.ipynb #d0b06ac8
-import functools
+import copy, functools, hashlib, json, os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import math, torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .backbones import feature_rows
+from .backbones import create_backbone, feature_rows
+from .config import SUMS, read_checked, read_sums, sha256, write_atomic, write_sums
+from .data import Files
 from .losses import LossOptions, calibrated_taus, kl_rows, log_adjacency, mean_cosine, ot_alignment, row_entropy
 
 # %% ../nbs/method/07_model.ipynb #aea12418
@@ -213,3 +217,160 @@ class LICO(_TwoSides):
                                              o.ot_value)
             more['loss'] = more['loss'] + o.beta*more['ot']
         return more
+
+# %% ../nbs/method/07_model.ipynb #e9618408
+def tensors_digest(
+    tensors: dict,  # name -> tensor on the CPU
+) -> str:
+    "sha256 of names and values."
+    h = hashlib.sha256()
+    for k in sorted(tensors):
+        h.update(k.encode() + tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+def _apart(tensors):
+    "The tensors on the CPU, each with memory of its own; two names of one parameter are written twice."
+    out, seen = {}, set()
+    for k, v in tensors.items():
+        v = v.detach().cpu().contiguous()
+        out[k] = v.clone() if v.untyped_storage().data_ptr() in seen else v
+        seen.add(out[k].untyped_storage().data_ptr())
+    return out
+
+def _header(content):
+    "The header of a safetensors file, and all that stands behind it."
+    n = 8 + int.from_bytes(content[:8], 'little')
+    return json.loads(content[8:n]), memoryview(content)[n:]
+
+def _file_seal(header, body):
+    meta = {k: v for k, v in header['__metadata__'].items() if k != 'seal'}
+    sha = hashlib.sha256(json.dumps({**header, '__metadata__': meta}, sort_keys=True).encode())
+    sha.update(body)
+    return sha.hexdigest()
+
+def save_checkpoint(
+    path,  # the file to write
+    tensors: dict,  # name -> tensor
+    state: dict,  # what JSON can hold
+):
+    "Write tensors and state into one safetensors file, whole or not at all."
+    from safetensors.torch import save
+    header, body = _header(save(_apart(tensors), metadata=dict(state=json.dumps(state))))
+    header['__metadata__']['seal'] = _file_seal(header, body)
+    text = json.dumps(header).encode()
+    text += b' '*(-len(text) % 8)
+    write_atomic(path, b''.join([len(text).to_bytes(8, 'little'), text, body]))
+
+# %% ../nbs/method/07_model.ipynb #fb42f620
+def _opened(content):
+    "Tensors and state of a file's bytes; one from before headers were sealed is known by the checksum of its tensors."
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+    header, body = _header(content)
+    meta = header['__metadata__']
+    if 'seal' in meta and meta['seal'] != _file_seal(header, body):
+        raise ValueError("its checksum does not fit its content")
+    try: tensors = load(content)
+    except SafetensorError as e: raise ValueError(e) from None
+    if 'seal' not in meta and meta['checksum'] != tensors_digest(tensors):
+        raise ValueError("its checksum does not fit its content")
+    return tensors, json.loads(meta['state'])
+
+def load_checkpoint(
+    path,  # the file to read
+):
+    "The tensors and the state of a checkpoint, or `None` if there is none or it is damaged; then it is set aside."
+    return read_checked(path, _opened)
+
+# %% ../nbs/method/07_model.ipynb #17e225a2
+def preprocessing_of(
+    data,  # a `Data`
+) -> dict:
+    "How test images become input: shorter side to `resize`, the central square of `image_size`, mean and std."
+    on_disk, S = isinstance(data.test, Files), data.image_size
+    return dict(image_size=S, resize=round(S*256/224) if on_disk else S, mean=list(data.mean), std=list(data.std),
+                interpolation='bilinear' if on_disk else 'bicubic')
+
+def _exported(net, size):
+    "The network as `torch.export` has it, for any number of images."
+    batch = {0: torch.export.Dim('batch')}
+    try: return torch.export.export(net, (torch.zeros(2, 3, size, size),), dynamic_shapes=(batch,))
+    except Exception as e:  # of many kinds
+        raise ValueError(f"torch.export cannot take {type(net).__name__} ({str(e).strip().splitlines()[0]}): "
+                         "rewrite what depends on values, or ship its weights with its code") from None
+
+def save_network(
+    net: nn.Module,  # the plain classifier, [B, 3, S, S] to [B, K]; left as it was
+    folder,  # made if need be
+    class_names,  # K names
+    preprocessing: dict,  # from `preprocessing_of`: image_size, resize, interpolation, mean, std
+    backbone: str = '',  # what `create_backbone` calls it; '': nothing that it knows
+):
+    "Write what is shipped: weights, class names, preprocessing and checksums, for everyone to read."
+    folder, plain = Path(folder), copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format).eval()
+    about, files = dict(backbone=backbone, class_names=list(class_names), **preprocessing), {}
+    write_atomic(folder/'network.json', json.dumps(about, indent=1, ensure_ascii=False))
+    save_checkpoint(folder/'network.safetensors', plain.state_dict(), about)
+    torch.export.save(_exported(plain, about['image_size']), folder/'network.pt2')
+    for name in ('network.json', 'network.safetensors', 'network.pt2'): files[name] = sha256((folder/name).read_bytes())
+    write_sums(folder, files)
+    folder.chmod(0o755)
+    for name in (*files, SUMS): (folder/name).chmod(0o644)
+
+# %% ../nbs/method/07_model.ipynb #6deb803e
+@dataclass
+class Shipped:
+    "A network, and what must be known to ask it."
+    net: nn.Module  # in eval mode, on the CPU
+    class_names: tuple
+    preprocessing: dict
+
+    def prepare(self, image):
+        "A PIL image as the network takes it, float32 [3, S, S]."
+        from torchvision.transforms import v2
+        o = self.preprocessing
+        steps = [v2.Resize(o['resize'], v2.InterpolationMode(o['interpolation'])), v2.CenterCrop(o['image_size'])]
+        to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(o['mean'], o['std'])]
+        return v2.Compose([*steps, *to_float])(image.convert('RGB'))
+
+def refuse_damaged(
+    folder,  # with `SHA256SUMS`
+):
+    "Refuse a folder whose files are not those that were written."
+    if not (sums := read_sums(folder)): raise FileNotFoundError(f"{folder} has no {SUMS}: expected a folder that "
+                                                                "save_network wrote")
+    for name, seal in sums.items():
+        if not (path := Path(folder)/name).is_file() or sha256(path.read_bytes()) != seal:
+            raise ValueError(f"{path} is damaged or missing (its checksum does not fit): copy the folder again")
+
+def load_network(
+    folder,  # from `save_network`
+) -> Shipped:
+    "The network, its class names and its preprocessing, checked."
+    refuse_damaged(folder)
+    folder = Path(folder)
+    tensors, about = _opened((folder/'network.safetensors').read_bytes())
+    backbone, names, size = about.pop('backbone'), tuple(about.pop('class_names')), about['image_size']
+    if not backbone: return Shipped(torch.export.load(folder/'network.pt2').module(), names, about)
+    net = create_backbone(backbone, len(names), size)
+    net.load_state_dict(tensors)
+    return Shipped(net.eval(), names, about)
+
+# %% ../nbs/method/07_model.ipynb #d558f0d3
+_lines = """import hashlib, json, torch
+from PIL import Image
+from torchvision.transforms import v2
+folder = {folder!r}
+for o in open(f'{{folder}}/SHA256SUMS', encoding='utf-8').read().splitlines():
+    assert hashlib.sha256(open(f'{{folder}}/{{o[66:]}}', 'rb').read()).hexdigest() == o[:64], f'{{o[66:]}} is damaged'
+about, net = json.load(open(f'{{folder}}/network.json', encoding='utf-8')), torch.export.load(f'{{folder}}/network.pt2').module()
+prepare = v2.Compose([v2.Resize(about['resize'], v2.InterpolationMode(about['interpolation'])), v2.CenterCrop(about['image_size']),
+                      v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(about['mean'], about['std'])])
+def classify(path): return dict(zip(about['class_names'], net(prepare(Image.open(path).convert('RGB'))[None]).softmax(1)[0].tolist()))
+"""
+
+def loading_lines(
+    folder,  # from `save_network`
+) -> str:
+    "Ten lines of Python that load a shipped network without lico: `classify(path)` gives each class's probability."
+    return _lines.format(folder=str(folder))

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainOptions', 'options_from', 'learning_rate', 'has_bfloat16', 'refuse_precision', 'Average', 'predict', 'accuracy',
-           'save_checkpoint', 'set_aside', 'load_checkpoint', 'DegenerateLossWarning', 'degenerate', 'check_finite',
-           'refuse_other_run', 'refuse_bad_call', 'fit']
+           'DegenerateLossWarning', 'degenerate', 'check_finite', 'refuse_other_run', 'refuse_bad_call', 'fit']
 
 # %% ../nbs/method/08_training.ipynb #a00947c7
 import hashlib, json, math, numbers, time, warnings
@@ -17,9 +16,10 @@ from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from .config import check_options, choose, derive_seed, device, preset as read_preset, write_atomic
+from .config import check_options, choose, derive_seed, device, preset as read_preset
 from .data import Files, test_batches, training_batches
 from .losses import LossOptions
+from .model import load_checkpoint, save_checkpoint, tensors_digest
 
 # %% ../nbs/method/08_training.ipynb #e5aa9080
 @dataclass(frozen=True)
@@ -114,44 +114,6 @@ def predict(
 def accuracy(predicted, labels) -> float:
     "The share of right predictions in percent."
     return 100*(predicted == labels).double().mean().item()
-
-# %% ../nbs/method/08_training.ipynb #8e8c1c5e
-def _checksum(tensors):
-    h = hashlib.sha256()
-    for k in sorted(tensors):
-        h.update(k.encode() + tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
-
-def save_checkpoint(
-    path,  # the file to write
-    tensors: dict,  # name -> tensor
-    state: dict,  # what JSON can hold
-):
-    "Write tensors and state into one safetensors file, whole or not at all."
-    from safetensors.torch import save
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomic(path, save(tensors, metadata=dict(state=json.dumps(state), checksum=_checksum(tensors))))
-
-# %% ../nbs/method/08_training.ipynb #65c7a2b4
-def set_aside(
-    path,  # a file that cannot be trusted
-    why: str,
-):
-    "Rename a damaged file, and say so; it is neither used nor deleted."
-    path = Path(path)
-    aside = path.with_name(f'{path.name}.damaged-{time.strftime("%Y%m%d-%H%M%S")}')
-    path.rename(aside)
-    warnings.warn(f"{path} is damaged ({why}): kept as {aside.name}, computing again", RuntimeWarning, stacklevel=3)
-
-def load_checkpoint(path):
-    "The tensors and the state of a checkpoint, or `None` if there is none or it is damaged; then it is set aside."
-    from safetensors import SafetensorError, safe_open
-    if not Path(path).exists(): return None
-    try:
-        with safe_open(path, 'pt') as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-        if meta['checksum'] != _checksum(tensors): raise ValueError("its checksum does not fit its content")
-        return tensors, json.loads(meta['state'])
-    except (SafetensorError, ValueError, KeyError, TypeError) as e: set_aside(path, e)
 
 # %% ../nbs/method/08_training.ipynb #c43389b4
 class DegenerateLossWarning(UserWarning):
@@ -292,7 +254,7 @@ def _identity(t, evaluations):
                **{k: v for k, v in asdict(t.o).items() if k != 'epochs'})
     out |= dict(device=where, processes=t.accelerator.num_processes,
                 threads=torch.get_num_threads() if where == 'cpu' else None)
-    out |= {'initial weights': _checksum({k: v.detach().cpu() for k, v in t.plain.state_dict().items()}),
+    out |= {'initial weights': tensors_digest({k: v.detach().cpu() for k, v in t.plain.state_dict().items()}),
             'dataset': data.digest, 'labelled images': _content(data.train), 'images to test on': _content(data.test),
             'class names': data.class_names, 'image size': data.image_size, 'mirroring': data.flip,
             'mean and deviation': [data.mean, data.std]}

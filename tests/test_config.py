@@ -1,4 +1,5 @@
-import subprocess, sys
+import os, re, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import nbformat, pytest
@@ -90,3 +91,71 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         config.write_atomic(path,
         'new')
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+
+
+RESULTS = sorted(p for p in (config.root()/'nbs').glob('*.ipynb') if p.stem != 'index')
+
+
+@pytest.mark.parametrize('path', RESULTS, ids=lambda p: p.stem)
+def test_every_parameter_has_a_form(path):
+    "The schema knows what each notebook declares, and allows what every profile says of it."
+    cell = next(c for c in nbformat.read(path, 4).cells if 'parameters' in c.metadata.get('tags', []))
+    names = config._assigned(cell.source)
+    assert set(names) - {'profile', 'out'} <= set(config.PARAMETERS)
+    for profile in ('smoke', 'laptop', 'paper'):
+        assert config.parameters(path.stem, {**dict.fromkeys(names, ''), 'profile': profile})
+
+
+@pytest.mark.parametrize('name, value, sentence', [
+    ('seeds', '0,0', 'seeds = 0, 0: 0 is there twice'), ('seeds', -1, 'seeds = -1: expected a whole number of at least'),
+    ('seeds', '1.5', 'seeds = 1.5: expected a whole number'), ('images', -1, 'images = -1: expected a whole number'),
+    ('workers', 0, 'workers = 0: expected a whole number of at least 1'), ('batch_size', 0, 'batch_size = 0: expected'),
+    ('workers', 'two', "workers = 'two': expected a whole number"), ('steps', 0, 'steps = 0: expected'),
+    ('epochs', 2.5, 'epochs = 2.5: expected a whole number'), ('image_size', -3, 'image_size = -3: expected'),
+    ('labels', '0', 'labels = 0: expected all, a whole number'), ('labels', '40, 5-shots', "labels = '5-shots': expected"),
+    ('labels', '40, 40', 'labels = 40, 40: 40 is there twice'), ('presets', 'papre', "unknown preset 'papre'"),
+    ('pretrained', 'perhaps', "unknown value of pretrained: 'perhaps'"), ('pretrained', 1, 'unknown value of pretrained: 1'),
+    ('stored', 'olny', "unknown value of stored: 'olny'"), ('block', 'F', "unknown value of block: 'F'"),
+    ('options', 'lr=inf', 'option lr = inf: expected'), ('options', 'alpha=nan', 'option alpha = nan: expected'),
+    ('options', 'batch_size=0', 'option batch_size = 0: expected'), ('options', 'taau=1', "unknown option 'taau'"),
+    ('validation', 0, 'validation = 0: expected'), ('points', 0, 'points = 0: expected'),
+    ('profile', 'lapotp', "unknown profile 'lapotp'"), ('out', '/proc/version/x', 'no folder that can be written to')])
+def test_a_wrong_parameter_is_refused(name, value, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        config.parameters('table1', {'profile': 'smoke', 'out': '', name: value})
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    given = dict(profile='lapotp', out='/proc/version', seeds='0,0', images=-1, workers=0, epochs=1, steps=2,
+                 options='lr=inf, taau=1', stored='olny')
+    with pytest.raises(ValueError) as e: config.parameters('table1', given)
+    for sentence in ("unknown profile 'lapotp'", '0 is there twice', 'images = -1', 'workers = 0', 'option lr = inf',
+                     "unknown option 'taau'", "'olny'", 'no folder that can be written to'):
+        assert sentence in str(e.value), sentence
+    with pytest.raises(ValueError, match='epochs = 1 and steps = 2: give one of them; .*images = -1'):
+        config.parameters('table1', dict(profile='smoke', out='', epochs=1, steps=2, images=-1))
+
+
+def test_infinite_options_are_refused():
+    for name, form in config.OPTIONS.items():
+        if isinstance(form, tuple) and form[0] in (int, float):
+            for value in (float('inf'), float('-inf'), float('nan')):
+                with pytest.raises(ValueError, match=f'option {name} = '): config.check_options(**{name: value})
+
+
+def test_what_a_killed_write_leaves_is_swept(tmp_path):
+    "By the next that locks the folder; what a living process writes stays, and so does what is not a temporary file."
+    code = ("import os, signal; from lico import config; os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); "
+            f"config.write_atomic({str(tmp_path/'a.b.csv')!r}, 'x')")
+    assert subprocess.run([sys.executable, '-c', code]).returncode == -9
+    left, = tmp_path.iterdir()
+    own = tmp_path/f'.b.{config._own_name()}.tmp'
+    for p in (own, tmp_path/'.hidden.tmp', tmp_path/'a.tmp'): p.touch()
+    with config.locked(tmp_path/'.lock'): assert not left.exists() and own.exists()
+    os.utime(own, (0, 0))
+    with config.locked(tmp_path/'.lock'): assert not own.exists() and (tmp_path/'a.tmp').exists()
+
+
+def test_threads_do_not_share_a_temporary_file(tmp_path):
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda i: config.write_atomic(tmp_path/'x', str(i)*99), range(80)))
+    assert [p.name for p in tmp_path.iterdir()] == ['x'] and len((tmp_path/'x').read_text()) in (99, 198)

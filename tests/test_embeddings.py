@@ -10,10 +10,9 @@ from lico.config import root
 from lico.data import load
 from lico.evidence.embeddings import (
     MEASURES, centroids, collect_embeddings, describe, draw_embeddings, embed, harder_splits,
-    linear_probe, measure_features, order_correlation, order_sentences, pooled_features,
-    read_points, write_points)
+    linear_probe, measure_features, order_correlation, order_sentences, pooled_features)
 from lico.evidence.stats import METRICS, conditions, paired
-from lico.evidence.store import read_results
+from lico.evidence.store import read_points, read_results, write_results
 from lico.experiments import Run, run
 
 TOP = root()
@@ -81,6 +80,7 @@ def test_pictures_have_the_perplexity_asked_for():
 
 def test_points_are_kept_or_replaced(tmp_path):
     points = lambda name, n, x: pd.DataFrame(dict(id=name, x=[x]*n, y=0., name='7'))
+    def write_points(folder, df, **more): write_results(folder, df[['id']].drop_duplicates(), points=df, **more)
     write_points(tmp_path, points('a-p1', 2, .126))
     assert read_points(tmp_path).x.tolist() == [.13, .13] and read_points(tmp_path).name.tolist() == ['7', '7']
     write_points(tmp_path, points('b-p1', 1, 2), keep=True)

@@ -7,7 +7,7 @@ import pandas as pd, pytest, torch
 from lico import config, experiments
 from lico.backbones import create_backbone
 from lico.experiments import (METHODS, RIVALS, Run, frame, load_backbone, load_data, read_record, run, run_id,
-                              runs_folder, spec, start, sweep)
+                              run_of, runs_folder, spec, start, sweep)
 from lico.text import load_text_encoder
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
@@ -215,3 +215,28 @@ def test_damaged_record(lico_root, damage):
                                           ('threads', 0), ('threads', None)])
 def test_run_refuses(field, value):
     with pytest.raises(ValueError, match=f'{field} = .*expected a whole number of at least'): Run(**{field: value})
+
+
+def test_a_pretrained_network_sees_what_it_was_trained_on(lico_root, monkeypatch, tmp_path):
+    """It is fed with its weights' own mean and std, which stand in its spec and record; `data` is what held before,
+    with the id of before, and a record from then is read as one."""
+    import timm
+    pretend(monkeypatch, tmp_path/'hub', 'test_resnet')
+    r, cfg = replace(TINY, backbone='test_resnet', image_size=64, pretrained=True), timm.get_pretrained_cfg('test_resnet')
+    old, plain = replace(r, normalisation='data'), replace(r, pretrained=False)
+    data = load_data(r)
+    assert (data.mean, data.std) == (tuple(cfg.mean), tuple(cfg.std)) != (load_data(old).mean, load_data(old).std)
+    assert spec(r, data) == {**spec(old, data), 'normalisation': 'weights'}
+    assert 'normalisation' not in spec(plain, data) and load_data(plain).mean == load_data(old).mean
+    first, before = sweep([r, old], progress=False)
+    assert first['preprocessing']['mean'] == list(cfg.mean) and first['preprocessing']['std'] == list(cfg.std)
+    assert first['id'] != before['id'] and frame([first, before]).training.nunique() == 2, 'they are no pair'
+    assert first['ce'] != before['ce'] and run_of(first) == r and run_of(before) == old
+    del before['run']['normalisation']
+    assert run_of(before) == old and eval(repr(old)) == old
+    with pytest.raises(ValueError, match="unknown value of normalisation: 'none'"): replace(r, normalisation='none')
+
+
+@pytest.mark.parametrize('field, value', [('pretrained', 1), ('pretrained', 'yes'), ('pretrained', None)])
+def test_pretrained_is_yes_or_no(field, value):
+    with pytest.raises(ValueError, match='unknown value of pretrained: .*choose one of True, False'): Run(**{field: value})

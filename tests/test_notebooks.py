@@ -52,7 +52,7 @@ def test_table3_from_any_folder(tmp_path):
     assert nbformat.reads(p.stdout, 4).cells, 'with no output path papermill writes the notebook to standard output'
     assert 'Unable to parse line' not in p.stderr and 'profile smoke' in p.stdout and 'minilm' in p.stdout
     out = tmp_path/'data'/'smoke'/'table3'
-    assert ({f.name for f in out.iterdir()} - {'.lock'} == {'figure.png', 'results.csv', 'table.md'}
+    assert ({f.name for f in out.iterdir()} - {'.lock'} == {'figure.png', 'results.csv', 'table.md', 'SHA256SUMS'}
             and not (tmp_path/'figures').exists())
     df = pd.read_csv(out/'results.csv')
     assert (df.method.tolist() == ['CE', 'LICO'] and (df.profile == 'smoke').all()
@@ -85,7 +85,7 @@ def test_table3_on_a_folder(tmp_path):
 def test_tables_smoke(lico_root, n):
     out = smoke(f'table{n}', lico_root)
     assert {'figure.png', 'results.csv', 'table.md'} <= {f.name for f in out.iterdir()} <= {
-        'figure.png', 'results.csv', 'table.md', 'scores.csv', '.lock'}
+        'figure.png', 'results.csv', 'table.md', 'scores.csv', '.lock', 'SHA256SUMS'}
     df = pd.read_csv(out/'results.csv')
     assert (TABLES[n].reference in set(df.arm) and df.arm.nunique() > 1 and (df.profile == 'smoke').all()
             and f'Table {n}' in (out/'table.md').read_text())

@@ -102,3 +102,23 @@ def test_pairs_share_everything_but_the_method(lico_root):
                        progress=False), 3)
     c = compare(df, 3)
     assert len(df) == 20 and c.n.tolist() == [2]*5 and c.dataset.tolist() == ['digits']*3 + ['folder:pets']*2
+
+
+@pytest.mark.parametrize('more, sentences', [
+    (dict(saliency=['gradcam'], metrics=['insert'], saliency_options='rise.n_maks=5'),
+     ["unknown saliency method 'gradcam'", "unknown metric 'insert'", "rise has no option 'n_maks'"]),
+    (dict(saliency=['rise'], metrics=['insertion'], saliency_options='rise.n_masks=0, rise.p=2, smoothgrad.samples=x'),
+     ['rise.n_masks = 0: expected a whole number', 'rise.p = 2: expected', "smoothgrad.samples = 'x': expected"]),
+    (dict(saliency=['xrai'], metrics=['insertion'], saliency_options='xrai.fast=maybe, edges.steps=3'),
+     ["unknown value of xrai.fast: 'maybe'", "edges has no option 'steps': its options are none"]),
+    (dict(saliency_options='gradcam.x=1'), ["unknown saliency method 'gradcam'"])])
+def test_what_is_asked_of_maps_is_checked_before_anything_runs(lico_root, monkeypatch, more, sentences):
+    monkeypatch.setattr(store, 'sweep', lambda *a, **k: pytest.fail('a run was started'))
+    with pytest.raises(ValueError) as e: collect(p_of(lico_root/'out', **more), [TINY])
+    assert all(s in str(e.value) for s in sentences), e.value
+
+
+def test_labels_that_cannot_be_shared_are_refused_before_anything_runs(lico_root, monkeypatch):
+    monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
+    with pytest.raises(ValueError, match='labels = 41 cannot be shared evenly'):
+        collect(p_of(lico_root/'out'), [TINY, replace(TINY, labels=41)])

@@ -9,7 +9,7 @@ __all__ = ['PHOTOGRAPHS', 'Network', 'Cases', 'trained_network', 'folded', 'imag
 # %% ../../nbs/evidence/18_cases.ipynb #dedd1f2b
 import functools, hashlib
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pandas as pd, torch
 from torch import nn
@@ -111,6 +111,12 @@ def photograph(name: str):
     from skimage import data
     return Image.fromarray(getattr(data, name)()).convert('RGB')
 
+def _refuse_outside(file, name):
+    "Refuse a name that leads out of the folder where it is looked for."
+    path = PureWindowsPath(str(name))  # knows both kinds of slashes
+    if path.anchor or '..' in path.parts:
+        raise ValueError(f"{file} names {name!r}, which leads out of its folder: expected files below images/")
+
 def _labelled_pictures(folder, n):
     "(name, PIL image, class) of `n` pictures of a folder with `labels.csv`."
     from PIL import Image
@@ -120,6 +126,7 @@ def _labelled_pictures(folder, n):
     labels = pd.read_csv(folder/'labels.csv')
     if missing := {'file', 'class_index'} - set(labels):
         raise ValueError(f"{folder/'labels.csv'} has no column {' and no '.join(sorted(missing))}")
+    for name in labels.file: _refuse_outside(folder/'labels.csv', name)
     if n > len(labels): raise ValueError(f"images = {n}: {folder} has {len(labels)} pictures")
     chosen = labels.set_index('file').class_index.loc[by_hash(labels.file)[:n]]
     return [(name, Image.open(folder/'images'/name).convert('RGB'), int(c)) for name, c in chosen.items()]

@@ -7,7 +7,7 @@ __all__ = ['VIEWS', 'Snapshots', 'weights_along', 'map_batches', 'gap', 'compose
            'divergence_sentences', 'draw_curves']
 
 # %% ../../nbs/evidence/25_divergence.ipynb #5735c736
-import functools, hashlib, math, time
+import functools, io, math, time
 from dataclasses import replace
 from itertools import product
 
@@ -15,7 +15,8 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 
 from ..backbones import feature_rows
-from ..config import derive_seed, device, root, stamp, write_atomic
+from ..config import (derive_seed, device, locked, python_command, read_sealed, root, sha256, stamp,
+                         write_sealed)
 from ..data import test_batches
 from .report import dataset_title
 from .stats import estimate
@@ -113,11 +114,22 @@ def _origin(r, data, points, images):
     "The columns that say which run the rows are of, and where they were made."
     labels = f'{r.shots}-shot' if r.shots else 'all' if r.labels is None else r.labels
     imports = 'from lico.evidence.divergence import *; from lico.experiments import Run'
-    command = f'python -c "{imports}; curves({r!r}, {points}, {images})"'
+    command = python_command(f'{imports}; curves({r!r}, {points}, {images})')
     here = {k: stamp().get(k) for k in ('hardware', 'instructions', 'threads', 'torch', 'python', 'commit')}
     asked = {k: getattr(r, k) for k in ('dataset', 'backbone', 'preset', 'text_encoder', 'seed')}
     about = dict(labels=labels, steps=spec(r, data)['steps'], id=run_id(r, data), protocol=TRAINING_PROTOCOL)
     return dict(**asked, **about, command=command, **here)
+
+def _curves(r, data, points, images):
+    "Train both networks, look at them on the way; the text of the table."
+    encoder, steps = load_text_encoder(r.text_encoder), spec(r, data)['steps']
+    began = time.perf_counter()
+    at = sorted({round(steps*(k/points)**2) for k in range(points + 1)})
+    weights = {'CE': weights_along(replace(r, method='CE'), at, data), 'LICO': weights_along(r, at, data, encoder)}
+    seconds = time.perf_counter() - began
+    rows = _look(build(r, data, encoder).eval().to(device()), weights, at, data, images)
+    df = pd.DataFrame(rows).assign(arm=lambda o: o.method, seconds=seconds, **_origin(r, data, points, images))
+    return df.to_csv(index=False, float_format='%.8g')
 
 def curves(
     r: Run,  # of LICO; its baseline is trained as well
@@ -126,18 +138,11 @@ def curves(
 ) -> pd.DataFrame:
     "Eq. 2 on the test set along training (Figure 10), a row a step and view; kept in `data/curves`, done once, ever."
     data = load_data(r)
-    looked = hashlib.sha256(f'{points} {images} {MEASURING_PROTOCOL}'.encode()).hexdigest()[:8]
+    looked = sha256(f'{points} {images} {MEASURING_PROTOCOL}')[:8]
     path = root()/'data'/'curves'/f"{run_id(r, data)}-{looked}.csv"
-    if path.exists(): return pd.read_csv(path)
-    encoder, steps = load_text_encoder(r.text_encoder), spec(r, data)['steps']
-    began = time.perf_counter()
-    at = sorted({round(steps*(k/points)**2) for k in range(points + 1)})
-    weights = {'CE': weights_along(replace(r, method='CE'), at, data), 'LICO': weights_along(r, at, data, encoder)}
-    seconds = time.perf_counter() - began
-    rows = _look(build(r, data, encoder).eval().to(device()), weights, at, data, images)
-    df = pd.DataFrame(rows).assign(arm=lambda o: o.method, seconds=seconds, **_origin(r, data, points, images))
-    write_atomic(path, df.to_csv(index=False, float_format='%.8g'))
-    return pd.read_csv(path)
+    with locked(f'{path}.lock'):
+        if (text := read_sealed(path)) is None: write_sealed(path, text := _curves(r, data, points, images))
+    return pd.read_csv(io.StringIO(text))
 
 # %% ../../nbs/evidence/25_divergence.ipynb #6be49845
 _papers = {('CE', 'first'), ('LICO', 'learned')}

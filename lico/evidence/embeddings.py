@@ -4,21 +4,20 @@
 
 # %% auto #0
 __all__ = ['ORDERS', 'VEHICLES', 'MEASURES', 'pooled_features', 'centroids', 'order_correlation', 'linear_probe', 'harder_splits',
-           'embed', 'describe', 'text_order', 'measure_features', 'read_points', 'write_points', 'collect_embeddings',
-           'draw_embeddings', 'order_sentences']
+           'embed', 'describe', 'text_order', 'measure_features', 'collect_embeddings', 'draw_embeddings',
+           'order_sentences']
 
 # %% ../../nbs/evidence/24_embeddings.ipynb #99b42b49
 import functools, math
-from pathlib import Path
 
 import numpy as np, pandas as pd, torch
 from torch import nn
 
-from ..config import derive_seed, write_atomic
+from ..config import derive_seed
 from ..data import test_batches
 from .report import arm_label, dataset_title, signed
 from .stats import estimate
-from .store import read_results, rows_of, train, write_results
+from .store import read_points, read_results, rows_of, train, write_results
 from ..experiments import load_backbone, load_data, run_of
 from ..text import PromptLearner, load_text_encoder
 
@@ -153,23 +152,6 @@ def measure_features(
     return dict(id=record['id'], **found, images=len(test)), points
 
 # %% ../../nbs/evidence/24_embeddings.ipynb #03617d5b
-def read_points(
-    folder,  # of a figure
-) -> pd.DataFrame:
-    "The rows of `points.csv`: a run's `id`, `x`, `y` and the `name` of the class, a row an image."
-    return pd.read_csv(Path(folder)/'points.csv', dtype=dict(id=str, name=str))
-
-def write_points(
-    folder,  # where to put `points.csv`
-    points: pd.DataFrame,  # from `measure_features`
-    keep: bool = False,  # leave the points of other runs that the file holds?
-):
-    "Write `points.csv`, to a hundredth."
-    if keep and (Path(folder)/'points.csv').exists():
-        before = read_points(folder)
-        points = pd.concat([before[~before.id.isin(points.id)], points])
-    write_atomic(Path(folder)/'points.csv', points.to_csv(index=False, float_format='%.2f'))
-
 def collect_embeddings(
     p,  # parameters of a notebook; `stored`, as for `collect`
     runs: list,  # of `Run`, as from `grid`
@@ -179,9 +161,8 @@ def collect_embeddings(
         records = train(p, runs)
         measures, points = zip(*(measure_features(r, p.images) for r in records))
         drawn = [o for o, r in zip(points, records) if r['run']['seed'] == p.seeds[0]]
-        write_points(p.out, pd.concat(drawn), keep=p.stored == 'add')
         rows = rows_of(records, stand_in=p.stand_in, profile=p.protocol).merge(pd.DataFrame(measures), on='id')
-        write_results(p.out, rows, keep=p.stored == 'add')
+        write_results(p.out, rows, keep=p.stored == 'add', points=pd.concat(drawn))
     return read_results(p.out), read_points(p.out)
 
 # %% ../../nbs/evidence/24_embeddings.ipynb #4c0afcfc
