@@ -29,7 +29,8 @@ def choose(
 _package = Path(lico.__file__).resolve().parent
 
 def _is_root(folder):
-    return (folder/'settings.ini').is_file() and '[profile.laptop]' in (folder/'settings.ini').read_text()
+    return (folder/'settings.ini').is_file() and '[profile.laptop]' in (folder/'settings.ini').read_text(encoding=
+        'utf-8')
 
 def root() -> Path:
     """The project's root: `LICO_ROOT`, else the first folder upwards from here that holds the project's
@@ -142,12 +143,12 @@ def preset(
 
 # %% ../nbs/method/00_config.ipynb #63432991
 def dataset_settings(
-    name: str,  # a dataset's name; `folder:PATH` goes by the last part of its path, never as a dataset of the paper
+    name: str,  # a dataset's name; `folder:PATH` goes by the last part of its path, where a section says `folder = yes`
 ) -> dict:
     "What `settings.ini` says of a dataset, as text; empty where it says nothing."
     ini, section = settings(), f"dataset.{Path(name.removeprefix('folder:')).name}"
     own = dict(ini[section]) if ini.has_section(section) else {}
-    return {} if name.startswith('folder:') and 'paper_name' in own else own
+    return {} if name.startswith('folder:') and own.get('folder') != 'yes' else own
 
 def datasets_of_the_paper() -> dict:
     "{a dataset's name in the paper: ours} of all that the paper uses."
@@ -264,7 +265,9 @@ def write_atomic(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            # a path of another locale may have bytes in it that are no UTF-8
+            f.write(data.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace').encode('utf-8')
+                    if isinstance(data, str) else data)
             f.flush(); os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
@@ -286,7 +289,7 @@ def _git(*args):
     except (OSError, subprocess.SubprocessError): return ''
 
 def _processor():
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
+    lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines() if Path('/proc/cpuinfo').exists() else []
     return next((o.split(':', 1)[1].strip() for o in lines if o.startswith('model name')),
                 platform.processor() or platform.machine())
 
