@@ -188,7 +188,8 @@ def _as_options(value):
 # %% ../nbs/method/00_config.ipynb #b528da75
 _lists = ('datasets', 'backbones', 'labels', 'methods', 'arms', 'presets', 'seeds', 'saliency', 'metrics')
 # they change what a number is of
-_protocol = ('options', 'steps', 'epochs', 'image_size', 'pretrained', 'images', 'test_images', 'saliency_options',
+_protocol = ('options', 'steps', 'epochs', 'image_size', 'flip', 'pretrained', 'images', 'test_images',
+             'saliency_options',
              'points')
 
 def _cells(namespace):

@@ -10,7 +10,7 @@ __all__ = ['METHODS', 'RIVALS', 'TRAINING_PROTOCOL', 'MEASURING_PROTOCOL', 'Run'
 # %% ../nbs/method/14_experiments.ipynb #e6f4961b
 import contextlib, functools, hashlib, json, math, numbers, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np, torch
@@ -21,6 +21,7 @@ from .backbones import create_backbone
 from .config import (check_options, choose, derive_seed, device, preset, root, seed_everything, settings, stamp,
                          write_atomic)
 from .data import load
+from .folders import stamp_of
 from .losses import LossOptions
 from .model import LICO, CrossEntropy
 from .text import PromptLearner, load_text_encoder
@@ -65,12 +66,14 @@ class Run:
     evaluations: int = 1  # tests on the test set, evenly spread
     image_size: int = None  # side in pixels; `None`: the dataset's own
     validation: int = None  # test on so many held-out training images; `None`: on the test set
+    flip: bool = None  # mirror half of the training images? `None`: as the dataset has it; a folder's images are
     options: tuple = ()  # options that replace the preset's, as a dictionary or as pairs
     threads: int = 1  # processor threads of the training; more are faster on large networks and round differently
 
     def __post_init__(self):
         choose('method', self.method, METHODS)
         choose('value of pretrained:', self.pretrained, (True, False))
+        choose('value of flip:', self.flip, (None, True, False))
         object.__setattr__(self, 'options', tuple(sorted(check_options(**dict(self.options)).items())))
         if self.labels == 'all': object.__setattr__(self, 'labels', None)
         for name in _least:
@@ -103,7 +106,7 @@ def _state_kept(threads=None):
 def _files(folder):
     "What tells that a folder has changed, nothing for what is none."
     files = [p for p in Path(folder).iterdir() if p.is_file()] if folder and Path(folder).is_dir() else []
-    return tuple(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+    return tuple(sorted((p.name, stamp_of(p)) for p in files))
 
 @functools.lru_cache(maxsize=2)
 def _loaded(name, files):
@@ -127,7 +130,7 @@ def _options(r): return preset(r.preset, **{**dict(r.options), **({} if r.epochs
 
 def load_data(r: Run):
     return load(r.dataset, labels=r.labels, shots=r.shots, seed=r.split, image_size=r.image_size,
-                validation=r.validation)
+                validation=r.validation, flip=r.flip)
 
 def _names(kind): return [f.name for f in fields(kind)]
 
@@ -161,6 +164,7 @@ def spec(
     if r.validation is not None: out['validation'] = r.validation
     if r.pretrained: out['pretrained'] = pretrained_weights(r.backbone)
     if r.threads != 1: out['threads'] = r.threads
+    if r.flip is not None and load_data(replace(r, flip=None)).flip != r.flip: out['flip'] = r.flip
     rival = {name: o[name] for name in RIVALS[r.method][1].values()} if r.method in RIVALS else {}
     if rival: out['losses'] = rival
     if METHODS[r.method] is not None:
@@ -230,7 +234,7 @@ def read_record(folder):
     path = Path(folder)/'record.json'
     if not path.exists(): return None
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding='utf-8'))
         if record['checksum'] == _seal(record): return record
         set_aside(path, "its checksum does not fit its content")
     except (ValueError, KeyError, TypeError) as e: set_aside(path, e)
@@ -320,7 +324,7 @@ def _identify(runs):
     be had is said now."""
     ids, missing, data = {}, {}, (None, None)
     for r in runs:
-        asked = (r.dataset, r.labels, r.shots, r.split, r.image_size, r.validation)
+        asked = (r.dataset, r.labels, r.shots, r.split, r.image_size, r.validation, r.flip)
         if data[0] != asked: data = asked, load_data(r)  # the arms of a seed share it
         ids[r] = id = run_id(r, data[1])
         if id in missing or read_record(runs_folder()/id): continue
@@ -359,7 +363,7 @@ _shown = ('dataset', 'data', 'labels', 'backbone', 'method', 'preset', 'options'
           'validation', 'image_size', 'steps', 'training', 'classes',
           'accuracy_last', 'accuracy_best', 'best_step', 'tests', 'ce', 'mm', 'ot', 'tau', 'entropy_image',
           'entropy_text', 'cosine', 'seconds', 'id', 'protocol', 'finished', 'command')
-_where_used = ('precision', 'pretrained', 'tau_image', 'cgc', 'gcc', 'supcon')  # columns of runs that have them
+_where_used = ('precision', 'pretrained', 'flip', 'tau_image', 'cgc', 'gcc', 'supcon')  # columns of runs that have them
 _stamped = ('python', 'torch', 'hardware', 'instructions', 'threads', 'commit')
 
 def _row(r):
@@ -367,9 +371,9 @@ def _row(r):
     are short hashes of the images and of how the training starts and goes on."""
     flat = {**r['run'], **r['spec'], **r, 'labels': 'all' if r['spec']['split'] is None else r['spec']['images']}
     if r['dataset'].startswith('folder:'): flat['dataset'] = r['run']['dataset']
-    starts = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'threads')}
+    starts = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'threads', 'flip')}
     flat.update(data=r['spec']['data'][:8], training=_spec_hash({**r['spec']['train'], **starts})[:8])
-    flat.update(text_encoder=r['spec'].get('text_encoder'), pretrained=r['spec'].get('pretrained'))
+    flat.update({k: r['spec'].get(k) for k in ('text_encoder', 'pretrained', 'flip')})
     flat['options'] = ', '.join(f'{k}={v}' for k, v in r['run']['options'])
     used = {k: flat[k] for k in _where_used if flat.get(k) is not None}
     return {k: flat.get(k) for k in _shown} | used | {k: r['stamp'].get(k) for k in _stamped}

@@ -215,3 +215,18 @@ def test_damaged_record(lico_root, damage):
                                           ('threads', 0), ('threads', None)])
 def test_run_refuses(field, value):
     with pytest.raises(ValueError, match=f'{field} = .*expected a whole number of at least'): Run(**{field: value})
+
+
+def test_flip_came_later_and_counts_only_where_it_changes_something(tmp_path):
+    "A run that says what the dataset says anyway is the same run."
+    from PIL import Image
+    for c in ('cat', 'dog'):
+        (tmp_path/c).mkdir()
+        for i in range(5): Image.new('RGB', (8, 8), (i, 0, c == 'cat')).save(tmp_path/c/f'{i}.png')
+    mine = Run(dataset=f'folder:{tmp_path}', backbone='wrn_10_1', steps=1)
+    for r, own in ((TINY, False), (mine, True)):
+        same, other = replace(r, flip=own), replace(r, flip=not own)
+        assert run_id(r) == run_id(same) != run_id(other) and load_data(other).flip is (not own)
+        assert 'flip' not in spec(r, load_data(r)) and spec(other, load_data(other))['flip'] is (not own)
+    assert Run(flip=False) == eval(repr(Run(flip=False))) and 'flip' not in repr(TINY)
+    with pytest.raises(ValueError, match="unknown value of flip: 'no': choose one of None, True, False"): Run(flip='no')

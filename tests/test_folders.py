@@ -1,5 +1,5 @@
-"""lico.folders: what people, cameras, archives and systems leave in a folder of images; every way to write a split, every
-link, every name; and what is said of it."""
+"""lico.folders: what people, cameras, archives and systems leave in a folder of images; every way to write a split,
+every link, every name; and what is said of it."""
 import os, socket, subprocess, sys, unicodedata
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -49,7 +49,8 @@ def test_hidden_and_system_folders_are_not_read(bare, said, name, where):
     notes, d = said(bare)
     assert notes == [] and d.digest == want.digest and d.class_names == ('cat', 'dog')
 
-@pytest.mark.parametrize('name', ['._0.png', 'Thumbs.db', '.DS_Store', 'desktop.ini', '.hidden.jpg', 'ehthumbs.db', 'Icon\r'])
+@pytest.mark.parametrize('name', ['._0.png', 'Thumbs.db', '.DS_Store', 'desktop.ini', '.hidden.jpg', 'ehthumbs.db',
+                                  'Icon\r'])
 def test_hidden_and_system_files_are_not_read_and_not_counted(bare, said, name):
     want = said(bare)[1]
     (bare/'cat'/name).write_bytes((bare/'cat'/'0.png').read_bytes())
@@ -63,7 +64,8 @@ def test_each_real_folder_is_read_once_whatever_links_there_are(bare, said):
     (bare/'cat'/'all').symlink_to(bare); (bare/'cat'/'dogs').symlink_to(bare/'dog'); (bare/'dog'/'me').symlink_to('.')
     notes, d = said(bare)
     assert d.digest == want.digest and len(d.train) + len(d.test) == 20
-    assert notes == ['folders that links lead to again are read once: cat/all is the whole, cat/dogs is dog, dog/me is dog']
+    assert notes == ['folders that links lead to again are read once: cat/all is the whole, cat/dogs is dog, dog/me '
+                     'is dog']
 
 def test_links_to_folders_and_files_elsewhere_are_followed(tmp_path, said):
     fill(tmp_path/'store', 'a', 'b', n=10)
@@ -98,7 +100,8 @@ def test_what_is_no_file_is_refused_and_not_waited_for(bare, kind, monkeypatch):
 
 def test_a_link_to_nowhere_and_one_to_itself_are_named(bare):
     (bare/'cat'/'a.jpg').symlink_to('nowhere'); (bare/'dog'/'b.jpg').symlink_to('b.jpg')
-    assert (m := refusal(bare)).startswith('2 of 22 images in FOLDER cannot be read: cat/a.jpg (') and 'dog/b.jpg (' in m
+    message = refusal(bare)
+    assert message.startswith('2 of 22 images in FOLDER cannot be read: cat/a.jpg (') and 'dog/b.jpg (' in message
 
 def test_a_folder_that_may_not_be_looked_into_is_named(bare, monkeypatch):
     scandir = os.scandir
@@ -110,7 +113,8 @@ def test_a_folder_that_may_not_be_looked_into_is_named(bare, monkeypatch):
 
 # parts
 
-@pytest.mark.parametrize('train, test', [('Train', 'TEST'), ('training', 'testing'), ('train', 'val'), ('TRAIN', 'Valid'),
+@pytest.mark.parametrize('train, test', [('Train', 'TEST'), ('training', 'testing'), ('train', 'val'),
+                                         ('TRAIN', 'Valid'),
                                          ('train', 'validation'), ('train', 'dev'), ('Training', 'eval'),
                                          ('train_set', 'test_set'), ('seg_train', 'seg_test'), ('train2017', 'val2017'),
                                          ('images/train', 'images/test'), ('data/Train', 'data/Test'),
@@ -124,7 +128,8 @@ def test_parts_by_their_usual_names(tmp_path, said, train, test):
     assert notes == ([] if 'test' in test.lower() else [f'trains on {train}, tests on {test}'])
 
 def test_of_three_parts_validation_is_not_used_and_that_is_said(tmp_path, said):
-    for k, (name, n) in enumerate((('train', 3), ('Valid', 2), ('test', 4))): fill(tmp_path/'a', *parts(name), n=n, red=60*k)
+    for k, (name, n) in enumerate((('train', 3), ('Valid', 2), ('test', 4))): fill(tmp_path/'a', *parts(name), n=n,
+        red=60*k)
     notes, d = said(tmp_path/'a')
     assert (len(d.train), len(d.test)) == (6, 8) and notes == [
         'trains on train, tests on test; Valid is not used']
@@ -132,7 +137,8 @@ def test_of_three_parts_validation_is_not_used_and_that_is_said(tmp_path, said):
     assert said(tmp_path/'a')[0][1:] == ['3 images lie in no class folder and are not used, such as extra/cat/0.png']
 
 @pytest.mark.parametrize('paths, says', [
-    (parts('train'), 'has a folder train but none named test'), (parts('Test'), 'has a folder Test but none named train'),
+    (parts('train'), 'has a folder train but none named test'),
+    (parts('Test'), 'has a folder Test but none named train'),
     (parts('val', 'test'), 'has a folder test, val but none named train'),
     (parts('train', 'Training', 'test'), 'has Training, train for one purpose: keep one of them'),
     (['cat', 'dog', 'test'], 'has a folder test but none named train'),
@@ -163,7 +169,8 @@ def test_classes_that_sound_like_parts_stay_classes(tmp_path, said):
 # endings
 
 def test_what_pillow_reads_is_read(bare, said, tmp_path):
-    names = [f'x{e}' for e in ('.jfif', '.webp', '.tif', '.bmp', '.gif', '.JPG', '.ppm', '.avif') if e.lower() in image_endings()]
+    names = [f'x{e}' for e in ('.jfif', '.webp', '.tif', '.bmp', '.gif', '.JPG', '.ppm', '.avif')
+             if e.lower() in image_endings()]
     assert len(names) >= 7
     for k, name in enumerate(names): Image.new('RGB', (8, 8), (30*k, 0, 200)).save(bare/'cat'/name)
     notes, d = said(bare)
@@ -211,7 +218,8 @@ def test_names_in_any_unicode_form_are_one_name(tmp_path, said):
     fill(tmp_path/'c', f'train/{NFC}', 'train/x'); fill(tmp_path/'c', f'test/{NFD}', 'test/x', red=9)
     assert said(tmp_path/'c')[1].class_names == ('x', NFC)
     message = refusal(fill(tmp_path/'d', NFC, NFD, 'x'))
-    assert 'the same name in two forms of Unicode' in message and r"'A\u0308pfel'" in message and r"'\xc4pfel'" in message
+    assert 'the same name in two forms of Unicode' in message
+    assert r"'A\u0308pfel'" in message and r"'\xc4pfel'" in message
 
 def test_a_class_whose_name_is_no_text_is_refused_readably_and_a_file_is_read(bare, said):
     os.rename(os.fsencode(bare/'cat'/'0.png'), os.fsencode(bare/'cat') + b'/caf\xe9.png')
@@ -226,7 +234,8 @@ def test_a_class_whose_name_is_no_text_is_refused_readably_and_a_file_is_read(ba
     os.rename(os.fsencode(bare/'dog'), os.fsencode(bare) + b'/hund\xe9')
     assert refusal(bare) == r'class folder hund\xe9 of FOLDER has a name that is no UTF-8: rename it'
 
-@pytest.mark.parametrize('name', ['$', '|', 'None', 'NA', 'nan', '_', '*', '<b>', 'a$b$c', '🐸', ' x', '#', '@home', '%s', '{x}'])
+@pytest.mark.parametrize('name', ['$', '|', 'None', 'NA', 'nan', '_', '*', '<b>', 'a$b$c', '🐸', ' x', '#', '@home',
+                                  '%s', '{x}'])
 def test_class_names_are_plain_text(tmp_path, said, name):
     d = said(fill(tmp_path/'a', name, 'dog', n=5))[1]
     assert name in d.class_names
@@ -236,7 +245,8 @@ def test_class_names_are_plain_text(tmp_path, said, name):
 IN_C = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0', 'OMP_NUM_THREADS': '1'}
 
 def test_another_locale_reads_the_same(tmp_path):
-    "Class names, the folder itself, a known dataset's files, and a file whose name is no text; `settings.ini` on the way."
+    """Class names, the folder itself, a known dataset's files, and a file whose name is no text; `settings.ini` on
+    the way."""
     here = fill(tmp_path/'Obst für alle', 'Äpfel', '梨', n=10)
     os.rename(os.fsencode(here/'梨'/'0.png'), os.fsencode(here/'梨') + b'/caf\xe9.png')
     (here/'boxes.csv').write_text('file,x0,y0,x1,y1\n' + ''.join(f'{p},0,0,1,1\n' for p, _ in look_into(here).images
@@ -247,7 +257,8 @@ from lico.config import dataset_settings, write_atomic
 d = load(f'folder:{sys.argv[1]}')
 l = load(f'folder:{sys.argv[1]}', image_size=70)
 write_atomic('out.txt', d.name)
-print(ascii([sys.getfilesystemencoding(), d.class_names, d.digest, l.digest, d.train.y.tolist(), l.test.paths.tolist()]))
+print(ascii([sys.getfilesystemencoding(), d.class_names, d.digest, l.digest, d.train.y.tolist(),
+             l.test.paths.tolist()]))
 try: load(f'folder:{sys.argv[1]}/Äpfel')
 except FileNotFoundError as e: print(e, file=sys.stderr)"""
     (tmp_path/'code.py').write_text(code, encoding='utf-8')

@@ -1,4 +1,5 @@
-"lico.pixels against what was drawn, PIL and torchvision: every kind of file is one picture; windows, strips, bombs; and threads."
+"""lico.pixels against what was drawn, PIL and torchvision: every kind of file is one picture; windows, strips,
+bombs; and threads."""
 import io, os, resource, subprocess, sys, threading
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -19,7 +20,8 @@ def far(a, b): return np.abs(np.asarray(a, float) - np.asarray(b, float)).max()
 
 # from a file to pixels
 
-UPRIGHT = {1: None, 2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270', 7: 'TRANSVERSE',
+UPRIGHT = {1: None, 2: 'FLIP_LEFT_RIGHT', 3: 'ROTATE_180', 4: 'FLIP_TOP_BOTTOM', 5: 'TRANSPOSE', 6: 'ROTATE_270',
+           7: 'TRANSVERSE',
            8: 'ROTATE_90'}
 
 @pytest.mark.parametrize('kind', ['png', 'jpeg', 'webp', 'tiff'])
@@ -39,7 +41,8 @@ def test_damaged_exif_turns_nothing():
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P', 'PA', 'L', 'RGB'])
 def test_what_is_transparent_is_on_white(mode):
     "A black glyph on transparent black, however it is stored; half transparent is halfway to white."
-    letter = Image.new('RGBA', (20, 20)); letter.paste((0, 0, 0, 255), (5, 5, 15, 15)); letter.paste((0, 0, 0, 128), (0, 0, 20, 3))
+    letter = Image.new('RGBA', (20, 20)); letter.paste((0, 0, 0, 255), (5, 5, 15, 15)); letter.paste((0, 0, 0, 128),
+        (0, 0, 20, 3))
     want = Image.alpha_composite(Image.new('RGBA', (20, 20), 'white'), letter).convert('RGB')
     if mode in ('L', 'RGB'):  # one colour that counts as transparent
         hard = Image.new(mode, (20, 20), 'white' if mode == 'L' else (1, 2, 3)); hard.paste('black', (5, 5, 15, 15))
@@ -72,7 +75,8 @@ def test_sixteen_bits_of_colour_are_treated_like_those_of_grey():
 @pytest.mark.parametrize('image', [np.full((4, 4), .5, np.float32), np.full((4, 4), 70_000, np.int32)])
 def test_thirty_two_bits_are_refused(image):
     Image.fromarray(image).save(file := io.BytesIO(), 'tiff')
-    with pytest.raises(OSError, match='mode [IF] has 32 bits a pixel, of which nobody knows what is white'): open_image(file)
+    with pytest.raises(OSError, match='mode [IF] has 32 bits a pixel, of which nobody knows what is white'):
+        open_image(file)
 
 def test_cmyk_is_right():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0), (255, 255, 0)]
