@@ -70,6 +70,7 @@ def test_guide_on_a_folder_of_ones_own(tmp_path):
     assert not (tmp_path/'data').exists()
 
 
+@pytest.mark.slow  # tests/test_pixels.py has the same in seconds, without the notebook
 @pytest.mark.parametrize('size', ['32', '72'])
 def test_what_is_shipped_has_the_accuracy_of_the_log(tmp_path, size):
     "At sizes at which images are kept in memory and at which they stay on disk; mirroring is off if asked for."
