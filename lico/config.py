@@ -32,7 +32,8 @@ def choose(
 _package = Path(lico.__file__).resolve().parent
 
 def _is_root(folder):
-    return (folder/'settings.ini').is_file() and '[profile.laptop]' in (folder/'settings.ini').read_text()
+    return (folder/'settings.ini').is_file() and '[profile.laptop]' in (folder/'settings.ini').read_text(encoding=
+        'utf-8')
 
 def root() -> Path:
     """The project's root: `LICO_ROOT`, else the first folder upwards from here that holds the project's
@@ -175,12 +176,12 @@ def preset(
 
 # %% ../nbs/method/00_config.ipynb #63432991
 def dataset_settings(
-    name: str,  # a dataset's name; `folder:PATH` goes by the last part of its path, never as a dataset of the paper
+    name: str,  # a dataset's name; `folder:PATH` goes by the last part of its path, where a section says `folder = yes`
 ) -> dict:
     "What `settings.ini` says of a dataset, as text; empty where it says nothing."
     ini, section = settings(), f"dataset.{Path(name.removeprefix('folder:')).name}"
     own = dict(ini[section]) if ini.has_section(section) else {}
-    return {} if name.startswith('folder:') and 'paper_name' in own else own
+    return {} if name.startswith('folder:') and own.get('folder') != 'yes' else own
 
 def datasets_of_the_paper() -> dict:
     "{a dataset's name in the paper: ours} of all that the paper uses."
@@ -201,13 +202,13 @@ def profile_settings(
 _count, _from_zero = (int, 1, math.inf), (int, 0, math.inf)
 FIELDS = dict(  # of a run
     labels=_count, shots=_count, seed=_from_zero, split_seed=_from_zero, epochs=_count, steps=_count,
-    evaluations=_count, image_size=_count, validation=_count, threads=_count, pretrained=bool)
+    evaluations=_count, image_size=_count, validation=_count, threads=_count, pretrained=bool, flip=bool)
 _size = re.compile(r'all|[1-9]\d*(-shot)?'), "all, a whole number of at least 1, or 5-shot for five of each class"
 PARAMETERS = dict(  # of result notebooks; a list is written with commas
     datasets=[str], backbones=[str], labels=[_size], methods=[str], arms=[str], presets=[str], seeds=[_from_zero],
     saliency=[str], metrics=[str], saliency_options=str, text_encoder=str, stand_in=str, layers=str, pictures=str,
     folder=str, backbone=str, stored=('add', 'only'), block=tuple('ABCDE'), options=str,
-    **{k: FIELDS[k] for k in ('epochs', 'steps', 'evaluations', 'image_size', 'validation', 'pretrained')},
+    **{k: FIELDS[k] for k in ('epochs', 'steps', 'evaluations', 'image_size', 'validation', 'pretrained', 'flip')},
     **dict.fromkeys(('workers', 'batch_size', 'images', 'test_images', 'shown', 'points'), _count),
     photographs=_from_zero)
 
@@ -233,7 +234,8 @@ def _as_options(value):
 
 # %% ../nbs/method/00_config.ipynb #b528da75
 # they change what a number is of
-_protocol = ('options', 'steps', 'epochs', 'image_size', 'pretrained', 'images', 'test_images', 'saliency_options',
+_protocol = ('options', 'steps', 'epochs', 'image_size', 'flip', 'pretrained', 'images', 'test_images',
+             'saliency_options',
              'points')
 
 def _cells(namespace):
@@ -331,7 +333,9 @@ def write_atomic(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            # a path of another locale may have bytes in it that are no UTF-8
+            f.write(data.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace').encode('utf-8')
+                    if isinstance(data, str) else data)
             f.flush(); os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
@@ -460,7 +464,7 @@ def _git(*args):
     except (OSError, subprocess.SubprocessError): return ''
 
 def _processor():
-    lines = Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else []
+    lines = Path('/proc/cpuinfo').read_text(encoding='utf-8').splitlines() if Path('/proc/cpuinfo').exists() else []
     return next((o.split(':', 1)[1].strip() for o in lines if o.startswith('model name')),
                 platform.processor() or platform.machine())
 

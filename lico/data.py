@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Images', 'Files', 'Data', 'refuse_path', 'dataset_name', 'load', 'test_boxes', 'augment', 'training_batch',
-           'training_batches', 'test_batches']
+           'training_batches', 'test_batches', 'preprocessing']
 
 # %% ../nbs/method/03_data.ipynb #b05cf3c5
 import csv, dataclasses, functools, hashlib, json, numbers, os, sys
 from pathlib import Path
 import numpy as np, torch
 from .config import derive_seed
-from .datasets import by_hash, each_image, file_bytes, find, image_files, image_hashes
-from .datasets import no_truncated_images, open_image, reason
+from .datasets import file_bytes, find, image_hashes, repeated_images
+from .folders import as_bytes, as_text, by_hash, composed, look_into, on_disk, readable
+from .pixels import (as_rgb, central_window, each_image, open_image, random_window, read_ahead, read_image, reason,
+                         whole_square, window_source)
 
 # %% ../nbs/method/03_data.ipynb #cd132858
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -80,16 +82,13 @@ def _data(name, train, test, class_names, flip):
     return Data(name, train, test, class_names, train.x.shape[-1], flip, mean, std, _digest(train, test, class_names))
 
 # %% ../nbs/method/03_data.ipynb #14dbfc5a
-def _fit(image, size):
-    "An 8-bit PIL image as uint8 [3, size, size]: the largest centred square, resized bicubically if its size differs."
-    from PIL import Image, ImageOps
-    image = image.convert('RGB')
-    if image.size != (size, size): image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+def _chw(image):
+    "A PIL image as uint8 [3, H, W]."
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 def _images(pairs, size):
     "`Images` from pairs of a PIL image and a label."
-    x, y = zip(*((_fit(image, size), int(label)) for image, label in pairs))
+    x, y = zip(*((_chw(whole_square(as_rgb(image), size)), int(label)) for image, label in pairs))
     return Images(torch.from_numpy(np.stack(x)), torch.tensor(y))
 
 # %% ../nbs/method/03_data.ipynb #3cf799f3
@@ -103,15 +102,20 @@ def _in_memory(name, source, size):
 _largest_in_memory, _most_to_check = 64, 20_000
 _imagenet_mean, _imagenet_std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-def _files_digest(source):
+def _say(name, sentences):
+    "What one should know of a folder."
+    for o in sentences: print(f"{readable(as_text(name))}: {o}", file=sys.stderr)
+
+def _files_digest(name, source):
     hashes = image_hashes(source.folder, source.train.images + source.test.images, file_bytes)
+    _say(name, repeated_images(source, hashes))
     listed = [source.class_names, source.train.labels, source.test.labels, hashes]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 def _on_disk(name, source, size):
     "The `Data` of files: its digest is of their bytes in order, labels and names; of a known dataset, of its content."
-    def files(o): return Files(source.folder, np.array([os.fsencode(f) for f in o.images]), torch.tensor(o.labels))
-    digest, norm = source.content or _files_digest(source), (_imagenet_mean, _imagenet_std)
+    def files(o): return Files(source.folder, np.array([as_bytes(f) for f in o.images]), torch.tensor(o.labels))
+    digest, norm = source.content or _files_digest(name, source), (_imagenet_mean, _imagenet_std)
     return Data(name, files(source.train), files(source.test), source.class_names, size, source.flip, *norm, digest)
 
 # %% ../nbs/method/03_data.ipynb #81ffcee2
@@ -124,14 +128,16 @@ def _guess_size(path):
 def _from_files(name, source, size):
     "The `Data` of an image tree or another list of files."
     files, n, keep = source.train.images + source.test.images, len(source.train.images), size or source.size
-    guess = keep or _guess_size(source.folder/files[0])
+    _say(name, source.notes)
+    guess = keep or _guess_size(on_disk(source.folder, files[0]))
     if guess <= _largest_in_memory:
         x = torch.empty(len(files), 3, guess, guess, dtype=torch.uint8)
         pixels = x.numpy()  # the same memory
-        def put(i, image): pixels[i] = _fit(image, guess)
+        def put(i, image): pixels[i] = _chw(whole_square(as_rgb(image), guess))
         sizes = each_image(source.folder, files, put)
         images = Images(x, torch.tensor(source.train.labels + source.test.labels))
         if keep or sizes == {(guess, guess)}:
+            if not source.name: _say(name, repeated_images(source, [o.tobytes() for o in pixels]))
             return _data(name, images[:n], images[n:], source.class_names, source.flip)
     else: sizes = each_image(source.folder, files) if len(files) < _most_to_check else ()
     return _on_disk(name, source, keep or (guess if sizes == {(guess, guess)} else 224))
@@ -189,9 +195,9 @@ def _hold_out(images, class_names, n):
 
 # %% ../nbs/method/03_data.ipynb #aefce7b9
 @functools.lru_cache(maxsize=2)
-def _whole(name, size, files):
-    "A whole dataset; of a folder, with its `files`."
-    source = find(name, files)
+def _whole(name, size, listing):
+    "A whole dataset; of a folder, with what lies there."
+    source = find(name, listing)
     return (_from_files if source.folder else _in_memory)(source.name or name, source, size)
 
 # %% ../nbs/method/03_data.ipynb #61c13484
@@ -201,10 +207,10 @@ def refuse_path(name):
         raise ValueError(f"dataset {name!r} looks like a path: a folder of images is folder:{name}")
 
 def _place(name):
-    "A dataset's name with a folder's path resolved, and what files are there."
+    "A dataset's name with a folder's path resolved, and what lies there."
     if not name.startswith('folder:'): return name, None
-    folder = Path(name.removeprefix('folder:')).expanduser().resolve()
-    return f'folder:{folder}', image_files(folder)
+    folder = Path(os.fsdecode(as_bytes(name.removeprefix('folder:')))).expanduser().resolve()
+    return f'folder:{folder}', look_into(folder)
 
 def dataset_name(
     name: str,  # as `load` takes it
@@ -220,6 +226,7 @@ def load(
     seed: int = 0,  # decides which images are labelled, nothing else
     image_size: int = None,  # S, pixels; `None`: digits 16, Fashion-MNIST 28, CIFAR, SVHN 32, folder: above, else 224
     validation: int = None,  # hold out so many training images, the same number of each class, and test on them instead
+    flip: bool = None,  # mirror half of the training images? `None`: as the dataset has it, a folder's images are
 ) -> Data:
     "A dataset with its labelled subset (Sections 4.1 and 4.3). The test part is always whole."
     refuse_path(name)
@@ -227,12 +234,14 @@ def load(
         raise ValueError(f"dataset {name!r}: expected a name, or folder:PATH with the path of a folder of images")
     if not isinstance(seed, numbers.Integral): raise ValueError(f"seed = {seed!r}: expected a whole number")
     if image_size is not None: _whole_number('image_size', image_size)
-    place, files = _place(name)
-    whole = _whole(place, image_size, files)
+    if flip not in (None, True, False): raise ValueError(f"flip = {flip!r}: expected True, False or None")
+    place, listing = _place(name)
+    whole = _whole(place, image_size, listing)
     train, test = ((whole.train, whole.test) if validation is None
                    else _hold_out(whole.train, whole.class_names, validation))
     if k := _per_class(labels, shots, len(whole.class_names)): train = _balanced(train, whole.class_names, k, seed)
-    return dataclasses.replace(whole, name=name if whole.name == place else whole.name, train=train, test=test)
+    return dataclasses.replace(whole, name=name if whole.name == place else whole.name, train=train, test=test,
+                               flip=whole.flip if flip is None else bool(flip))
 
 # %% ../nbs/method/03_data.ipynb #c349b724
 _box = ('x0', 'y0', 'x1', 'y1')
@@ -240,15 +249,17 @@ _box = ('x0', 'y0', 'x1', 'y1')
 def test_boxes(
     name: str,  # "folder:PATH", with PATH/boxes.csv: columns file, x0, y0, x1, y1
 ) -> torch.Tensor:
-    "Boxes int64 [n, 4] of the test images of `load(name)`, in pixels of their files, both ends inside."
+    "Boxes int64 [n, 4] of the test images of `load(name)`, in pixels of the upright image, both ends inside."
     source = find(*_place(name))
     if not source.folder or not (file := source.folder/'boxes.csv').is_file():
         raise FileNotFoundError(f"{name} has no boxes.csv: expected one there, with columns file, {', '.join(_box)}")
-    with open(file, newline='', encoding='utf-8') as f: rows = {row.get('file'): row for row in csv.DictReader(f)}
-    try: return torch.tensor([[int(rows[path][k]) for k in _box] for path in source.test.images])
+    with open(file, newline='', encoding='utf-8') as f: rows = {composed(row.get('file') or ''): row
+        for row in csv.DictReader(f)}
+    try: return torch.tensor([[int(rows[composed(path)][k]) for k in _box] for path in source.test.images])
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file} has no box for every test image ({reason(e)}): "
-                         f"expected file (such as {source.test.images[0]}), {', '.join(_box)} of each") from None
+                         f"expected file (such as {readable(source.test.images[0])}), {', '.join(_box)} of "
+                         "each") from None
 
 # %% ../nbs/method/03_data.ipynb #b244a802
 def augment(
@@ -282,54 +293,26 @@ def training_batch(
     if noise: x = x + noise*torch.randn(x.shape, generator=generator).to(x.device)
     return x, batch.y.to(x.device)
 
-# %% ../nbs/method/03_data.ipynb #791ce316
-def _transform(data, training):
-    "PIL image to uint8 [3, S, S]."
-    from torchvision.transforms import v2
-    S = data.image_size
-    steps = ([v2.RandomResizedCrop(S), *([v2.RandomHorizontalFlip()] if data.flip else [])] if training
-             else [v2.Resize(round(S*256/224)), v2.CenterCrop(S)])
-    return v2.Compose([*steps, v2.PILToTensor()])
-
 # %% ../nbs/method/03_data.ipynb #07640637
-@dataclasses.dataclass
-class _Reader:
-    """What a worker process does: a job, positions and a seed (or `None`) for each, becomes uint8 [B, 3, S, S], or
-    a sentence on what is wrong; and the job."""
-    images: Files
-    transform: object
-    def __len__(self): return len(self.images)
-
-    def __getitem__(self, job):
-        try:
-            with no_truncated_images(): return torch.stack([self.read(i, seed) for i, seed in zip(*job)]), *job
-        except ValueError as e: return str(e), *job
-
-    def read(self, i, seed):
-        path = os.fsdecode(self.images.paths[i])
-        try:
-            with torch.random.fork_rng(devices=[]), open_image(self.images.folder/path) as image:
-                if seed is not None: torch.default_generator.manual_seed(seed)
-                return self.transform(image.convert('RGB'))
-        except Exception as e:
-            raise ValueError(
-                f"{path} in {self.images.folder} cannot be read ({reason(e)}): replace or remove it") from None
+def _window(data, images, i, seed):
+    "Image `i` as uint8 [3, S, S]: a window for training, drawn with a seed, or the one for testing."
+    image = read_image(images.folder, images.paths[i].decode('utf-8', 'surrogateescape'))
+    if seed is None: return _chw(central_window(image, data.image_size))
+    return _chw(random_window(image, data.image_size, torch.Generator().manual_seed(seed), data.flip))
 
 # %% ../nbs/method/03_data.ipynb #1132a7de
 def _workers(n):
-    "Worker processes for `n` images: at most 8, at most one a core, none for a few images."
+    "Threads for `n` images: at most 8, at most one a core, none for a few images."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return min(8, cores) if n >= 256 else 0
 
-def _read_ahead(data, images, jobs, device, training):
-    "Normalised images, positions and seeds of every job, in order."
-    n, device = _workers(len(images)), torch.device(device or 'cpu')
-    loader = torch.utils.data.DataLoader(
-        _Reader(images, _transform(data, training)), batch_size=None, sampler=jobs, num_workers=n,
-        pin_memory=device.type == 'cuda',
-        generator=torch.Generator(), multiprocessing_context='fork' if n and sys.platform == 'linux' else None)
-    for x, index, seeds in loader:
-        if isinstance(x, str): raise ValueError(x)
+def _batches(data, images, jobs, device):
+    "Normalised images, positions and seeds (`None` for testing) of every job, in order."
+    device = torch.device(device or 'cpu')
+    def read(job):
+        x = torch.from_numpy(np.stack([_window(data, images, i, seed) for i, seed in zip(*job)]))
+        return x.pin_memory() if device.type == 'cuda' else x, *job
+    for x, index, seeds in read_ahead(read, jobs, _workers(len(images))):
         yield data.normalise(x.to(device, non_blocking=True)), index, seeds
 
 # %% ../nbs/method/03_data.ipynb #e2e777bf
@@ -337,7 +320,7 @@ def _file_batches(data, schedule, noise, device, share):
     "`training_batches` for `Files`."
     jobs = ((index[share].tolist(), [derive_seed(seed, 'image', i) for i in range(len(index))[share]])
             for index, seed in schedule)
-    for x, index, seeds in _read_ahead(data, data.train, jobs, device, training=True):
+    for x, index, seeds in _batches(data, data.train, jobs, device):
         if noise:
             x = x + noise*torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(s))
                                        for s in seeds]).to(x.device)
@@ -370,6 +353,15 @@ def test_batches(
     "An iterator of normalised images float32 [B, 3, S, S], channels last; not augmented."
     if isinstance(images, Files):
         jobs = ((b.tolist(), [None]*len(b)) for b in torch.arange(len(images)).split(batch_size))
-        batches = (x for x, *_ in _read_ahead(data, images, jobs, device, training=False))
+        batches = (x for x, *_ in _batches(data, images, jobs, device))
     else: batches = (data.normalise(x.to(device or 'cpu')) for x in images.x.split(batch_size))
     for x in batches: yield x.contiguous(memory_format=torch.channels_last)
+
+# %% ../nbs/method/03_data.ipynb #05d53475
+def preprocessing(
+    data: Data,  # what a network was tested on
+) -> str:
+    """Code of a function `preprocess`, which needs PIL, NumPy and torch: a PIL image to what the network was tested
+    with."""
+    window = central_window if isinstance(data.test, Files) else whole_square
+    return window_source(window, data.image_size, data.mean, data.std)

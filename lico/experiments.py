@@ -8,9 +8,9 @@ __all__ = ['METHODS', 'RIVALS', 'TRAINING_PROTOCOL', 'MEASURING_PROTOCOL', 'Run'
            'run', 'run_of', 'load_backbone', 'ship', 'refuse_threads', 'sweep', 'frame']
 
 # %% ../nbs/method/14_experiments.ipynb #e6f4961b
-import contextlib, dataclasses, functools, hashlib, json, math, random, sys, time
+import contextlib, functools, hashlib, json, math, random, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np, torch
@@ -22,6 +22,7 @@ from .config import (FIELDS, check_options, check_value, choose, derive_seed, de
                          read_checked, root, seed_everything, set_aside, settings, sha256, stamp, sweep_temporaries,
                          write_atomic)
 from .data import load
+from .folders import stamp_of
 from .losses import LossOptions
 from .model import LICO, CrossEntropy, load_checkpoint, preprocessing_of, save_checkpoint, save_network
 from .text import PromptLearner, load_text_encoder
@@ -47,7 +48,6 @@ class Run:
     shots: int = None  # or labelled images per class
     backbone: str = 'wrn_16_1'  # a name `create_backbone` knows
     pretrained: bool = False  # start from timm's pretrained weights
-    normalisation: str = 'weights'  # of a pretrained start: by the weights' own mean and std, or by those of the `data`
     method: str = 'CE'  # a key of `METHODS`
     preset: str = 'paper'  # a reading of the paper: a `[preset.…]` of `settings.ini`
     text_encoder: str = 'minilm'  # a name `load_text_encoder` knows; not read by CE, CGC and GCC
@@ -58,12 +58,12 @@ class Run:
     evaluations: int = 1  # tests on the test set, evenly spread
     image_size: int = None  # side in pixels; `None`: the dataset's own
     validation: int = None  # test on so many held-out training images; `None`: on the test set
+    flip: bool = None  # mirror half of the training images? `None`: as the dataset has it; a folder's images are
     options: tuple = ()  # options that replace the preset's, as a dictionary or as pairs
     threads: int = 1  # processor threads of the training; more are faster on large networks and round differently
 
     def __post_init__(self):
         choose('method', self.method, METHODS)
-        choose('value of normalisation:', self.normalisation, ('weights', 'data'))
         object.__setattr__(self, 'options', tuple(sorted(check_options(**dict(self.options)).items())))
         if self.labels == 'all': object.__setattr__(self, 'labels', None)
         for f in fields(self):
@@ -96,7 +96,7 @@ def _state_kept(threads=None):
 def _files(folder):
     "What tells that a folder has changed, nothing for what is none."
     files = [p for p in Path(folder).iterdir() if p.is_file()] if folder and Path(folder).is_dir() else []
-    return tuple(sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files))
+    return tuple(sorted((p.name, stamp_of(p)) for p in files))
 
 @functools.lru_cache(maxsize=2)
 def _loaded(name, files):
@@ -126,9 +126,9 @@ def _pretrained_cfg(backbone):
 def load_data(r: Run):
     "The data of a run; for a network that starts from pretrained weights as these are used to see images."
     data = load(r.dataset, labels=r.labels, shots=r.shots, seed=r.split, image_size=r.image_size,
-                validation=r.validation)
-    cfg = _pretrained_cfg(r.backbone) if r.pretrained and r.normalisation == 'weights' else None
-    return dataclasses.replace(data, mean=tuple(cfg.mean), std=tuple(cfg.std)) if cfg else data
+                validation=r.validation, flip=r.flip)
+    cfg = _pretrained_cfg(r.backbone) if r.pretrained else None
+    return replace(data, mean=tuple(cfg.mean), std=tuple(cfg.std)) if cfg else data
 
 def _names(kind): return [f.name for f in fields(kind)]
 
@@ -158,9 +158,9 @@ def spec(
                method=r.method, seed=r.seed, steps=steps, evaluations=r.evaluations,
                train=_told(o, [k for k in _names(TrainOptions) if k != 'epochs']))
     if r.validation is not None: out['validation'] = r.validation
-    if r.pretrained: out['pretrained'] = pretrained_weights(r.backbone)
-    if r.pretrained and r.normalisation != 'data': out['normalisation'] = r.normalisation
+    if r.pretrained: out |= dict(pretrained=pretrained_weights(r.backbone), normalisation='weights')
     if r.threads != 1: out['threads'] = r.threads
+    if r.flip is not None and load_data(replace(r, flip=None)).flip != r.flip: out['flip'] = r.flip
     rival = {name: o[name] for name in RIVALS[r.method][1].values()} if r.method in RIVALS else {}
     if rival: out['losses'] = rival
     if METHODS[r.method] is not None:
@@ -231,6 +231,7 @@ def _sealed(content):
 def read_record(folder):
     "The record in a run's folder, `None` if there is none or it is damaged; then it is set aside."
     return read_checked(Path(folder)/'record.json', _sealed)
+
 
 # %% ../nbs/method/14_experiments.ipynb #55943b98
 def _lock(folder):
@@ -309,9 +310,8 @@ def run(
 
 # %% ../nbs/method/14_experiments.ipynb #b63a15ff
 def run_of(record: dict) -> Run:
-    "The run that a record is of; pretrained ones from before their spec told so were normalised by their data."
-    told = dict(normalisation='data') if record['run']['pretrained'] and 'normalisation' not in record['spec'] else {}
-    return Run(**{**record['run'], **told, 'options': tuple(map(tuple, record['run']['options']))})
+    "The run that a record is of."
+    return Run(**{**record['run'], 'options': tuple(map(tuple, record['run']['options']))})
 
 def _weights_of(record):
     "The weights that a run left; damaged ones are set aside with their record, and the run is done again."
@@ -351,7 +351,7 @@ def _identify(runs):
     be had is said now."""
     ids, missing, data = {}, {}, (None, None)
     for r in runs:
-        asked = (r.dataset, r.labels, r.shots, r.split, r.image_size, r.validation)
+        asked = (r.dataset, r.labels, r.shots, r.split, r.image_size, r.validation, r.flip)
         if data[0] != asked: data = asked, load_data(r)  # the arms of a seed share it
         ids[r] = id = run_id(r, data[1])
         if id in missing or read_record(runs_folder()/id): continue
@@ -390,7 +390,7 @@ _shown = ('dataset', 'data', 'labels', 'backbone', 'method', 'preset', 'options'
           'validation', 'image_size', 'steps', 'training', 'classes',
           'accuracy_last', 'accuracy_best', 'best_step', 'tests', 'ce', 'mm', 'ot', 'tau', 'entropy_image',
           'entropy_text', 'cosine', 'seconds', 'id', 'protocol', 'finished', 'command')
-_where_used = ('precision', 'pretrained', 'tau_image', 'cgc', 'gcc', 'supcon')  # columns of runs that have them
+_where_used = ('precision', 'pretrained', 'flip', 'tau_image', 'cgc', 'gcc', 'supcon')  # columns of runs that have them
 _stamped = ('python', 'torch', 'hardware', 'instructions', 'threads', 'commit')
 
 def _row(r):
@@ -398,9 +398,9 @@ def _row(r):
     are short hashes of the images and of how the training starts and goes on."""
     flat = {**r['run'], **r['spec'], **r, 'labels': 'all' if r['spec']['split'] is None else r['spec']['images']}
     if r['dataset'].startswith('folder:'): flat['dataset'] = r['run']['dataset']
-    starts = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'normalisation', 'threads')}
+    starts = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'normalisation', 'threads', 'flip')}
     flat.update(data=r['spec']['data'][:8], training=_spec_hash({**r['spec']['train'], **starts})[:8])
-    flat.update(text_encoder=r['spec'].get('text_encoder'), pretrained=r['spec'].get('pretrained'))
+    flat.update({k: r['spec'].get(k) for k in ('text_encoder', 'pretrained', 'flip')})
     flat['options'] = ', '.join(f'{k}={v}' for k, v in r['run']['options'])
     used = {k: flat[k] for k in _where_used if flat.get(k) is not None}
     return {k: flat.get(k) for k in _shown} | used | {k: r['stamp'].get(k) for k in _stamped}

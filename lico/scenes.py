@@ -14,6 +14,8 @@ import numpy as np, torch
 from filelock import FileLock
 from .config import choose, derive_seed, root
 from .data import load
+from .folders import as_text
+from .pixels import read_image
 
 # %% ../nbs/method/12_scenes.ipynb #1fa50023
 @dataclass(frozen=True, eq=False)
@@ -196,11 +198,11 @@ def _square(image, size, method):
 def _annotated(path, size, height, width, objects):
     "The scene of one file; `objects` are (label, segmentation, crowd)."
     from PIL import Image
-    with Image.open(path) as image:
-        if image.size != (width, height):
-            raise ValueError(f"{path.name} has {image.width} x {image.height} pixels and its annotation says {width} x "
-                             f"{height}: they do not belong together")
-        picture = torch.from_numpy(_square(image.convert('RGB'), size, 'BICUBIC')).permute(2, 0, 1)
+    image = read_image(path.parent, as_text(path.name))
+    if image.size != (width, height):
+        raise ValueError(f"{path.name} has {image.width} x {image.height} pixels and its annotation says {width} x "
+                         f"{height}: they do not belong together")
+    picture = torch.from_numpy(_square(image, size, 'BICUBIC')).permute(2, 0, 1)
     masks = [torch.from_numpy(_square(Image.fromarray(_mask(s, height, width)), size, 'NEAREST'))
              for _, s, _ in objects]
     kept = [(label, mask, crowd) for (label, _, crowd), mask in zip(objects, masks) if mask.any()]

@@ -4,10 +4,11 @@ import gzip, hashlib, io, os, pickle, re, shutil, socket, struct, tarfile, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from lico import data as data_module, datasets
+from lico import data as data_module, datasets, pixels
 from lico.config import dataset_settings
 from lico.data import Files, dataset_name, load
-from lico.datasets import content, file_bytes, find, image_files, image_hashes, imagenet_names, pixel_bytes
+from lico.datasets import file_bytes, find, image_hashes, imagenet_names, pixel_bytes
+from lico.folders import look_into
 
 def refusal(name):
     "What `find` says when it refuses: one sentence on one line."
@@ -358,9 +359,9 @@ def test_a_folder_of_a_known_datasets_pixels_is_that_dataset(known, asked):
     assert [dataset_name(f'folder:{f}') for f in known] == ['cifar10']*2
 
 def test_by_their_names_the_files_would_give_others(known):
-    by_name = [[f.split('/')[-1].split('.')[0] for f, *_ in image_files(o)] for o in known]
+    by_name = [[f.split('/')[-1].split('.')[0] for f, _ in look_into(o).images] for o in known]
     assert by_name[0] != by_name[1]
-    kinds = [datasets._folder(o, [f for f, *_ in image_files(o)]) for o in known]
+    kinds = [datasets._folder(o, look_into(o)) for o in known]
     first = [np.asarray(Image.open(o/s.train.images[0])) for o, s in zip(known, kinds)]
     assert not np.array_equal(*first)  # so the test above is one
 
@@ -408,9 +409,10 @@ def test_content_of_settings_is_of_64_digits_and_each_has_its_images():
 @pytest.fixture
 def counted(offline, monkeypatch):
     "A folder of 12 images, and the files that were opened since the last look."
-    opened, read = [], datasets.open_image
+    opened, read = [], pixels.open_image
     monkeypatch.setattr(datasets, '_enough', 5)
-    monkeypatch.setattr(datasets, 'open_image', lambda path: (opened.append(os.path.basename(path)), read(path))[1])
+    monkeypatch.setattr(pixels, 'open_image',
+                        lambda path: (opened.append(os.path.basename(path).decode()), read(path))[1])
     (folder := offline.parent/'images').mkdir()
     for i in range(12): Image.new('RGB', (8, 8), (i, 0, 0)).save(folder/f'{i}.png')
     files = [f'{i}.png' for i in range(12)]

@@ -218,25 +218,32 @@ def test_run_refuses(field, value):
 
 
 def test_a_pretrained_network_sees_what_it_was_trained_on(lico_root, monkeypatch, tmp_path):
-    """It is fed with its weights' own mean and std, which stand in its spec and record; `data` is what held before,
-    with the id of before, and a record from then is read as one."""
+    "It is fed with its weights' own mean and std, which stand in its spec and record."
     import timm
     pretend(monkeypatch, tmp_path/'hub', 'test_resnet')
     r, cfg = replace(TINY, backbone='test_resnet', image_size=64, pretrained=True), timm.get_pretrained_cfg('test_resnet')
-    old, plain = replace(r, normalisation='data'), replace(r, pretrained=False)
-    data = load_data(r)
-    assert (data.mean, data.std) == (tuple(cfg.mean), tuple(cfg.std)) != (load_data(old).mean, load_data(old).std)
-    assert spec(r, data) == {**spec(old, data), 'normalisation': 'weights'}
-    assert 'normalisation' not in spec(plain, data) and load_data(plain).mean == load_data(old).mean
-    first, before = sweep([r, old], progress=False)
-    assert first['preprocessing']['mean'] == list(cfg.mean) and first['preprocessing']['std'] == list(cfg.std)
-    assert first['id'] != before['id'] and frame([first, before]).training.nunique() == 2, 'they are no pair'
-    assert first['ce'] != before['ce'] and run_of(first) == r and run_of(before) == old
-    del before['run']['normalisation']
-    assert run_of(before) == old and eval(repr(old)) == old
-    with pytest.raises(ValueError, match="unknown value of normalisation: 'none'"): replace(r, normalisation='none')
+    data, plain = load_data(r), load_data(replace(r, pretrained=False))
+    assert (data.mean, data.std) == (tuple(cfg.mean), tuple(cfg.std)) != (plain.mean, plain.std)
+    assert spec(r, data)['normalisation'] == 'weights' and 'normalisation' not in spec(replace(r, pretrained=False), plain)
+    record = run(r, progress=False)
+    assert record['preprocessing']['mean'] == list(cfg.mean) and record['preprocessing']['std'] == list(cfg.std)
 
 
 @pytest.mark.parametrize('field, value', [('pretrained', 1), ('pretrained', 'yes'), ('pretrained', None)])
 def test_pretrained_is_yes_or_no(field, value):
     with pytest.raises(ValueError, match='unknown value of pretrained: .*choose one of True, False'): Run(**{field: value})
+
+
+def test_flip_came_later_and_counts_only_where_it_changes_something(tmp_path):
+    "A run that says what the dataset says anyway is the same run."
+    from PIL import Image
+    for c in ('cat', 'dog'):
+        (tmp_path/c).mkdir()
+        for i in range(5): Image.new('RGB', (8, 8), (i, 0, c == 'cat')).save(tmp_path/c/f'{i}.png')
+    mine = Run(dataset=f'folder:{tmp_path}', backbone='wrn_10_1', steps=1)
+    for r, own in ((TINY, False), (mine, True)):
+        same, other = replace(r, flip=own), replace(r, flip=not own)
+        assert run_id(r) == run_id(same) != run_id(other) and load_data(other).flip is (not own)
+        assert 'flip' not in spec(r, load_data(r)) and spec(other, load_data(other))['flip'] is (not own)
+    assert Run(flip=False) == eval(repr(Run(flip=False))) and 'flip' not in repr(TINY)
+    with pytest.raises(ValueError, match="unknown value of flip: 'no': choose one of True, False"): Run(flip='no')

@@ -6,6 +6,7 @@ import nbformat, numpy as np, pandas as pd, pytest, timm, torch
 from PIL import Image
 from safetensors import safe_open
 
+from lico.backbones import create_backbone
 from lico.config import root
 
 TOP = root()
@@ -67,6 +68,31 @@ def test_guide_on_a_folder_of_ones_own(tmp_path):
     with safe_open(tmp_path/'out'/'classifier.safetensors', 'pt') as f:
         assert json.loads(f.metadata()['class_names']) == ['blue square', 'green square', 'red square']
     assert not (tmp_path/'data').exists()
+
+
+@pytest.mark.slow  # tests/test_pixels.py has the same in seconds, without the notebook
+@pytest.mark.parametrize('size', ['32', '72'])
+def test_what_is_shipped_has_the_accuracy_of_the_log(tmp_path, size):
+    "At sizes at which images are kept in memory and at which they stay on disk; mirroring is off if asked for."
+    rng = np.random.default_rng(0)
+    for part, n in (('train', 8), ('test', 30)):
+        for c, name in enumerate(('red', 'green', 'blue')):
+            (tmp_path/'mine'/part/name).mkdir(parents=True)
+            for i in range(n):
+                image = rng.integers(0, 120, (48, 64, 3), np.uint8); image[:, 4:9, c] += 100  # at the border
+                Image.fromarray(image).save(tmp_path/'mine'/part/name/f'{i:02}.png')
+    p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'), '-p', 'backbone', 'wrn_10_1', '-p', 'steps', '3',
+              '-p', 'image_size', size, '-p', 'flip', 'no', '-p', 'out', str(tmp_path/'out'))
+    assert p.returncode == 0, p.stderr[-3000:]
+    with safe_open(tmp_path/'out'/'classifier.safetensors', 'pt') as f: weights = {k: f.get_tensor(k) for k in f.keys()}
+    net = create_backbone('wrn_10_1', 3, int(size)).eval(); net.load_state_dict(weights)
+    exec((tmp_path/'out'/'preprocess.py').read_text(encoding='utf-8'), shipped := {})
+    names, files = ('blue', 'green', 'red'), sorted((tmp_path/'mine'/'test').glob('*/*'))
+    with torch.no_grad(): found = net(torch.stack([shipped['preprocess'](Image.open(f))
+                                                   for f in files])).argmax(1).tolist()
+    right = 100*np.mean([names[i] == f.parent.name for i, f in zip(found, files)])
+    logged = pd.read_csv(tmp_path/'out'/'results.csv').set_index('method').test_accuracy['repaired']
+    assert abs(right - logged) < 1e-4 and 'def preprocess(image)' in outputs(tmp_path)
 
 
 def test_guide_refuses_what_it_does_not_know(tmp_path):

@@ -236,7 +236,7 @@ def grid(
         fields, own = _training(p, name)
         for b, n in _networks_and_sizes(p, table, name):
             shared = dict(dataset=d, backbone=b, **_size(n), **fields, evaluations=p.evaluations,
-                          image_size=p.image_size, **fixed)
+                          image_size=p.image_size, flip=getattr(p, 'flip', None), **fixed)
             runs += [Run(**shared, preset=pre, method=a.method, seed=s, text_encoder=a.text_encoder or p.text_encoder,
                          options={**own, **p.options, **a.options}) for pre in p.presets for a in arms for s in p.seeds]
     return runs

@@ -17,7 +17,8 @@ from torch import nn
 from ..cams import imagenet_classifier
 from ..config import device, root
 from ..data import test_batches
-from ..datasets import by_hash
+from ..folders import by_hash
+from ..pixels import read_image
 from ..experiments import load_backbone, load_data, run_of
 from ..scenes import Scenes, coco_scenes, coco_to_imagenet, unseen_scenes
 
@@ -119,17 +120,16 @@ def _refuse_outside(file, name):
 
 def _labelled_pictures(folder, n):
     "(name, PIL image, class) of `n` pictures of a folder with `labels.csv`."
-    from PIL import Image
     if not (folder/'labels.csv').is_file():
         raise FileNotFoundError(f"no {folder/'labels.csv'}: expected a table with the columns file and class_index, "
                                 f"and the files in {folder/'images'}")
-    labels = pd.read_csv(folder/'labels.csv')
+    labels = pd.read_csv(folder/'labels.csv', dtype=dict(file=str), keep_default_na=False)
     if missing := {'file', 'class_index'} - set(labels):
         raise ValueError(f"{folder/'labels.csv'} has no column {' and no '.join(sorted(missing))}")
     for name in labels.file: _refuse_outside(folder/'labels.csv', name)
     if n > len(labels): raise ValueError(f"images = {n}: {folder} has {len(labels)} pictures")
     chosen = labels.set_index('file').class_index.loc[by_hash(labels.file)[:n]]
-    return [(name, Image.open(folder/'images'/name).convert('RGB'), int(c)) for name, c in chosen.items()]
+    return [(name, read_image(folder/'images', name), int(c)) for name, c in chosen.items()]
 
 def imagenet_cases(
     where: str = 'photographs',  # scikit-image's, or a folder with `labels.csv` and `images/`

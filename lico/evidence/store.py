@@ -26,7 +26,7 @@ from ..experiments import frame, load_backbone, load_data, run_of, runs_folder, 
 
 # %% ../../nbs/evidence/20_store.ipynb #3aa59d24
 _text = ('image', 'data', 'labels', 'training', 'arm', 'options', 'paper_dataset', 'kind', 'saliency_options',
-         'text_encoder', 'preset', 'commit', 'pretrained', 'name')
+         'text_encoder', 'preset', 'commit', 'pretrained', 'name', 'flip')
 _whole = ('seed', 'split', 'validation', 'steps', 'image_size', 'images', 'classes', 'threads')
 # of a row, as far as there are such columns
 _key = ('id', 'kind', 'scheme', 'layer', 'saliency', 'saliency_options', 'image', 'method', 'prompts', 'tau_of', 'step')
