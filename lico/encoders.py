@@ -65,7 +65,7 @@ class TextEncoder(nn.Module):
         ids, where, sizes = _layout(names, context.shape[1], front, self.begin, self.end)
         x = self.word_embeddings(ids)
         each = context.to(x).repeat_interleave(len(names)//len(context), 0)
-        where, sizes = where.to(x.device), sizes.to(x.device)
+        where = where.to(x.device)
         return self._encode(x.scatter(1, where[..., None].expand_as(each), each), where, sizes, len(context), front)
 
 def _read_by(encoder, tokenizer):
@@ -77,9 +77,34 @@ def _rows(h, where): return h.gather(1, where[..., None].expand(-1, -1, h.shape[
 
 def _name_mean(h, first, sizes):
     "The mean [K, 1, d] of h [K, L, d] over each name's own positions, which start at `first`."
-    position, sizes = torch.arange(h.shape[1], device=h.device), sizes[:, None]
+    position, sizes = torch.arange(h.shape[1], device=h.device), sizes.to(h.device)[:, None]
     own = ((position >= first) & (position < first + sizes)).to(h.dtype)/sizes
     return own[:, None] @ h
+
+# %% ../nbs/method/04_encoders.ipynb #de51cce1
+class _Packing:
+    "K sequences of some lengths, padded [K, L, w] and as the rows [T, w] of one matrix without the padding."
+    def __init__(self, lengths, device):  # int64 [K], on the CPU
+        self.shape = len(lengths), int(lengths.max())
+        self.real = torch.arange(self.shape[1]) < lengths[:, None]
+        self.full, flat = bool(self.real.all()), self.real.flatten()
+        self.at, self.of = flat.nonzero()[:, 0].to(device), (flat.cumsum(0) - 1).to(device)
+
+    def rows(self, x):
+        x = x.flatten(0, 1)
+        return x if self.full else F.embedding(self.at, x)  # a lookup whose gradient adds in one order
+
+    def padded(self, rows):
+        return (rows if self.full else F.embedding(self.of, rows)).unflatten(0, self.shape)
+
+# %% ../nbs/method/04_encoders.ipynb #7ff4f0de
+def _bert_layer(layer, x, attend):
+    "One layer over rows x [T, w]; `attend` makes rows of queries, keys and values."
+    own = layer.attention
+    x = own.output(attend(own.self.query(x), own.self.key(x), own.self.value(x)), x)
+    return layer.output(layer.intermediate(x), x)
+
+def _heads(x, n): return x.unflatten(-1, (n, -1)).transpose(1, 2)  # [K, L, w] -> [K, n, L, w/n]
 
 # %% ../nbs/method/04_encoders.ipynb #9656eb90
 class BERTText(TextEncoder):
@@ -106,8 +131,15 @@ class BERTText(TextEncoder):
         return [*_read_by(self, self.tokenizer), c.num_attention_heads, c.hidden_act, c.layer_norm_eps]
 
     def _encode(self, x, where, sizes, P, front):
-        n, position = where.shape[1], torch.arange(x.shape[1], device=x.device)
-        h = self.model(inputs_embeds=x, attention_mask=(position < sizes[:, None] + n + 2).long()).last_hidden_state
+        n, heads = where.shape[1], self.model.config.num_attention_heads
+        packing = _Packing(sizes + n + 2, x.device)
+        mask = None if packing.full else packing.real[:, None, None].to(x.device)
+        def attend(*rows):
+            qkv = (_heads(packing.padded(o), heads) for o in rows)
+            return packing.rows(F.scaled_dot_product_attention(*qkv, attn_mask=mask).transpose(1, 2).flatten(2))
+        h = packing.rows(self.model.embeddings(inputs_embeds=x))
+        for layer in self.model.encoder.layer: h = _bert_layer(layer, h, attend)
+        h = packing.padded(h)
         return torch.cat([_rows(h, where), _name_mean(h, 1 if front else 1 + n, sizes)], 1)
 
 # %% ../nbs/method/04_encoders.ipynb #a3eec739
@@ -138,25 +170,37 @@ class GloVeText(TextEncoder):
         return torch.cat([_rows(x, where), _name_mean(x, 0 if front else where.shape[1], sizes)], 1)
 
 # %% ../nbs/method/04_encoders.ipynb #b68435d3
-def _qkv(block, x):
-    "Queries, keys and values of a block, each [batch, heads, positions, width of a head]."
+class _Tree:
+    "Rows [1 + P*n + T, w] of a causal tower: the start, P contexts of n tokens, and what is left of K prompts."
+    def __init__(self, x, n, P, sizes, front):  # x [K, L, w], the padded prompts
+        self.contexts, self.n, m = (0, 0, 1) if front or not n else (P, n, 1 + n)
+        self.each = len(x)//P
+        self.ends = _Packing(sizes + (n if front else 0) + 1, x.device)
+        self.first = torch.cat([x[0, :1], x[::self.each, 1:m].flatten(0, 1), self.ends.rows(x[:, m:])])
+        self.masks = [torch.ones(o, k + o, dtype=torch.bool, device=x.device).tril(k)
+                      for k, o in ((1, self.n), (m, x.shape[1] - m))]
+
+    def parts(self, rows):
+        "Start [1, 1, w], contexts [P, n, w] and ends [K, L', w], these padded."
+        start, context, ends = rows.split([1, self.contexts*self.n, len(rows) - 1 - self.contexts*self.n])
+        return start[None], context.unflatten(0, (self.contexts, self.n)) if self.n else None, self.ends.padded(ends)
+
+    def attend(self, rows, heads):
+        "Attention of rows of queries, keys and values, [., 3 w]: everybody sees what is before it on its way down."
+        (q, k, v), *below = ([_heads(p, heads) for p in o.chunk(3, -1)] for o in self.parts(rows) if o is not None)
+        out = [v.transpose(1, 2).flatten(2)[0]]  # it sees itself alone
+        for (q, *own), mask in zip(below, self.masks[-len(below):]):
+            k, v = (torch.cat([o.expand(len(q), -1, -1, -1) if len(o) == 1 else o.repeat_interleave(self.each, 0), p], 2)
+                    for o, p in zip((k, v), own))
+            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return torch.cat([out[0], *(o.flatten(0, 1) for o in out[1:-1]), self.ends.rows(out[-1])])
+
+def _layer(block, x, tree):
+    "One causal block over the rows of a tree."
     a = block.attn
-    return F.linear(block.ln_1(x), a.in_proj_weight,
-                    a.in_proj_bias).unflatten(-1, (3, a.num_heads, -1)).permute(2, 0, 3, 1, 4)
-
-def _finish(block, x, attended):
-    "The rest of a block after its attention."
-    x = x + block.ls_1(block.attn.out_proj(attended.transpose(1, 2).flatten(2)))
+    seen = tree.attend(F.linear(block.ln_1(x), a.in_proj_weight, a.in_proj_bias), a.num_heads)
+    x = x + block.ls_1(a.out_proj(seen))
     return x + block.ls_2(block.mlp(block.ln_2(x)))
-
-def _layer(block, p, s, mask):
-    """One causal block over prefixes p [P, m, w] and suffixes s [K, L - m, w]; a prefix belongs to K/P consecutive
-    suffixes."""
-    q, k, v = _qkv(block, p)
-    sq, sk, sv = _qkv(block, s)
-    k_all, v_all = (torch.cat([a.repeat_interleave(len(s)//len(p), 0), b], 2) for a, b in ((k, sk), (v, sv)))
-    return (_finish(block, p, F.scaled_dot_product_attention(q, k, v, is_causal=True)),
-            _finish(block, s, F.scaled_dot_product_attention(sq, k_all, v_all, attn_mask=mask)))
 
 # %% ../nbs/method/04_encoders.ipynb #ee5a1f6b
 def _text_tower(model):
@@ -219,9 +263,9 @@ class CLIPText(TextEncoder):
 
     def _encode(self, x, where, sizes, P, front):
         (K, n), x = where.shape, x + self.positions[:x.shape[1]]
-        m, every = (1, K) if front else (1 + n, K//P)
-        p, s = x[::every, :m], x[:, m:]
-        mask = torch.ones(x.shape[1] - m, x.shape[1], dtype=torch.bool, device=x.device).tril(m)
-        for block in self.blocks: p, s = _layer(block, p, s, mask)
-        h = torch.cat([self._out(p).repeat_interleave(every, 0), self._out(s)], 1)
-        return _rows(h, torch.cat([where, (sizes + n + 1)[:, None]], 1))
+        tree = _Tree(x, n, P, sizes, front)
+        h = tree.first
+        for block in self.blocks: h = _layer(block, h, tree)
+        start, contexts, ends = tree.parts(self._out(h))
+        before = [start.expand(K, -1, -1), *([] if contexts is None else [contexts.repeat_interleave(K//P, 0)])]
+        return _rows(torch.cat([*before, ends], 1), torch.cat([where, (sizes + n + 1)[:, None].to(x.device)], 1))

@@ -23,8 +23,11 @@ def _distances(x, distance, normalise):
     """[B, n] -> all distances [B, B], through a Gram matrix in float64; what float32 cannot tell apart is at
     distance zero, with a zero gradient."""
     x = x if x.device.type == 'mps' else x.double()  # Apple's GPUs have no float64
-    if normalise or distance == 'cosine': x = _unit(x)
     gram = x@x.mT
+    if normalise or distance == 'cosine':
+        square = gram.diagonal()
+        shrink = square.masked_fill(square == 0, math.inf).rsqrt()
+        gram = gram*shrink[:, None]*shrink
     if distance == 'cosine': return 1 - gram
     scale = gram.diagonal()[:, None] + gram.diagonal()
     square = scale - 2*gram
@@ -168,6 +171,11 @@ def inactive(
     if min(entropies) < IDENTITY: return 'identity'
 
 # %% ../nbs/method/01_losses.ipynb #88634399
+def _shrink(x):
+    "What makes the rows of `x` one long, [..., 1]; zero, with a zero gradient, where a row is zero."
+    length = x.norm(dim=-1, keepdim=True)
+    return 1/length.masked_fill(length == 0, math.inf)
+
 def cost_matrix(
     F,  # [B, N, d']: feature rows of each image
     G,  # [B, M, d']: prompt rows of its class
@@ -177,22 +185,46 @@ def cost_matrix(
     if F.ndim != 3 or G.ndim != 3 or len(F) != len(G) or F.shape[2] != G.shape[2]:
         raise ValueError(f"features {list(F.shape)} and prompts {list(G.shape)}: expected [B, N, d'] and [B, M, "
                          "d'] of one batch and one width")
-    f, g = _unit(F), _unit(G)
-    return (f.square().sum(2)[:, :, None] + g.square().sum(2)[:, None] - 2*f@g.mT).clamp_min(0)
+    f, g = _shrink(F), _shrink(G).mT
+    return ((f > 0).to(F.dtype) + (g > 0).to(G.dtype) - 2*(F@G.mT)*f*g).clamp_min(0)
 
-# %% ../nbs/method/01_losses.ipynb #614e3406
-def _log_plan(C, eps, n_iter, tol):
-    "The logarithm of `sinkhorn`'s plan."
+# %% ../nbs/method/01_losses.ipynb #068c995d
+def _kernel(C, eps, f):
+    "exp(f - C/ε), [B, M, N], the largest entry of each row n at one; the long axis last is several times faster."
+    x = C.mT.clone(memory_format=torch.contiguous_format).div_(-eps).add_(f)  # in place: new memory costs more than sums
+    x = x.sub_(x.detach().amax(1, keepdim=True))
+    return x.clamp_min_(0.86*math.log(torch.finfo(x.dtype).tiny)).exp_()
+
+def _log_update(C, eps, f):
+    "One update of the columns, in logarithms: f [B, M, 1] for which they all sum to 1/M, once rows are normalised."
+    x = (f - C.mT/eps).log_softmax(1)
+    return f - x.logsumexp(2, keepdim=True) + math.log(C.shape[1]/C.shape[2])
+
+# %% ../nbs/method/01_losses.ipynb #bc28ab2f
+def _scalings(C, eps, n_iter, tol):
+    "Kernel K [B, M, N] and scalings u [B, 1, N], v [B, 1, M] of a plan, and f [B, M, 1], what K has of log v."
+    (N, M), far = C.shape[1:], torch.finfo(C.dtype).tiny**-0.13
+    f, v = C.new_zeros(len(C), M, 1), C.new_ones(len(C), 1, M)
+    K = _kernel(C, eps, f)
+    u = 1/(N*(v@K))
+    for _ in range(n_iter):
+        excess = M*v*(u@K.mT)
+        if tol and (excess - 1).abs().mean(2).max() < tol: break
+        low, high = (v/excess).aminmax()
+        if 1/far < low and high < far: v = v/excess
+        else:
+            f = _log_update(C, eps, f + v.mT.log())
+            K, v = _kernel(C, eps, f), torch.ones_like(v)
+        u = 1/(N*(v@K))
+    return K, u, v, f
+
+def _plan(C, eps, n_iter, tol):
+    "`sinkhorn`'s plan, and the logarithm f [B, 1, M] of its columns' scaling."
     if C.ndim != 3: raise ValueError(f"cost of shape {list(C.shape)}: expected [B, N, M]")
     if not eps > 0: raise ValueError(f"eps is {float(eps):g}: expected a positive number")
-    N, M = C.shape[1:]
-    # [B, M, N]: the long axis last is several times faster
-    log_p = (-C.mT.contiguous()/eps).log_softmax(1) - math.log(N)
-    for _ in range(n_iter):
-        excess = log_p.logsumexp(2, keepdim=True) + math.log(M)
-        if tol and excess.expm1().abs().mean((1, 2)).max() < tol: break
-        log_p = (log_p - excess).log_softmax(1) - math.log(N)
-    return log_p.mT
+    K, u, v, f = _scalings(C.to(torch.promote_types(C.dtype, torch.float32)), eps, n_iter, tol)
+    plan = K*u*v.mT if K.requires_grad else K.mul_(u).mul_(v.mT)
+    return plan.mT, f.mT + v.log()
 
 # %% ../nbs/method/01_losses.ipynb #135a9916
 def sinkhorn(
@@ -202,7 +234,7 @@ def sinkhorn(
     tol=1e-3,  # stop when the worst sample's marginals are violated by less than this (L1); 0: never before `n_iter`
 ):
     "The plan of Eq. 6, [B, N, M]: each of the N rows sums to 1/N exactly, each of the M columns to 1/M within `tol`."
-    return _log_plan(C, eps, n_iter, tol).exp()
+    return _plan(C, eps, n_iter, tol)[0]
 
 # %% ../nbs/method/01_losses.ipynb #07606af0
 def ot_alignment(
@@ -218,9 +250,11 @@ def ot_alignment(
     choose('value', value, ('transport', 'regularised'))
     C = cost_matrix(F, G)
     if grad == 'none': C = C.detach()
-    log_p = _log_plan(C if grad == 'unrolled' else C.detach(), eps, n_iter, tol)
-    price = C + eps*log_p if value == 'regularised' else C  # -H(P) = ⟨P, log P⟩
-    return (log_p.exp()*price).sum((1, 2)).mean()
+    price, fixed = C, C if grad == 'unrolled' else C.detach()
+    plan, f = _plan(fixed, eps, n_iter, tol)
+    if value == 'regularised':  # -H(P) = ⟨P, log P⟩
+        price = C + eps*((f - fixed/eps).log_softmax(2) - math.log(C.shape[1]))
+    return (plan*price).sum((1, 2)).mean()
 
 # %% ../nbs/method/01_losses.ipynb #3470b297
 @dataclass(frozen=True)

@@ -115,15 +115,45 @@ def test_rows_and_gradients_are_open_clips(small, tokenizer, n, per_class, front
                                    atol=1e-9, rtol=1e-8)
 
 
-def test_work_is_done_once(small):
-    """Positions that go through a block: the shared prefix once, then the longest name and the end of text of each
-    class."""
+@pytest.mark.parametrize("context, front, rows", [((12,), False, 1 + 12), ((4, 12), False, 1 + 4*12),
+                                                  ((4, 12), True, 1 + 4*12), ((0,), False, 1)])
+def test_work_is_done_once(small, context, front, rows):
+    """Rows that go through a block: the start once, each context once, then of each class its own tokens and the end
+    of text, without padding."""
     _, enc = small
     seen, names = [], [enc.name_ids(o) for o in NAMES]
-    hook = enc.blocks[0].mlp.register_forward_hook(lambda module, args, h: seen.append(h.shape[0]*h.shape[1]))
-    enc.encode(torch.zeros(12, 32), names)
+    hook = enc.blocks[0].mlp.register_forward_hook(lambda module, args, h: seen.append(h.shape[:-1].numel()))
+    enc.encode(torch.zeros(*context, 32), names, front)
     hook.remove()
-    assert sum(seen) == 13 + 4*(max(map(len, names)) + 1)
+    assert sum(seen) == rows + sum(map(len, names)) + 4
+
+
+def test_bert_reads_no_padding(minilm):
+    seen, names = [], [minilm.name_ids(o) for o in NAMES]
+    hook = minilm.model.encoder.layer[0].intermediate.register_forward_hook(lambda m, args, h: seen.append(len(h)))
+    minilm.encode(torch.zeros(12, minilm.embed_dim), names)
+    hook.remove()
+    assert len(set(map(len, names))) > 1 and sum(seen) == sum(len(o) + 12 + 2 for o in names)
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_bert_rows_are_those_of_the_whole_model(minilm, front):
+    "Prompts of several lengths in one call, against transformers itself, one prompt at a time; and gradients."
+    torch.manual_seed(0)
+    context = torch.randn(5, minilm.embed_dim).mul(0.1).requires_grad_()
+    names, rows = [minilm.name_ids(o) for o in NAMES], []
+    for name in names:
+        parts = [context, minilm.word_embeddings(name)]
+        sides = [minilm.word_embeddings(o) for o in (minilm.begin, minilm.end)]
+        x = torch.cat([sides[0], *(parts[::-1] if front else parts), sides[1]])
+        h, k = minilm.model(inputs_embeds=x[None]).last_hidden_state[0], len(name)
+        own, of_name = (h[1 + k:1 + k + 5], h[1:1 + k]) if front else (h[1:6], h[6:6 + k])
+        rows.append(torch.cat([own, of_name.mean(0, keepdim=True)]))
+    ours, theirs = minilm.encode(context, names, front), torch.stack(rows)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad((weight*o).sum(), context)[0] for o in (ours, theirs)),
+                               atol=1e-4, rtol=1e-4)
 
 
 def test_causal_context_rows_are_blind_only_at_the_end(small):
