@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
+from .backbones import in_float32, undisturbed, unwrapped, usual_batch
+from .cams import Probe
 from .config import choose, derive_seed
 
 # %% ../nbs/method/11_metrics.ipynb #e256075c
@@ -49,27 +51,19 @@ def _targets(target, B, device):
 
 # %% ../nbs/method/11_metrics.ipynb #ee57668f
 def _inputs(x, saliency, target, step):
-    "Maps, targets and the step in pixels, all checked against the images."
+    "Images in float32, maps, targets and the step in pixels, all checked."
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"images of shape {list(x.shape)} and {x.dtype}: expected the network's input, floats [B, C, "
                          "H, W]")
+    if (bad := ~x.isfinite().flatten(1).all(1)).any():
+        raise ValueError(f"image {_which(bad)} holds values that are not finite: expected what the preprocessing gives")
     saliency = _maps(saliency).to(x.device)
     (B, _, H, W) = x.shape
     if saliency.shape != (B, H, W):
         raise ValueError(f"images {list(x.shape)} and maps {list(saliency.shape)}: expected one map [{H}, "
                          f"{W}] for each of {B} images")
-    return saliency, _targets(target, B, x.device), math.ceil(H*W/28) if step is None else _whole('step', step, 1, H*W)
-
-# %% ../nbs/method/11_metrics.ipynb #a9c01d47
-@contextlib.contextmanager
-def _evaluating(net):
-    "The network in eval mode, without gradients; the mode of every module is put back."
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        net.eval()
-        with torch.no_grad(): yield
-    finally:
-        for module, mode in modes: module.training = mode
+    step = math.ceil(H*W/28) if step is None else _whole('step', step, 1, H*W)
+    return x.detach().float(), saliency, _targets(target, B, x.device), step
 
 # %% ../nbs/method/11_metrics.ipynb #80b64e34
 def _frames(start, end, rank, count):
@@ -78,23 +72,21 @@ def _frames(start, end, rank, count):
 
 def _curve(net, start, end, saliency, target, step, score, batch_size):
     "The target's score in every frame from `start` to `end`."
-    B, HW = len(start), saliency[0].numel()
+    B, HW, net = len(start), saliency[0].numel(), unwrapped(net)
     counts = torch.tensor([*range(0, HW, step), HW], device=start.device)
     rank = saliency.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).int()
-    jobs, scores = torch.arange(B*len(counts), device=start.device), []
-    with _evaluating(net):
-        for job in jobs.split(batch_size):
+    jobs, found = torch.arange(B*len(counts), device=start.device), []
+    with undisturbed(net, start.device), torch.no_grad():
+        probe = Probe(in_float32(net), end, score)
+        if (target >= probe.classes).any():
+            raise ValueError(f"target {int(target.max())} and an output of shape [1, {probe.classes}]: expected [n, K] "
+                             "and class indices below K")
+        for job in jobs.split(batch_size or usual_batch(start)):
             i, k = job//len(counts), job % len(counts)
-            scores.append(_score(net(_frames(start[i], end[i], rank[i], counts[k])), target, i, score))
-    return Curve(counts/HW, torch.cat(scores).view(B, -1))
+            scores = probe.scores(_frames(start[i], end[i], rank[i], counts[k]))
+            found.append(scores.gather(1, target[i, None])[:, 0])
+    return Curve(counts/HW, torch.cat(found).view(B, -1))
 
-def _score(logits, target, i, score):
-    """[n, K] -> [n]: the softmax, or the logit, of each frame's target, of images `i`; all targets are checked with
-    the first batch."""
-    if logits.ndim != 2 or (target >= logits.shape[1]).any():
-        raise ValueError(f"target {int(target.max())} and an output of shape {list(logits.shape)}: expected [n, "
-                         "K] and class indices below K")
-    return (logits.softmax(1) if score == 'softmax' else logits).gather(1, target[i, None])[:, 0]
 
 # %% ../nbs/method/11_metrics.ipynb #9a74213a
 @dataclass(frozen=True, eq=False)
@@ -127,24 +119,26 @@ def _baseline(baseline, x):
         raise ValueError(f"baseline of shape {list(baseline.shape)} for images {list(x.shape)}: "
                          "expected a number or what broadcasts to them") from None
 
-def _settings(score, batch_size):
-    choose('score', score, ('softmax', 'logit'))
-    _whole('batch_size', batch_size, 1, 10**6)
+def _settings(net, score, batch_size):
+    if not isinstance(net, nn.Module): raise ValueError(f"net is a {type(net).__name__}: expected a torch.nn.Module")
+    if score is not None and not callable(score): choose('score', score, ('softmax', 'logit'))
+    if batch_size is not None: _whole('batch_size', batch_size, 1, 10**6)
+
 
 # %% ../nbs/method/11_metrics.ipynb #2fcd45d6
 def insertion(
-    net: nn.Module,  # images [n, C, H, W] -> logits [n, K]; evaluated in eval mode, left as found
+    net: nn.Module,  # any classifier of images; asked in eval mode and float32, left as found
     x: torch.Tensor,  # the network's input [B, C, H, W], normalised floats
     saliency: torch.Tensor,  # maps [B, H, W]; only their order matters
     target,  # class index, or int64 [B]
     step: int = None,  # pixels per step; `None`: 28 steps, ceil(HW/28)
     baseline=None,  # where to begin: a number or a tensor that broadcasts to x; `None`: `blur(x)`
-    score: str = 'softmax',  # or "logit"
-    batch_size: int = 64,  # frames in one forward pass
+    score=None,  # "softmax", "logit", or a function from its output to [n, K]; `None`: softmax, of one column sigmoid
+    batch_size: int = None,  # frames in one forward pass; `None`: as many as are fast
 ) -> Curve:
     "Insertion (Petsiuk et al. 2018; Section 4.1): from the blurred image to the original, most salient pixels first."
-    _settings(score, batch_size)
-    saliency, target, step = _inputs(x, saliency, target, step)
+    _settings(net, score, batch_size)
+    x, saliency, target, step = _inputs(x, saliency, target, step)
     return _curve(net, blur(x) if baseline is None else _baseline(baseline, x), x, saliency, target, step, score,
                   batch_size)
 
@@ -152,12 +146,12 @@ def insertion(
 def deletion(
     net, x, saliency, target, step=None,  # as in `insertion`
     baseline=0.,  # where to end: a number or a tensor that broadcasts to x
-    score='softmax', batch_size=64,  # as in `insertion`
+    score=None, batch_size=None,  # as in `insertion`
 ) -> Curve:
     """Deletion (Petsiuk et al. 2018; Section 4.1): from the original to zero of the network's input, most salient
     pixels first."""
-    _settings(score, batch_size)
-    saliency, target, step = _inputs(x, saliency, target, step)
+    _settings(net, score, batch_size)
+    x, saliency, target, step = _inputs(x, saliency, target, step)
     return _curve(net, x, _baseline(baseline, x), saliency, target, step, score, batch_size)
 
 # %% ../nbs/method/11_metrics.ipynb #2bf2a0ad
@@ -175,6 +169,9 @@ def _boxes_as_masks(boxes, H, W, where):
     "Boxes [K, 4] as masks [K, H, W]; a box with no pixel inside the image is refused."
     boxes = boxes.reshape(-1, 4).tolist()
     masks = np.zeros((len(boxes), H, W), bool)
+    if all(0 <= o <= 1 for box in boxes for o in box) and max(H, W) > 1:
+        raise ValueError(f"{where} has boxes from 0 to 1, the first {tuple(boxes[0])}: expected pixels of the image of "
+                         f"{W} x {H}, so multiply them by its size (a single pixel is given as a mask)")
     for mask, (x0, y0, x1, y1) in zip(masks, boxes):
         if not (x0 < x1 and y0 < y1 and x0 < W and y0 < H and x1 > 0 and y1 > 0
                 and np.isfinite((x0, y0, x1, y1)).all()):
@@ -351,9 +348,11 @@ def sanity_check(
     """One entry for each layer, with `.layer`, `.maps`, and `.spearman` and `.ssim` [B] against the maps of the
     network as it is."""
     choose('scheme', scheme, ('cascading', 'independent'))
-    layers, before, entries = layers or parameter_layers(net), explain(net), []
+    layers, entries, where = layers or parameter_layers(net), [], next((p.device for p in net.parameters()), 'cpu')
+    with undisturbed(net, where): before = explain(net)
     for k, layer in enumerate(layers):
-        with randomised(net, layers[:k + 1] if scheme == 'cascading' else [layer], seed): maps = explain(net)
+        with undisturbed(net, where), randomised(net, layers[:k + 1] if scheme == 'cascading' else [layer], seed):
+            maps = explain(net)
         entries.append(SimpleNamespace(layer=layer, maps=maps, spearman=rank_correlation(before, maps),
                                        ssim=ssim(before, maps)))
     return entries

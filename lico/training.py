@@ -16,6 +16,7 @@ from torch import nn
 from torch.func import functional_call
 from tqdm import tqdm
 
+from .backbones import undisturbed
 from .config import check_options, choose, derive_seed, device, preset as read_preset
 from .data import Files, test_batches, training_batches
 from .losses import LossOptions
@@ -92,7 +93,6 @@ class Average:
     def weights(self): return {k: s/(1 - self.decay**self.count) for k, s in self.sums.items()}
 
 # %% ../nbs/method/08_training.ipynb #c5dc118c
-@torch.no_grad()
 def predict(
     net: nn.Module,  # the plain classifier; its mode is left as it was found
     data,  # a `Data`, for its normalisation
@@ -102,14 +102,12 @@ def predict(
     progress: bool = False,  # show a bar
 ) -> torch.Tensor:
     "The predicted label of every image, int64 [n], on the CPU."
-    training, where = net.training, next(net.parameters()).device
+    where = next(net.parameters()).device
     size = batch_size or (64 if where.type == 'cpu' else 512)
-    net.eval()
-    with tqdm(test_batches(data, images, size, where), 'testing', -(-len(images)//size), unit='batch', leave=False,
-              disable=not progress) as batches:
-        out = [functional_call(net, weights or {}, (x,)).argmax(1).cpu() for x in batches]
-    net.train(training)
-    return torch.cat(out)
+    with undisturbed(net, where), torch.no_grad(), tqdm(
+            test_batches(data, images, size, where), 'testing', -(-len(images)//size), unit='batch', leave=False,
+            disable=not progress) as batches:
+        return torch.cat([functional_call(net, weights or {}, (x,)).argmax(1).cpu() for x in batches])
 
 def accuracy(predicted, labels) -> float:
     "The share of right predictions in percent."
