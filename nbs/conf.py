@@ -1,11 +1,12 @@
 """The site: these notebooks as they are stored, nothing is run, and the package's docstrings with the comments beside
-their parameters. `sphinx-build -W nbs _docs` (Quarto, nbdev's own way, cannot be installed everywhere)."""
-import ast, inspect, json, re, textwrap, tokenize
+their parameters. `sphinx-build -qW nbs _docs/html` (Quarto, nbdev's own way, cannot be installed everywhere)."""
+import ast, importlib.util, inspect, json, re, textwrap, tokenize
 from io import StringIO
 from pathlib import Path
 
 import yaml
 from docutils import nodes
+from fontTools import subset
 from latex2mathml.converter import convert
 
 import lico
@@ -28,7 +29,7 @@ myst_heading_anchors = 3
 myst_update_mathjax = False
 
 autodoc_default_options = dict(members=True) | {'member-order': 'bysource'}
-autodoc_preserve_defaults = True
+autodoc_preserve_defaults, autodoc_inherit_docstrings = True, False
 autodoc_typehints = 'none'
 add_module_names = False
 
@@ -65,8 +66,8 @@ def _streams(outputs):
 def _linked(text):
     "Prose whose links work here: headings in small letters, and notebooks that are named by their number."
     text = re.sub(r'(?<=\]\()([^)\s#]*#)([^)\s]+)', lambda m: m[1] + m[2].lower(), text)
-    homes = {p.stem: p.relative_to(NBS) for p in NBS.rglob('[0-9]*.ipynb')}
-    return re.sub(r'(?<!\[)`(\d\d_\w+)`', lambda m: f'[{m[0]}](/{homes[m[1]]})' if m[1] in homes else m[0], text)
+    named = {p.stem: p.relative_to(NBS) for p in homes.values()}
+    return re.sub(r'(?<!\[)`(\d\d_\w+)`', lambda m: f'[{m[0]}](/{named[m[1]]})' if m[1] in named else m[0], text)
 
 
 def prepared(notebook):
@@ -109,42 +110,51 @@ def read(app, docname, source):
     source[0] = json.dumps(prepared(notebook))
 
 
+# {module: its notebook}, in reading order
+homes = {_module(json.loads(p.read_text())): p for part in ('method', 'evidence')
+         for p in sorted((NBS/part).glob('[0-9]*.ipynb'))}
+
+
 # reference ------------------------------------------------------------------------------------------------------------
 def _comments(source):
-    "{line: text of the comment beside code or below it}"
-    found, code = {}, 0
+    "Two of {line: comment}: beside the code of that line, and on lines of its own above it."
+    beside, above, waiting = {}, {}, []
     for token in tokenize.generate_tokens(StringIO(source).readline):
-        row = token.start[0]
+        (row, column), text = token.start, token.string.lstrip('# ')
         if token.type == tokenize.COMMENT:
-            row = row if token.line[:token.start[1]].strip() else code
-            found[row] = f"{found.get(row, '')} {token.string.lstrip('# ')}".strip()
-        elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT): code = token.end[0]
-    return found
+            if token.line[:column].strip(): beside[row] = text
+            else: waiting.append(text)
+        elif waiting and token.type not in (tokenize.NL, tokenize.INDENT, tokenize.DEDENT):
+            above[row], waiting = ' '.join(waiting), []
+    return beside, above
 
 
 def _arguments(node):
-    "(name, last line) of each argument of a function, or each field of a class, and of what it returns."
+    "(name, first line, last line) of each argument of a function, or each field of a class."
     if isinstance(node, ast.ClassDef):
-        return [(a.target.id, a.end_lineno) for a in node.body if isinstance(a, ast.AnnAssign)]
+        return [(a.target.id, a.lineno, a.end_lineno) for a in node.body if isinstance(a, ast.AnnAssign)]
     a = node.args
     plain = [*a.posonlyargs, *a.args]
-    defaults = dict(zip(reversed(plain), reversed(a.defaults))) | dict(zip(a.kwonlyargs, a.kw_defaults))
-    ends = [(o.arg, (defaults.get(o) or o).end_lineno) for o in [*plain, *a.kwonlyargs]]
-    ends += [(o.arg, o.end_lineno) for o in (a.vararg, a.kwarg) if o]
-    return ends + ([('return', node.returns.end_lineno)] if node.returns else [])
+    default = dict(zip(reversed(plain), reversed(a.defaults))) | dict(zip(a.kwonlyargs, a.kw_defaults))
+    return [(o.arg, o.lineno, (default.get(o) or o).end_lineno)
+            for o in [*plain, *filter(None, [a.vararg]), *a.kwonlyargs, *filter(None, [a.kwarg])] if o.arg != 'self']
 
 
 def parameters(
     obj,  # a function, a class with fields, or a class with an `__init__`
-):
-    "What is written beside its parameters: {name: comment}; `return` is what is written behind the arrow."
+):  # {name: comment}; names on one line share theirs, "a, b"; `return` has what is written behind the last bracket
+    "What is written beside its parameters, or above them."
     try: source = textwrap.dedent(inspect.getsource(obj))
     except (OSError, TypeError): return {}
-    comments, node = _comments(source), ast.parse(source).body[0]
+    (beside, above), node = _comments(source), ast.parse(source).body[0]
     if not isinstance(node, (ast.ClassDef, ast.FunctionDef)): return {}
-    lines = {line: name for name, line in _arguments(node)}  # of several on one line the last has the comment
-    own = {name: comments[line] for line, name in lines.items() if line in comments}
-    return own or (parameters(obj.__init__) if '__init__' in vars(obj) and isinstance(node, ast.ClassDef) else {})
+    lines = {}
+    for name, start, end in _arguments(node): lines.setdefault(end, []).append((name, start))
+    found = {', '.join(name for name, _ in names): text for end, names in lines.items()
+             if (text := beside.get(end) or above.get(names[0][1]))}
+    if isinstance(node, ast.ClassDef): return found or (parameters(obj.__init__) if '__init__' in vars(obj) else {})
+    behind = [text for row, text in beside.items() if max(lines, default=0) < row < node.body[0].lineno]
+    return found | ({'return': behind[0]} if behind else {})
 
 
 def _rst(text):
@@ -157,9 +167,10 @@ def docstring(app, what, name, obj, options, lines):
     "The docstring with a line for each parameter that has a comment."
     lines[:] = [_rst(line) for line in lines]
     if what not in ('function', 'method', 'class'): return
-    names = {'return': 'returns'}
-    fields = [f":{names.get(k) or f'param {k}'}: {_rst(v)}" for k, v in parameters(obj).items()]
-    if fields: lines += ['', *fields, '']
+    found = parameters(obj)
+    back = found.pop('return', None)
+    if found: lines += ['', ':Parameters:', *(f"    * {_rst(f'`{k}`')} -- {_rst(v)}" for k, v in found.items()), '']
+    if back: lines += ['', f':Returns: {_rst(back)}', '']
 
 
 def skipped(app, what, name, obj, skip, options):
@@ -168,12 +179,11 @@ def skipped(app, what, name, obj, skip, options):
 
 
 def write_reference(app):
-    "A page for each module, in a folder that git ignores; its list is `guide/api.md`."
+    "A page for each module, in a folder that git ignores."
     folder = NBS/'api'
     folder.mkdir(exist_ok=True)
-    homes = {_module(json.loads(p.read_text())): p for p in NBS.rglob('[0-9]*.ipynb')}
-    pages = {f'{module}.md': f'# {module}\n\nDerived in [{homes[module].stem}](/{homes[module].relative_to(NBS)}).\n\n'
-                             f'```{{eval-rst}}\n.. automodule:: {module}\n```\n' for module in homes if module}
+    pages = {f'{module}.md': f'# {module}\n\nDerived in [{path.stem}](/{path.relative_to(NBS)}).\n\n'
+                             f'```{{eval-rst}}\n.. automodule:: {module}\n```\n' for module, path in homes.items()}
     for path in folder.iterdir():
         if path.name not in pages: path.unlink()
     for name, text in pages.items():
@@ -181,14 +191,31 @@ def write_reference(app):
 
 
 # mathematics and how to cite ------------------------------------------------------------------------------------------
+def mathml(text, display='inline'):
+    "TeX as MathML, which browsers set themselves: no script, and a screen reader reads it."
+    text = re.sub(r'\\(math\w+|tilde|bar) ?([A-Za-z])\b', r'\\\1{\2}', text)  # its argument in braces
+    return convert(re.sub(r'\\[lr]Vert\b', r'\\|', text), display=display)
+
+
 def _inline(self, node):
-    self.body.append(convert(node.astext()))
+    self.body.append(mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def _block(self, node):
-    self.body.append(f"<div class='math'>{convert(node.astext(), display='block')}</div>")
+    self.body.append(f"<div class='math'>{mathml(node.astext(), 'block')}</div>")
     raise nodes.SkipNode
+
+
+def write_font(app, error):
+    "STIX Two Math, for machines without a font that can set mathematics; the package ziamath has it."
+    folder = Path(importlib.util.find_spec('ziamath').origin).parent/'fonts'
+    options = subset.Options(flavor='woff', layout_features=['ssty', 'math'])
+    font, part = subset.load_font(folder/'STIXTwoMath-Regular.ttf', options), subset.Subsetter(options)
+    part.populate(unicodes=[o for first, last in ((0x20, 0x3ff), (0x2000, 0x22ff), (0x2308, 0x230b), (0x27e8, 0x27e9),
+                                                  (0x1d400, 0x1d7ff)) for o in range(first, last + 1)])
+    part.subset(font)
+    if not error: subset.save_font(font, Path(app.outdir)/'_static'/'math.woff', options)
 
 
 def _bibtex():
@@ -203,13 +230,16 @@ def _bibtex():
             f"  version = {{{cff['version']}}},\n  license = {{{cff['license']}}}\n}}")
 
 
-myst_substitutions = dict(bibtex=f'```bibtex\n{_bibtex()}\n```')
+_entries = '\n'.join(f'/api/{module}' for module in homes)
+myst_substitutions = dict(bibtex=f'```bibtex\n{_bibtex()}\n```',
+                          modules=f'```{{toctree}}\n:maxdepth: 1\n\n{_entries}\n```')
 
 
 def setup(app):
     app.add_html_math_renderer('mathml', (_inline, None), (_block, None))
     app.connect('builder-inited', write_reference)
     app.connect('source-read', read)
+    app.connect('build-finished', write_font)
     app.connect('autodoc-process-docstring', docstring)
     app.connect('autodoc-skip-member', skipped)
     return dict(parallel_read_safe=True, parallel_write_safe=True)

@@ -101,12 +101,13 @@ def test_start_page_is_the_readme(conf):
 def example(
     a,  # [B, d]: one
     b=dict(  # not this
-        c=1),  # two,
+        c=1),  # two
+    # of the last,
     # on two lines
-    *, d='#', e=2,  # of the last
+    *, d='#', e=2,
     **options,  # the rest
 ) -> int:  # what comes back
-    "Has comments."
+    "Has comments."  # none of them
 
 
 class Fields:
@@ -116,15 +117,18 @@ class Fields:
 
 
 class Init:
-    def __init__(self, a,  # one
-                 b): pass
+    def __init__(self, a, b,  # both
+                 c): pass
 
 
 def test_parameters(conf):
-    assert conf.parameters(example) == {'a': '[B, d]: one', 'b': 'two, on two lines', 'e': 'of the last',
+    assert conf.parameters(example) == {'a': '[B, d]: one', 'b': 'two', 'd, e': 'of the last, on two lines',
                                         'options': 'the rest', 'return': 'what comes back'}
-    assert conf.parameters(Fields) == {'a': 'one'} and conf.parameters(Init) == {'a': 'one'}
+    assert conf.parameters(Fields) == {'a': 'one'} and conf.parameters(Init) == {'a, b': 'both'}
     assert conf.parameters(len) == conf.parameters(int) == {}
+    lines = []
+    conf.docstring(None, 'function', '', example, None, lines)
+    assert r'    * \ ``d, e``\  -- of the last, on two lines' in lines and ':Returns: what comes back' in lines
 
 
 def test_docstring_is_no_markup(conf):
@@ -152,7 +156,7 @@ class Page(HTMLParser):
 def test_site():
     "As the README's command builds it, anew: no warning, no dead link, nothing from another host, every public name."
     command = re.search(r'\.venv/bin/(sphinx-build .*)$', (TOP/'README.md').read_text(), re.M)
-    command = command[1] if command else 'sphinx-build -qW nbs _docs'
+    command = command[1] if command else 'sphinx-build -qW nbs _docs/html'
     built = subprocess.run([Path(sys.executable).with_name('sphinx-build'), '-E', *command.split()[1:]], cwd=TOP,
                            capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
