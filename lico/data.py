@@ -51,6 +51,7 @@ class Data:
     mean: tuple  # per channel, in [0, 1], over the whole training set, before labels are cut; ImageNet's for `Files`
     std: tuple  # the same
     digest: str  # sha256 of the whole dataset: its pixels (for `Files`: their bytes) in order, labels and names
+    crop: float = .08  # of `Files`, the share of an image that a training window shows at least
 
     def normalise(self, x):
         """uint8 [B, 3, S, S] to float32 less `mean`, over `std`: mean 0 and variance 1 per channel over the
@@ -298,7 +299,8 @@ def _window(data, images, i, seed):
     "Image `i` as uint8 [3, S, S]: a window for training, drawn with a seed, or the one for testing."
     image = read_image(images.folder, images.paths[i].decode('utf-8', 'surrogateescape'))
     if seed is None: return _chw(central_window(image, data.image_size))
-    return _chw(random_window(image, data.image_size, torch.Generator().manual_seed(seed), data.flip))
+    return _chw(random_window(image, data.image_size, torch.Generator().manual_seed(seed), data.flip,
+                              data.crop))
 
 # %% ../nbs/method/03_data.ipynb #1132a7de
 def _workers(n):

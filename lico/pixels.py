@@ -66,12 +66,12 @@ def central_window(
     return image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + S, top + S))
 
 # %% ../nbs/method/02_pixels.ipynb #96dfbca9
-def _random_box(w, h, generator):
+def _random_box(w, h, generator, least):
     "torchvision's `RandomResizedCrop`: left, top, width and height of the window."
     import torch
     low, high = torch.log(torch.tensor((3/4, 4/3))).tolist()
     for _ in range(10):
-        area = w*h*torch.empty(1).uniform_(.08, 1., generator=generator).item()
+        area = w*h*torch.empty(1).uniform_(least, 1., generator=generator).item()
         ratio = torch.exp(torch.empty(1).uniform_(low, high, generator=generator)).item()
         across, down = round(math.sqrt(area*ratio)), round(math.sqrt(area/ratio))
         if 0 < across <= w and 0 < down <= h:
@@ -85,11 +85,12 @@ def random_window(
     S: int,  # pixels
     generator,  # torch's, on the CPU: decides the window and the mirroring
     flip: bool,  # mirror half of the images?
+    least: float = .08,  # share of the image's area that the window has at least; at most it has all
 ):
     "A random window of an image, brought to S x S: as ImageNet's networks are trained."
     import torch
     from PIL import Image
-    left, top, w, h = _random_box(*image.size, generator)
+    left, top, w, h = _random_box(*image.size, generator, least)
     image = image.crop((left, top, left + w, top + h)).resize((S, S), Image.Resampling.BILINEAR)
     mirrored = flip and torch.rand(1, generator=generator).item() < .5
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
