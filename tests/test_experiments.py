@@ -222,7 +222,8 @@ def test_a_pretrained_network_sees_what_it_was_trained_on(lico_root, monkeypatch
     with the id of before, and a record from then is read as one."""
     import timm
     pretend(monkeypatch, tmp_path/'hub', 'test_resnet')
-    r, cfg = replace(TINY, backbone='test_resnet', image_size=64, pretrained=True), timm.get_pretrained_cfg('test_resnet')
+    r = replace(TINY, backbone='test_resnet', image_size=64, pretrained=True)
+    cfg = timm.get_pretrained_cfg('test_resnet')
     old, plain = replace(r, normalisation='data'), replace(r, pretrained=False)
     data = load_data(r)
     assert (data.mean, data.std) == (tuple(cfg.mean), tuple(cfg.std)) != (load_data(old).mean, load_data(old).std)
@@ -239,4 +240,5 @@ def test_a_pretrained_network_sees_what_it_was_trained_on(lico_root, monkeypatch
 
 @pytest.mark.parametrize('field, value', [('pretrained', 1), ('pretrained', 'yes'), ('pretrained', None)])
 def test_pretrained_is_yes_or_no(field, value):
-    with pytest.raises(ValueError, match='unknown value of pretrained: .*choose one of True, False'): Run(**{field: value})
+    with pytest.raises(ValueError, match='unknown value of pretrained: .*choose one of True, False'):
+        Run(**{field: value})
