@@ -10,8 +10,8 @@ __all__ = ['OPTIONS', 'FIELDS', 'PARAMETERS', 'SUMS', 'choose', 'root', 'setting
            'python_command', 'stamp']
 
 # %% ../nbs/method/00_config.ipynb #dc1872af
-import configparser, contextlib, functools, hashlib, importlib.metadata, itertools, math, numbers, os, platform, random, re
-import shlex, subprocess, time, warnings
+import configparser, contextlib, functools, hashlib, importlib.metadata, itertools, math, numbers, os, platform, random
+import re, shlex, subprocess, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -298,7 +298,8 @@ def parameters(
         check(_refuse_idle, given), check(_refuse_unwritable, out),
         lambda: dict(zip(filled, gathered(*(check(_typed, *o) for o in filled.items())))))
     changed = ', '.join(f'{k}={given[k]}' for k in _protocol if k in given)
-    return SimpleNamespace(profile=profile, protocol=profile + (f' with {changed}' if changed else ''), out=out, **typed)
+    return SimpleNamespace(profile=profile, protocol=profile + (f' with {changed}' if changed else ''), out=out,
+                           **typed)
 
 # %% ../nbs/method/00_config.ipynb #51a37abd
 def derive_seed(*parts) -> int:
@@ -440,8 +441,8 @@ def read_sums(
 ) -> dict:
     "{name: sha256} of a folder's `SHA256SUMS`; empty if it has none."
     path = Path(folder)/SUMS
-    lines = path.read_bytes().decode(errors='replace').splitlines() if path.exists() else []
-    return {o[66:]: o[:64] for o in lines}
+    text = path.read_bytes().decode(errors='replace') if path.exists() else ''
+    return {name: seal for seal, name in re.findall(r'^([0-9a-f]{64})  (.+)$', text, re.M)}
 
 # %% ../nbs/method/00_config.ipynb #39a71018
 def python_command(
