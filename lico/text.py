@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from .config import check_options, choose
-from .encoders import BERTText, CLIPText, GloVeText, TextEncoder
+from .encoders import BERTText, CLIPText, GloVeText, TextEncoder, say_unknown
 
 # %% ../nbs/method/05_text.ipynb #59d1e5be
 _all_ = ['TextEncoder', 'BERTText', 'CLIPText', 'GloVeText']
@@ -38,7 +38,8 @@ def _load_folder(folder):
     if not config.is_file():
         raise FileNotFoundError(f"{folder} holds no config.json: expected a Hugging Face folder of a BERT and its "
                                 "tokenizer")
-    kind = choose(f"model type of {folder}:", json.loads(config.read_text()).get('model_type'), tuple(_KINDS))
+    kind = choose(f"model type of {folder}:", json.loads(config.read_text(encoding='utf-8')).get('model_type'),
+                  tuple(_KINDS))
     import transformers
     options = {} if kind == 'bert' else dict(key_mapping={r'^text_model\.': ''})
     with _quiet():
@@ -185,6 +186,7 @@ def _check_names(enc, class_names, n_context):
             raise ValueError(f"class name {name!r} stands for more than one class: give each its own ({seen[key]!r} "
                              f"and {name!r} are the same to the text encoder)")
         seen[key] = name
+    say_unknown(enc, class_names, ids)
     return ids
 
 def _check_ids(ids, C):

@@ -65,7 +65,7 @@ def has_bfloat16(
     "Whether a device has bfloat16 instructions: a processor with AMX or AVX512-BF16, as Linux tells, or a GPU."
     if where.type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     told = Path('/proc/cpuinfo')
-    words = told.read_text().split() if where.type == 'cpu' and told.exists() else []
+    words = told.read_text(encoding='utf-8').split() if where.type == 'cpu' and told.exists() else []
     return 'amx_bf16' in words or 'avx512_bf16' in words
 
 def refuse_precision(

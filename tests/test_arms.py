@@ -54,7 +54,8 @@ def test_what_is_not_printed(table, label, metric, saliency):
 
 def test_every_number_has_one_place():
     "Read here with the csv module: the eight things tell the 271 rows apart, and lose none."
-    with open(Path(lico.__file__).with_name('paper_results.csv')) as f: lines = list(csv.DictReader(f))
+    with open(Path(lico.__file__).with_name('paper_results.csv'),
+              encoding='utf-8') as f: lines = list(csv.DictReader(f))
     assert (len(lines) == len(printed_numbers()) == 271
             and sorted(float(r['value']) for r in lines) == sorted(printed_numbers().values()))
     for r in lines:

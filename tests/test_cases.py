@@ -72,7 +72,7 @@ def coco_like(folder):
                    categories=[dict(id=k, name=v) for k, v in names.items()],
                    annotations=[annotation(i, k, c) for i in range(3) for k, c in enumerate(names)])
     for i in range(3): Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(folder/'val2017'/f'{i}.jpg')
-    (folder/'annotations'/'instances_val2017.json').write_text(json.dumps(content))
+    (folder/'annotations'/'instances_val2017.json').write_text(json.dumps(content), encoding='utf-8')
     return folder
 
 

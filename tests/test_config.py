@@ -57,7 +57,7 @@ def test_root_is_found_in_order(tmp_path, monkeypatch):
     assert config.root() == checkout, 'the installed checkout'
     other = tmp_path/'other'
     (other/'deep').mkdir(parents=True)
-    (other/'settings.ini').write_text((checkout/'settings.ini').read_text())
+    (other/'settings.ini').write_text((checkout/'settings.ini').read_text(encoding='utf-8'), encoding='utf-8')
     monkeypatch.chdir(other/'deep')
     assert config.root() == other, 'the working folder upwards'
     monkeypatch.setenv('LICO_ROOT', str(tmp_path))
@@ -68,7 +68,7 @@ def test_root_is_found_in_order(tmp_path, monkeypatch):
 
 def test_someone_elses_settings_ini_is_not_ours(tmp_path, monkeypatch):
     checkout = config.root()
-    (tmp_path/'settings.ini').write_text('[DEFAULT]\nlib_name = other\n')
+    (tmp_path/'settings.ini').write_text('[DEFAULT]\nlib_name = other\n', encoding='utf-8')
     monkeypatch.chdir(tmp_path)
     assert config.root() == checkout
 
@@ -90,7 +90,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space left on device.*make room there and start again'):
         config.write_atomic(path,
         'new')
-    assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+    assert path.read_text(encoding='utf-8') == 'old' and list(tmp_path.iterdir()) == [path]
 
 
 RESULTS = sorted(p for p in (config.root()/'nbs').glob('*.ipynb') if p.stem != 'index')

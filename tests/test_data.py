@@ -184,9 +184,10 @@ def test_short_side_is_resized_and_the_centre_cut_out(tree):
 
 def test_stray_files_hidden_files_and_deeper_images(tree):
     first = load(f'folder:{tree}').digest
-    (tree/'train'/'cat'/'Thumbs.db').write_text('x'); (tree/'train'/'cat'/'._0.png').write_text('x')
-    (tree/'train'/'.cache').mkdir(); (tree/'train'/'.cache'/'0.png').write_text('x')
-    (tree/'train'/'0.png').write_text('x')
+    (tree/'train'/'cat'/'Thumbs.db').write_text('x', encoding='utf-8'); (tree/'train'/'cat'/'._0.png').write_text('x',
+        encoding='utf-8')
+    (tree/'train'/'.cache').mkdir(); (tree/'train'/'.cache'/'0.png').write_text('x', encoding='utf-8')
+    (tree/'train'/'0.png').write_text('x', encoding='utf-8')
     (tree/'train'/'dog'/'6').mkdir(); (tree/'train'/'dog'/'5.png').rename(tree/'train'/'dog'/'6'/'0.PNG')
     assert load(f'folder:{tree}').digest == first
 
@@ -246,7 +247,7 @@ def test_boxes_come_in_the_order_of_the_test_images(tree):
     paths = sorted(tree.glob('test/*/*'), key=lambda p: p.name)
     box = lambda p: (int(p.stem), 1, 10 + int(p.stem), len(p.parent.name))
     rows = [','.join(map(str, (*box(p)[::-1], 'any', p.relative_to(tree).as_posix()))) for p in paths]
-    (tree/'boxes.csv').write_text('\n'.join(['y1,x1,y0,x0,wnid,file', *rows]))
+    (tree/'boxes.csv').write_text('\n'.join(['y1,x1,y0,x0,wnid,file', *rows]), encoding='utf-8')
     found, d = data_module.test_boxes(f'folder:{tree}'), load(f'folder:{tree}')
     assert found.dtype == torch.int64 and found[:, 0].tolist() == d.test.x[:, 1, 0, 0].tolist()
     assert (found[:, 3].tolist() == [len(d.class_names[y]) for y in d.test.y]
@@ -260,10 +261,11 @@ def test_boxes_are_refused_by_name(tree):
     with pytest.raises(FileNotFoundError, match='digits has no boxes.csv'): data_module.test_boxes('digits')
     for content in ('', 'file,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4', 'file,x0,y0,x1\n',
                     'path,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4'):
-        (tree/'boxes.csv').write_text(content)
+        (tree/'boxes.csv').write_text(content, encoding='utf-8')
         assert 'has no box for every test image (' in (message := said(ValueError)) and 'test/cat/0.png' in message
     (tree/'boxes.csv').write_text('\n'.join(
-        ['file,x0,y0,x1,y1', *(f'{p.relative_to(tree).as_posix()},1,2,3,x' for p in tree.glob('test/*/*'))]))
+        ['file,x0,y0,x1,y1', *(f'{p.relative_to(tree).as_posix()},1,2,3,x' for p in tree.glob('test/*/*'))]),
+        encoding='utf-8')
     assert "'x'" in said(ValueError)
 
 # augmentation

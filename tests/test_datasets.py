@@ -69,9 +69,9 @@ def test_a_silent_network_does_not_hang(offline, monkeypatch):
 
 def test_broken_text_files_of_birds(offline):
     write_birds(offline/'CUB_200_2011')
-    (offline/'CUB_200_2011'/'image_class_labels.txt').write_text('1 x\n')
+    (offline/'CUB_200_2011'/'image_class_labels.txt').write_text('1 x\n', encoding='utf-8')
     assert 'cub200 is not in' in refusal('cub200')
-    (offline/'CUB_200_2011'/'image_class_labels.txt').write_text('1 1\n')
+    (offline/'CUB_200_2011'/'image_class_labels.txt').write_text('1 1\n', encoding='utf-8')
     assert 'cub200 is not in' in refusal('cub200')
 
 # small images
@@ -178,7 +178,8 @@ def write_birds(folder):
     folder.mkdir(parents=True)
     rows = [(11, 2, 1), (4, 1, 0), (7, 3, 1), (9, 1, 1), (2, 2, 0), (3, 3, 0)]  # id, class from 1, for training?
     names = {1: '001.Black_footed_Albatross', 2: '002.Laysan_Albatross', 3: '010.Red_winged_Blackbird'}
-    write = lambda name, lines: (folder/f'{name}.txt').write_text(''.join(f'{a} {b}\n' for a, b in lines))
+    write = lambda name, lines: (folder/f'{name}.txt').write_text(''.join(f'{a} {b}\n' for a, b in lines),
+                                                                  encoding='utf-8')
     write('classes', names.items()); write('images', [(i, f'{names[c]}/{i}.jpg') for i, c, _ in rows])
     write('image_class_labels', [(i, c) for i, c, _ in rows[::-1]])
     write('train_test_split', [(i, t) for i, _, t in sorted(rows)])
@@ -210,10 +211,10 @@ def test_cars(offline):
 def test_aircraft(offline):
     base, names = offline/'fgvc-aircraft-2013b'/'data', ['707-320', 'F/A-18', 'Boeing 717', 'DC-3']  # not sorted
     base.mkdir(parents=True)
-    (base/'variants.txt').write_text('\n'.join(names) + '\n')
+    (base/'variants.txt').write_text('\n'.join(names) + '\n', encoding='utf-8')
     for part, first in (('trainval', 0), ('test', 4)):
         (base/f'images_variant_{part}.txt').write_text(''.join(f'{first + k:07} {names[c]}\n'
-                                                               for k, c in enumerate((3, 1, 0, 2))))
+                                                               for k, c in enumerate((3, 1, 0, 2))), encoding='utf-8')
         for k, c in enumerate((3, 1, 0, 2)): photo(base/'images'/f'{first + k:07}.jpg', c, part == 'test')
     assert check('aircraft', names, 4, 4).train.y.tolist() == [3, 1, 0, 2]
 
@@ -338,9 +339,10 @@ def known(offline, monkeypatch):
     "A project whose `cifar10` is tiny: its archive and two folders of other names, order and format."
     trust(monkeypatch)
     mine = write_folder(offline.parent/'mine', tiny(), 1)
-    ini = (Path(__file__).parents[1]/'settings.ini').read_text()
+    ini = (Path(__file__).parents[1]/'settings.ini').read_text(encoding='utf-8')
     change = lambda key, value, text: re.sub(rf'(\[dataset\.cifar10\][^\[]*\n{key} = ).*', rf'\g<1>{value}', text)
-    (offline.parent/'settings.ini').write_text(change('images', '21, 21', change('content', by_loop(mine), ini)))
+    (offline.parent/'settings.ini').write_text(change('images', '21, 21', change('content', by_loop(mine), ini)),
+                                               encoding='utf-8')
     write_archive(offline/'cifar-10-batches-py', tiny())
     return mine, write_folder(offline.parent/'cats and dogs', tiny(), 2, 'bmp')
 
@@ -449,7 +451,7 @@ def test_a_damaged_store_of_hashes_counts_for_nothing(counted, damage):
 
 def test_where_nothing_may_be_written_nothing_is_kept(counted):
     _, look, kept = counted
-    kept.parent.mkdir(exist_ok=True); kept.write_text('a file where the folder should be')
+    kept.parent.mkdir(exist_ok=True); kept.write_text('a file where the folder should be', encoding='utf-8')
     assert look() == look() and len(look()[1]) == 12
 
 def test_few_hashes_are_not_kept(counted, monkeypatch):

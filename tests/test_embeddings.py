@@ -140,11 +140,11 @@ def smoke(tmp_path, name):
         assert p.returncode == 0, p.stderr[-3000:]
         assert 'Unable to parse line' not in p.stderr
     mill()
-    table = (tmp_path/'data'/'smoke'/name/'table.md').read_text()
+    table = (tmp_path/'data'/'smoke'/name/'table.md').read_text(encoding='utf-8')
     shutil.move(tmp_path/'data'/'smoke'/name, tmp_path/'kept'); shutil.rmtree(tmp_path/'data')
     mill('-p', 'stored', 'only', '-p', 'out', str(tmp_path/'kept'))
     assert not (tmp_path/'data').exists()
-    return tmp_path/'kept', table, (tmp_path/'kept'/'table.md').read_text()
+    return tmp_path/'kept', table, (tmp_path/'kept'/'table.md').read_text(encoding='utf-8')
 
 
 def test_figure9_smoke_and_drawn_again_from_files(tmp_path):

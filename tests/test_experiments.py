@@ -120,7 +120,7 @@ def pretend(monkeypatch, tmp_path, name, classes=1000):
     folder = tmp_path/f"models--timm--{experiments.pretrained_weights(name)}"
     (folder/'snapshots'/'0').mkdir(parents=True)
     (folder/'refs').mkdir()
-    (folder/'refs'/'main').write_text('0')
+    (folder/'refs'/'main').write_text('0', encoding='utf-8')
     save_file(net.state_dict(), folder/'snapshots'/'0'/'model.safetensors')
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
@@ -204,7 +204,7 @@ def test_finished_runs_are_not_done_again(lico_root, monkeypatch):
 def test_damaged_record(lico_root, damage):
     first = run(TINY, progress=False)
     path = runs_folder()/first['id']/'record.json'
-    path.write_text(damage(path.read_text()))
+    path.write_text(damage(path.read_text(encoding='utf-8')), encoding='utf-8')
     with pytest.warns(RuntimeWarning, match='record.json is damaged'): assert read_record(path.parent) is None
     assert list(path.parent.glob('record.json.damaged-*')) and run(TINY,
         progress=False)['accuracy_last'] == first['accuracy_last']

@@ -116,7 +116,8 @@ def make_root(root):
     "Images in `shapes`, small enough for memory, and in `photographs`, which are read from disk; and the presets."
     from PIL import Image
     from lico.config import settings
-    with (root/'settings.ini').open('w') as f:  # every run reads it a dozen times, and all of it takes long
+    # every run reads it a dozen times, and all of it takes long
+    with (root/'settings.ini').open('w', encoding='utf-8') as f:
         presets = {name: values for name, values in settings().items() if name.startswith(('preset.', 'text_encoder'))}
         for name, values in presets.items(): f.writelines([f'[{name}]\n', *(f'{k} = {v}\n' for k, v in values.items())])
         f.write('[profile.laptop]\n')
@@ -254,7 +255,7 @@ def numbers(case, root):
 def read():
     "The stored numbers: case -> quantity -> (value, tolerance)."
     stored = {}
-    for row in csv.DictReader(GOLDEN.open()):
+    for row in csv.DictReader(GOLDEN.open(encoding='utf-8')):
         stored.setdefault(row['case'], {})[row['quantity']] = float(row['value']), float(row['tolerance'])
     return stored
 
@@ -353,9 +354,9 @@ def accept(cases):
     for processor in PROCESSORS:
         said = subprocess.run(command, env={**environment, **processor}, stdout=subprocess.PIPE, check=True).stdout
         found.append(json.loads(said))
-    head, *kept = [row for row in csv.reader(GOLDEN.open()) if row[0] not in cases]
+    head, *kept = [row for row in csv.reader(GOLDEN.open(encoding='utf-8')) if row[0] not in cases]
     new = [row for case in cases for row in rows(case, [o[case] for o in found])]
-    with GOLDEN.open('w', newline='') as f:
+    with GOLDEN.open('w', newline='', encoding='utf-8') as f:
         writer = csv.writer(f, lineterminator='\n')
         writer.writerows([head, *sorted(kept + new, key=lambda row: CASES.index(row[0]))])
 

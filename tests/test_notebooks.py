@@ -56,7 +56,7 @@ def test_table3_from_any_folder(tmp_path):
             and not (tmp_path/'figures').exists())
     df = pd.read_csv(out/'results.csv')
     assert (df.method.tolist() == ['CE', 'LICO'] and (df.profile == 'smoke').all()
-            and 'digits (for CIFAR-10)' in (out/'table.md').read_text())
+            and 'digits (for CIFAR-10)' in (out/'table.md').read_text(encoding='utf-8'))
 
 
 def test_table3_on_a_folder(tmp_path):
@@ -88,7 +88,7 @@ def test_tables_smoke(lico_root, n):
         'figure.png', 'results.csv', 'table.md', 'scores.csv', '.lock', 'SHA256SUMS'}
     df = pd.read_csv(out/'results.csv')
     assert (TABLES[n].reference in set(df.arm) and df.arm.nunique() > 1 and (df.profile == 'smoke').all()
-            and f'Table {n}' in (out/'table.md').read_text())
+            and f'Table {n}' in (out/'table.md').read_text(encoding='utf-8'))
     if (out/'scores.csv').exists(): assert len(pd.read_csv(out/'scores.csv')) == df.images.sum()
 
 
@@ -101,7 +101,7 @@ def test_fidelity_smoke(lico_root):
     out = smoke('fidelity', lico_root)
     df = pd.read_csv(out/'results.csv')
     assert {'CE', 'LICO'} == set(df.method) and (df.method == 'LICO').sum() > len(changes('repaired'))/2
-    assert all(choice in (out/'table.md').read_text() for choice, _ in changes('repaired'))
+    assert all(choice in (out/'table.md').read_text(encoding='utf-8') for choice, _ in changes('repaired'))
 
 
 def test_study_smoke(lico_root):
@@ -113,13 +113,13 @@ def test_study_smoke(lico_root):
 def test_language_smoke(lico_root):
     out = smoke('language', lico_root, block='A', datasets='digits', seeds='0')
     assert (pd.read_csv(out/'results.csv').arm.nunique() == 10
-            and 'right names beat shuffled names' in (out/'table.md').read_text())
+            and 'right names beat shuffled names' in (out/'table.md').read_text(encoding='utf-8'))
 
 
 def test_protocol_is_what_the_code_says(lico_root):
     "The declaration that was committed is the one that the code would write."
     run('protocol', out=str(lico_root/'out'))
-    assert (lico_root/'out'/'table.md').read_text() == (TOP/'figures'/'protocol'/'table.md').read_text()
+    assert (lico_root/'out'/'table.md').read_bytes() == (TOP/'figures'/'protocol'/'table.md').read_bytes()
 
 
 @pytest.mark.parametrize('folder', sorted(p.parent for p in (TOP/'figures').glob('*/results.csv')),
@@ -130,7 +130,8 @@ def test_committed_results_are_drawn_from_the_file_alone(lico_root, folder):
     (out/'table.md').unlink()
     name, _, block = folder.name.partition('-')
     run(name, stored='only', out=str(out), **(dict(block=block) if name == 'language' else {}))
-    assert (out/'table.md').read_text() == (folder/'table.md').read_text() and not (lico_root/'data').exists()
+    assert (out/'table.md').read_bytes() == (folder/'table.md').read_bytes()
+    assert not (lico_root/'data').exists()
 
 
 @pytest.mark.parametrize(
@@ -163,9 +164,10 @@ def test_parameters_tag_survives_cleaning(tmp_path):
     def clean(): subprocess.run([BIN/'nbdev-clean'], cwd=project, check=True, capture_output=True)
     clean()
     assert tags() == [['parameters']]
-    text = (project/'pyproject.toml').read_text()
+    text = (project/'pyproject.toml').read_text(encoding='utf-8')
     (project/'pyproject.toml').write_text('\n'.join(o for o in text.splitlines()
-                                                    if not o.startswith('allowed_cell_metadata_keys')))
+                                                    if not o.startswith('allowed_cell_metadata_keys')),
+                                                    encoding='utf-8')
     clean()
     assert tags() == [], 'the setting is what keeps it'
 
@@ -202,7 +204,7 @@ def test_notebooks_stand_in_the_order_of_imports():
 
 def test_links_lead_somewhere():
     for path in NOTEBOOKS + [TOP/'README.md']:
-        text = (path.read_text() if path.suffix == '.md'
+        text = (path.read_text(encoding='utf-8') if path.suffix == '.md'
                 else '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'markdown'))
         for target in re.findall(r'\]\((?!https?:|#|mailto:)([^)#\s]+)', text):
             assert (path.parent/target).exists(), f'{path.name}: {target}'
@@ -212,7 +214,7 @@ def test_links_lead_somewhere():
 
 def test_lines_of_code_are_short():
     "In tests and cells; a module's first line is its notebook's prose, and its `__all__` is written by nbdev."
-    sources = {p.name: p.read_text() for p in (TOP/'tests').glob('*.py')}
+    sources = {p.name: p.read_text(encoding='utf-8') for p in (TOP/'tests').glob('*.py')}
     for path in NOTEBOOKS:
         sources[path.name] = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == 'code')
     long = [f'{name}: {line}' for name, source in sources.items() for line in source.splitlines() if len(line) > 120]

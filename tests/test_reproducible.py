@@ -178,11 +178,15 @@ def changed(folder, how):
         weights['encoder.layer.5.output.dense.weight'][0, 0] += 1
         save_file(weights, folder/'model.safetensors', metadata=dict(format='pt'))
     elif how == 'heads':
-        (folder/'config.json').write_text((folder/'config.json').read_text().replace('"num_attention_heads": 12',
-                                                                                     '"num_attention_heads": 6'))
+        (folder/'config.json').write_text((folder/'config.json').read_text(encoding='utf-8').replace(
+            '"num_attention_heads": 12',
+                                                                                     '"num_attention_heads": 6'),
+                                                                                     encoding='utf-8')
     else:
-        (folder/'tokenizer.json').write_text((folder/'tokenizer.json').read_text().replace('"frog":', '"\x07":')
-                                             .replace('"zebra":', '"frog":').replace('"\x07":', '"zebra":'))
+        (folder/'tokenizer.json').write_text((folder/'tokenizer.json').read_text(encoding='utf-8').replace('"frog":',
+            '"\x07":')
+                                             .replace('"zebra":', '"frog":').replace('"\x07":', '"zebra":'),
+                                             encoding='utf-8')
 
 
 @pytest.mark.parametrize('how', ['weights', 'vocabulary', 'heads'])

@@ -168,14 +168,14 @@ def folder(tmp_path):
                                 note(2, 9, 90, compressed(blob)), note(3, 9, 1, compressed(far)),
                                 note(4, 4, 17, dict(size=[10, 10], counts=[12, 3, 85]), 1),
                                 note(5, 4, 17, [[0, 8, 10, 8, 10, 10, 0, 10]])])
-    (tmp_path/'annotations'/'instances.json').write_text(json.dumps(content))
+    (tmp_path/'annotations'/'instances.json').write_text(json.dumps(content), encoding='utf-8')
     return tmp_path
 
 def edit(folder, change):
     file = folder/'annotations'/'instances.json'
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding='utf-8'))
     change(content)
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content), encoding='utf-8')
 
 def test_a_small_coco_folder(folder):
     scenes = coco_scenes(folder, image_size=20)
@@ -233,7 +233,7 @@ def test_missing_and_foreign_images(folder):
     with pytest.raises(FileNotFoundError, match="1 of 2 images are not in .*images, first wide.png: put them there, "
                                                 "or name the folder with images="):
         coco_scenes(folder)
-    (folder/'annotations'/'instances.json').write_text('{"images": [')
+    (folder/'annotations'/'instances.json').write_text('{"images": [', encoding='utf-8')
     with pytest.raises(ValueError, match="instances.json is not JSON .*: fetch it again"): coco_scenes(folder)
 
 # COCO's categories as ImageNet's classes

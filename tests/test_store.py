@@ -39,7 +39,7 @@ def test_stored_rows(lico_root, monkeypatch, capsys):
 
 def test_that_results_cannot_be_written_is_said_before_anything_runs(lico_root, monkeypatch):
     monkeypatch.setattr(store, 'sweep', lambda *a, **k: pytest.fail('a run was started'))
-    (lico_root/'file').write_text('')
+    (lico_root/'file').write_text('', encoding='utf-8')
     with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'):
         collect(p_of(lico_root/
         'file'), [TINY])
@@ -101,7 +101,8 @@ def test_pairs_share_everything_but_the_method(lico_root):
     df = rows_of(sweep([replace(r, method=m, seed=s) for r in base for m in ('CE', 'CE+OT') for s in (0, 1)],
                        progress=False), 3)
     c = compare(df, 3)
-    assert len(df) == 20 and c.n.tolist() == [2]*5 and c.dataset.tolist() == ['digits']*3 + ['folder:pets']*2
+    assert len(df) == 20 and c.n.tolist() == [2]*5 and c.dataset.tolist() == [
+        *['digits']*3, 'folder:a/pets', 'folder:b/pets']
 
 
 @pytest.mark.parametrize('more, sentences', [

@@ -538,7 +538,7 @@ def test_cached_clip_weights_get_the_activation_they_were_trained_with(monkeypat
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     repo = tmp_path/"models--timm--vit_base_patch32_clip_224.openai"
     for folder in ("refs", "snapshots/abc"): (repo/folder).mkdir(parents=True)
-    (repo/"refs/main").write_text("abc")
+    (repo/"refs/main").write_text("abc", encoding='utf-8')
     (repo/"snapshots/abc/open_clip_model.safetensors").touch()
     asked = {}
     monkeypatch.setattr(open_clip, "create_model",
@@ -590,7 +590,7 @@ def test_folders_refused(folder, tmp_path_factory):
         load_text_encoder(str(folder))
     (folder/"model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="expected BERT weights and a tokenizer"): load_text_encoder(str(folder))
-    (folder/"config.json").write_text(json.dumps(dict(model_type="gpt2")))
+    (folder/"config.json").write_text(json.dumps(dict(model_type="gpt2")), encoding='utf-8')
     with pytest.raises(ValueError, match="unknown model type of .*: 'gpt2': choose one of bert"):
         load_text_encoder(str(folder))
 
@@ -627,7 +627,7 @@ def assert_reads_sentences(enc, tower, tokenizer):
 @pytest.mark.parametrize("kind", ["bert", "align", "align_text_model"])
 def test_folders_by_kind(kind, minilm, tmp_path):
     tower = saved(kind, tmp_path, minilm.tokenizer)
-    assert json.loads((tmp_path/"config.json").read_text())["model_type"] == kind
+    assert json.loads((tmp_path/"config.json").read_text(encoding='utf-8'))["model_type"] == kind
     enc = load_text_encoder(str(tmp_path))
     assert (enc.dim, enc.embed_dim, enc.window) == (16, 16, 38)
     assert_reads_sentences(enc, tower, minilm.tokenizer)
@@ -646,7 +646,7 @@ def no_network(monkeypatch, tmp_path):
 def test_the_cache_is_enough(name, repo, no_network, minilm):
     cache = no_network/f"models--{repo.replace('/', '--')}"
     (cache/"refs").mkdir(parents=True)
-    (cache/"refs/main").write_text("abc")
+    (cache/"refs/main").write_text("abc", encoding='utf-8')
     tower = saved(name, cache/"snapshots/abc", minilm.tokenizer)
     assert_reads_sentences(load_text_encoder(name), tower, minilm.tokenizer)
     for needed in (["model.safetensors"], ["tokenizer.json", "vocab.txt"], ["config.json"]):
@@ -819,3 +819,12 @@ def test_imagenet_s_names_are_apart_for_encoders_that_see_no_capitals():
     assert (
         len({tuple(minilm.name_ids(n).tolist()) for n in names}) == len({tuple(clip.encode(n)) for n in names}) == 1000)
     assert PromptLearner(minilm, names, n_context=0)(torch.arange(2)).shape[0] == 2
+
+def test_what_the_encoder_does_not_know_is_said_by_name_and_once(capsys):
+    enc = load_text_encoder("minilm")
+    for _ in range(2): PromptLearner(enc, ["frog", "🐸 of a pond", "𒀀 tablet"])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "reads [UNK] in the class names '🐸 of a pond', '𒀀 tablet'" in said
+    assert "'frog'" not in said
+    PromptLearner(enc, ["café", "T-shirt", "naïve", "$", "|", "None"])
+    assert capsys.readouterr().err == ""

@@ -178,7 +178,7 @@ def test_several_processes(tmp_path):
         rank = torch.distributed.get_rank()
         torch.save({k: v for k, v in model.named_parameters() if v.requires_grad}, f'{sys.argv[1]}/{rank}.pt')
     ''')
-    (tmp_path/'child.py').write_text(code)
+    (tmp_path/'child.py').write_text(code, encoding='utf-8')
     p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone',
                         str(tmp_path/'child.py'), str(tmp_path)],
                        env={**os.environ, 'ACCELERATE_USE_CPU': 'true'}, capture_output=True, text=True, timeout=240)

@@ -18,7 +18,7 @@ from ..backbones import feature_rows
 from ..config import (derive_seed, device, locked, python_command, read_sealed, root, sha256, stamp,
                          write_sealed)
 from ..data import test_batches
-from .report import dataset_title
+from .report import dataset_title, in_markdown, in_picture
 from .stats import estimate
 from ..experiments import MEASURING_PROTOCOL, TRAINING_PROTOCOL, Run, build, load_data, run_id, spec
 from ..losses import mean_cosine
@@ -177,7 +177,7 @@ def ends_table(
     "Beginnings and ends as Markdown."
     formats = {'KL before': '.2e', 'KL after': '.2e', 'factor': '.3g', '% of looks that fall': '.0f',
                'τ after': '.3g', 'cosine after': '.3f'}
-    c = c.assign(dataset=c.dataset.map(dataset_title))
+    c = c.assign(dataset=c.dataset.map(lambda name: in_markdown(dataset_title(name))))
     return c.to_markdown(index=False, floatfmt=[formats.get(k, '') for k in c], disable_numparse=[1])
 
 # %% ../../nbs/evidence/25_divergence.ipynb #638321ce
@@ -198,7 +198,7 @@ def divergence_sentences(
         o = c[(c[_setting] == list(where)).all(axis=1)].set_index('view')
         fall = lambda v: f"{o['KL after'][v]:.2e} nats and falls at {o['% of looks that fall'][v]:.0f} % of looks"
         ratio = functools.partial(_ratio, part)
-        said.append(f"* **{dataset_title(where[0])}, {where[1]} labels, {where[2]}, {where[3]}**: "
+        said.append(f"* **{in_markdown(dataset_title(where[0]))}, {where[1]} labels, {where[2]}, {where[3]}**: "
                     f"from {o['KL before'][lico]:.2e} nats LICO's KL goes to {fall(lico)}, "
                     f"the baseline's to {fall(ce)}; LICO's is {ratio(lico, ce)} the baseline's. Exchanged one by one: "
                     f"under LICO's τ ({o['τ after'][lico]:.3g}) the baseline's is {ratio(ce_tau, ce)} what it was; "
@@ -217,7 +217,7 @@ def _draw_column(above, middle, below, part, views):
     papers = part[part.view.str.contains('paper')]
     draw(papers, y='entropy_image', ax=below); draw(papers, y='entropy_text', ls='--', ax=below)
     r = part.iloc[0]
-    above.set_title(f'{dataset_title(r.dataset)}, {r.labels} labels, {r.backbone}: {r.preset}', fontsize=9)
+    above.set_title(f'{in_picture(dataset_title(r.dataset))}, {r.labels} labels, {r.backbone}: {r.preset}', fontsize=9)
     above.set(yscale='log', ylabel='KL of Eq. 2 on test images, nats')
     middle.set(ylabel="LICO's τ"); below.set(ylabel='entropies, share of ln B\n(images —, prompts - -)')
     for ax in (above, middle, below): ax.grid(alpha=.3)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..config import derive_seed
 from ..data import test_batches
-from .report import arm_label, dataset_title, signed
+from .report import arm_label, dataset_title, in_markdown, in_picture, signed
 from .stats import estimate
 from .store import read_points, read_results, rows_of, train, write_results
 from ..experiments import load_backbone, load_data, run_of
@@ -174,7 +174,7 @@ def _draw_points(ax, r, points):
     for c, (name, o) in enumerate(points.groupby('name')):
         ax.plot(o.x, o.y, '.', ms=3, color=plt.cm.tab10(c % 10), rasterized=True)
         size = 11 if len(name) == 1 else 7
-        ax.text(o.x.median(), o.y.median(), name, ha='center', va='center', fontsize=size, weight='bold')
+        ax.text(o.x.median(), o.y.median(), in_picture(name), ha='center', va='center', fontsize=size, weight='bold')
     about = f'accuracy {r.accuracy_last:.1f} %, trustworthiness {r.trustworthiness:.3f}'
     ax.set_title(f'{arm_label(r)}, {r.labels} labels, seed {r.seed}\n{about}', fontsize=8)
     ax.set(xticks=[], yticks=[])
@@ -209,7 +209,7 @@ def order_sentences(
     for (dataset, labels), rows in known.groupby(['dataset', 'labels'], sort=False):
         for arm, o in rows.groupby(list(map(arm_label, rows.itertuples())), sort=False):
             e, seen = estimate(o.ordinal_0_as_10 - o.ordinal), o.ordinal_embedded
-            said.append(f"* **{dataset_title(dataset)}, {labels} labels, {arm}**: "
+            said.append(f"* **{in_markdown(dataset_title(dataset))}, {labels} labels, {arm}**: "
                         f"the order's correlation is {o.ordinal.mean():.2f} in the features. "
                         f"With 0 taken as 10 it changes by {signed(e.mean, e.half_width)}. "
                         f"In the pictures of single seeds it is anything from {seen.min():.2f} to {seen.max():.2f}.")

@@ -20,7 +20,7 @@ from ..config import device, write_atomic
 from .arms import grid
 from .cases import Cases, scene_cases, test_images
 from .map_scores import blurred, boxes_of, saliency_options
-from .report import forest, forest_size, network_label
+from .report import forest, forest_size, in_picture, network_label
 from .stats import SETTING, paired
 from .store import collect, image_rows, read_results, rows_of
 from ..experiments import sweep
@@ -127,7 +127,7 @@ def _curves(ax, s, i, kind, colours):
 
 def _row(axes, s, i, colours):
     "Draw image `i` into a row of axes; what to hang the colour bar on."
-    _picture(axes[0], s.images[i], s.boxes[i]); axes[0].set_ylabel(s.rows[i], fontsize=7)
+    _picture(axes[0], s.images[i], s.boxes[i]); axes[0].set_ylabel(in_picture(s.rows[i]), fontsize=7)
     for j, ax in enumerate(axes[1:1 + len(s.columns)]):
         bar = _overlay(ax, s.images[i], s.maps[i, j], s.boxes[i])
         if i == 0: ax.set_title(s.columns[j], fontsize=7, color=colours[j])
