@@ -70,6 +70,13 @@ def _linked(text):
     return re.sub(r'(?<!\[)`(\d\d_\w+)`', lambda m: f'[{m[0]}](/{named[m[1]]})' if m[1] in named else m[0], text)
 
 
+def _fold_away(cells):
+    "The parameters of a result notebook and the imports behind them open on a click."
+    code = [c for c in cells if c['cell_type'] == 'code']
+    if not code or 'parameters' not in code[0]['metadata'].get('tags', []): return
+    for cell in code[:2]: cell['metadata'] = dict(tags=['hide-input'])
+
+
 def prepared(notebook):
     "A notebook as the site shows it: no cell marked hide, no nbdev line, no front matter, no progress bar."
     cells = []
@@ -79,6 +86,7 @@ def prepared(notebook):
         if cell['cell_type'] == 'markdown': cells.append(cell | dict(source=_linked(source)))
         elif source := re.sub(r'^#\s*\|.*\n?', '', source, flags=re.M).strip('\n'):
             cells.append(cell | dict(source=source, outputs=_streams(cell['outputs'])))
+    _fold_away(cells)
     return notebook | dict(cells=cells)
 
 

@@ -83,10 +83,18 @@ def test_prepared(conf):
         code('bars()', error('\rmaps: 100%|██████████| 2/2 [00:03<00:00,  1.61s/step]\n'))]))
     cells = shown['cells']
     assert [c['source'] for c in cells] == [
-        'def f(): pass  # | not one', 'see [here](x.ipynb#two-words), [`16_stats`](/evidence/16_stats.ipynb) and `99_none`',
+        'def f(): pass  # | not one',
+        'see [here](x.ipynb#two-words), [`16_stats`](/evidence/16_stats.ipynb) and `99_none`',
         'run()', 'bars()']
     assert [o.get('text') or o['data']['text/markdown'] for o in cells[2]['outputs']] == ['a warning', '1\xa0±\xa02']
     assert cells[3]['outputs'] == []
+
+
+def test_parameters_fold_away(conf):
+    cells = [code('profile = ""') | dict(metadata=dict(tags=['parameters'])), code('import lico'), code('table()')]
+    tags = [c['metadata'].get('tags') for c in conf.prepared(dict(cells=cells))['cells']]
+    assert tags == [['hide-input'], ['hide-input'], None]
+    assert not any(c['metadata'] for c in conf.prepared(dict(cells=[code('import lico')]))['cells'])
 
 
 def test_start_page_is_the_readme(conf):
@@ -174,7 +182,8 @@ def test_site():
     for way, ends in WAYS.items():
         assert f'guide/{way}.html' in pages[site/'index.html'].links
         for end in ends:
-            assert f'../{end}.html' in pages[site/'guide'/f'{way}.html'].links or not (TOP/'nbs'/f'{end}.ipynb').exists()
+            if (TOP/'nbs'/f'{end}.ipynb').exists():
+                assert f'../{end}.html' in pages[site/'guide'/f'{way}.html'].links
     public_names(site)
 
 
