@@ -59,7 +59,8 @@ def _streams(outputs):
         else: kept.append(o)
     kept = [o | dict(text=_plain(''.join(o['text']))) if o.get('name') == 'stderr' else o for o in kept]
     for o in kept:  # a mean stays on one line with its spread
-        if md := o.get('data', {}).get('text/markdown'): o['data']['text/markdown'] = ''.join(md).replace(' ± ', '\xa0±\xa0')
+        data = o.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = ''.join(data['text/markdown']).replace(' ± ', '\xa0±\xa0')
     return [o for o in kept if o.get('name') != 'stderr' or o['text']]
 
 
@@ -112,7 +113,9 @@ def read(app, docname, source):
     path = Path(app.env.doc2path(docname))
     if path.suffix != '.ipynb': return
     notebook = json.loads(source[0])
-    if docname == 'index': notebook['cells'] = [_markdown(start_page())]
+    if docname == 'index':
+        notebook['cells'] = [_markdown(start_page())]
+        app.env.note_dependency(str(TOP/'README.md'))
     elif module := _module(notebook):
         notebook['cells'].append(_markdown(f'Reference: [`{module}`](/api/{module}.md)'))
     source[0] = json.dumps(prepared(notebook))
@@ -231,11 +234,13 @@ def _bibtex():
     cff = yaml.safe_load((TOP/'CITATION.cff').read_text())
     paper = cff['preferred-citation']
     people = ' and '.join(f"{a['family-names']}, {a['given-names']}" for a in paper['authors'])
-    return (f"@inproceedings{{lico,\n  title = {{{paper['title']}}},\n  author = {{{people}}},\n"
-            f"  booktitle = {{{paper['collection-title']}}},\n  volume = {{{paper['volume']}}},\n"
-            f"  year = {{{paper['year']}}}\n}}\n\n"
-            f"@software{{lico_companion,\n  title = {{{cff['title']}}},\n  author = {{{{{cff['authors'][0]['name']}}}}},\n"
-            f"  version = {{{cff['version']}}},\n  license = {{{cff['license']}}}\n}}")
+    entries = dict(
+        inproceedings=('lico', dict(title=paper['title'], author=people, booktitle=paper['collection-title'],
+                                    volume=paper['volume'], year=paper['year'])),
+        software=('lico_companion', dict(title=cff['title'], author=f"{{{cff['authors'][0]['name']}}}",
+                                         version=cff['version'], license=cff['license'])))
+    return '\n\n'.join(f'@{kind}{{{key},\n' + ',\n'.join(f'  {k} = {{{v}}}' for k, v in fields.items()) + '\n}'
+                       for kind, (key, fields) in entries.items())
 
 
 _entries = '\n'.join(f'/api/{module}' for module in homes)
