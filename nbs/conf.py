@@ -22,6 +22,7 @@ root_doc = 'index'
 
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = 'Show the setup', 'Hide the setup'
 nb_render_markdown_format = 'myst'
 nb_ipywidgets_js = {}  # no widget, no script from another host
 myst_enable_extensions = ['dollarmath', 'substitution']
@@ -204,8 +205,8 @@ def write_reference(app):
 # mathematics and how to cite ------------------------------------------------------------------------------------------
 def mathml(text, display='inline'):
     "TeX as MathML, which browsers set themselves: no script, and a screen reader reads it."
-    text = re.sub(r'\\(math\w+|tilde|bar) ?([A-Za-z])\b', r'\\\1{\2}', text)  # its argument in braces
-    return convert(re.sub(r'\\[lr]Vert\b', r'\\|', text), display=display)
+    text = re.sub(r'\\(math[a-z]+|tilde|bar) ([A-Za-z])(?![A-Za-z])', r'\\\1{\2}', text)  # arguments in braces
+    return convert(re.sub(r'\\[lr]?Vert(?![A-Za-z])', '‖', text), display=display)
 
 
 def _inline(self, node):

@@ -139,6 +139,13 @@ def test_parameters(conf):
     assert r'    * \ ``d, e``\  -- of the last, on two lines' in lines and ':Returns: what comes back' in lines
 
 
+def test_mathml(conf):
+    "What latex2mathml does not read as TeX does is put in its words first."
+    for text in (r'\mathcal L_{CE}', r'\mathcal{L}_{CE}', r'\mathcal L_\text{CE}'):
+        assert '<mi>&#x02112;</mi>' in conf.mathml(text), text  # a script L
+    assert all('\\' not in conf.mathml(text) for text in (r'\Big\lVert x \Big\rVert_1', r'\|x\|', r'\tilde x', r'\frac1B'))
+
+
 def test_docstring_is_no_markup(conf):
     lines = ['A `map`s of *all* x_ and |y|']
     conf.docstring(None, 'data', '', None, {}, lines)
@@ -151,7 +158,8 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.links, self.anchors, self.loads = [], set(), []
-        self.feed(path.read_text())
+        self.feed(text := path.read_text())
+        self.unread = [m for m in re.findall('<math.*?</math>', text, re.S) if '\\' in m]
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
@@ -173,6 +181,7 @@ def test_site():
     assert len(pages) > 90
     for path, page in pages.items():
         assert not [o for o in page.loads if re.match(r'(https?:)?//', o)], f'{path} loads from another host'
+        assert not page.unread, f'{path}: {page.unread}'
         for link in {*page.links, *page.loads}:
             if re.match(r'[a-z]+:', link): continue
             target, _, anchor = unquote(link.split('?')[0]).partition('#')
