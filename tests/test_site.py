@@ -40,7 +40,7 @@ def test_troubleshooting_quotes_what_the_code_says():
     patterns = {message: re.compile('.*'.join(map(re.escape, message.split('…'))), re.S) for _, message in quoted()}
     gone = [message for message, pattern in patterns.items() if not any(map(pattern.search, sentences))]
     assert not gone, f'no sentence in lico/ reads: {gone}'
-    assert len(quoted()) == len(re.findall('^### ', (GUIDE/'troubleshooting.md').read_text(), re.M)) > 30
+    assert len(quoted()) == len(re.findall('^### ', (GUIDE/'troubleshooting.md').read_text(), re.M)) >= 30
 
 
 def test_one_version():
