@@ -22,6 +22,7 @@ root_doc = 'index'
 
 nb_execution_mode = 'off'
 nb_merge_streams = True
+nb_code_prompt_show, nb_code_prompt_hide = 'Show the setup', 'Hide the setup'
 nb_render_markdown_format = 'myst'
 nb_ipywidgets_js = {}  # no widget, no script from another host
 myst_enable_extensions = ['dollarmath', 'substitution']
@@ -59,7 +60,8 @@ def _streams(outputs):
         else: kept.append(o)
     kept = [o | dict(text=_plain(''.join(o['text']))) if o.get('name') == 'stderr' else o for o in kept]
     for o in kept:  # a mean stays on one line with its spread
-        if md := o.get('data', {}).get('text/markdown'): o['data']['text/markdown'] = ''.join(md).replace(' ± ', '\xa0±\xa0')
+        data = o.get('data', {})
+        if 'text/markdown' in data: data['text/markdown'] = ''.join(data['text/markdown']).replace(' ± ', '\xa0±\xa0')
     return [o for o in kept if o.get('name') != 'stderr' or o['text']]
 
 
@@ -68,6 +70,13 @@ def _linked(text):
     text = re.sub(r'(?<=\]\()([^)\s#]*#)([^)\s]+)', lambda m: m[1] + m[2].lower(), text)
     named = {p.stem: p.relative_to(NBS) for p in homes.values()}
     return re.sub(r'(?<!\[)`(\d\d_\w+)`', lambda m: f'[{m[0]}](/{named[m[1]]})' if m[1] in named else m[0], text)
+
+
+def _fold_away(cells):
+    "The parameters of a result notebook and the imports behind them open on a click."
+    code = [c for c in cells if c['cell_type'] == 'code']
+    if not code or 'parameters' not in code[0]['metadata'].get('tags', []): return
+    for cell in code[:2]: cell['metadata'] = dict(tags=['hide-input'])
 
 
 def prepared(notebook):
@@ -79,6 +88,7 @@ def prepared(notebook):
         if cell['cell_type'] == 'markdown': cells.append(cell | dict(source=_linked(source)))
         elif source := re.sub(r'^#\s*\|.*\n?', '', source, flags=re.M).strip('\n'):
             cells.append(cell | dict(source=source, outputs=_streams(cell['outputs'])))
+    _fold_away(cells)
     return notebook | dict(cells=cells)
 
 
@@ -104,7 +114,9 @@ def read(app, docname, source):
     path = Path(app.env.doc2path(docname))
     if path.suffix != '.ipynb': return
     notebook = json.loads(source[0])
-    if docname == 'index': notebook['cells'] = [_markdown(start_page())]
+    if docname == 'index':
+        notebook['cells'] = [_markdown(start_page())]
+        app.env.note_dependency(str(TOP/'README.md'))
     elif module := _module(notebook):
         notebook['cells'].append(_markdown(f'Reference: [`{module}`](/api/{module}.md)'))
     source[0] = json.dumps(prepared(notebook))
@@ -193,8 +205,8 @@ def write_reference(app):
 # mathematics and how to cite ------------------------------------------------------------------------------------------
 def mathml(text, display='inline'):
     "TeX as MathML, which browsers set themselves: no script, and a screen reader reads it."
-    text = re.sub(r'\\(math\w+|tilde|bar) ?([A-Za-z])\b', r'\\\1{\2}', text)  # its argument in braces
-    return convert(re.sub(r'\\[lr]Vert\b', r'\\|', text), display=display)
+    text = re.sub(r'\\(math[a-z]+|tilde|bar) ([A-Za-z])(?![A-Za-z])', r'\\\1{\2}', text)  # arguments in braces
+    return convert(re.sub(r'\\[lr]?Vert(?![A-Za-z])', '‖', text), display=display)
 
 
 def _inline(self, node):
@@ -223,11 +235,13 @@ def _bibtex():
     cff = yaml.safe_load((TOP/'CITATION.cff').read_text())
     paper = cff['preferred-citation']
     people = ' and '.join(f"{a['family-names']}, {a['given-names']}" for a in paper['authors'])
-    return (f"@inproceedings{{lico,\n  title = {{{paper['title']}}},\n  author = {{{people}}},\n"
-            f"  booktitle = {{{paper['collection-title']}}},\n  volume = {{{paper['volume']}}},\n"
-            f"  year = {{{paper['year']}}}\n}}\n\n"
-            f"@software{{lico_companion,\n  title = {{{cff['title']}}},\n  author = {{{{{cff['authors'][0]['name']}}}}},\n"
-            f"  version = {{{cff['version']}}},\n  license = {{{cff['license']}}}\n}}")
+    entries = dict(
+        inproceedings=('lico', dict(title=paper['title'], author=people, booktitle=paper['collection-title'],
+                                    volume=paper['volume'], year=paper['year'])),
+        software=('lico_companion', dict(title=cff['title'], author=f"{{{cff['authors'][0]['name']}}}",
+                                         version=cff['version'], license=cff['license'])))
+    return '\n\n'.join(f'@{kind}{{{key},\n' + ',\n'.join(f'  {k} = {{{v}}}' for k, v in fields.items()) + '\n}'
+                       for kind, (key, fields) in entries.items())
 
 
 _entries = '\n'.join(f'/api/{module}' for module in homes)
