@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
-from .backbones import in_float32, undisturbed, unwrapped, usual_batch
-from .cams import Probe
+from .backbones import in_float32, undisturbed, unwrapped
+from .cams import Probe, looker
 from .config import choose, derive_seed
 
 # %% ../nbs/method/11_metrics.ipynb #e256075c
@@ -81,10 +81,10 @@ def _curve(net, start, end, saliency, target, step, score, batch_size):
         if (target >= probe.classes).any():
             raise ValueError(f"target {int(target.max())} and an output of shape [1, {probe.classes}]: expected [n, K] "
                              "and class indices below K")
-        for job in jobs.split(batch_size or usual_batch(start)):
+        ask, size = looker(probe, end, len(jobs), batch_size)
+        for job in jobs.split(size):
             i, k = job//len(counts), job % len(counts)
-            scores = probe.scores(_frames(start[i], end[i], rank[i], counts[k]))
-            found.append(scores.gather(1, target[i, None])[:, 0])
+            found.append(ask(_frames(start[i], end[i], rank[i], counts[k])).gather(1, target[i, None])[:, 0])
     return Curve(counts/HW, torch.cat(found).view(B, -1))
 
 

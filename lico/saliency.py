@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .backbones import in_float32, module_name, undisturbed, unwrapped, usual_batch
-from .cams import FEATURES, Probe, as_scores, cam, group_cam, settle, to_unit
+from .cams import FEATURES, Probe, cam, group_cam, looker, settle, to_unit
 from .config import choose, derive_seed
 
 # %% ../nbs/method/10_saliency.ipynb #17f2191d
@@ -49,7 +49,8 @@ def rise(
         raise ValueError(f"RISE with {n_masks} masks of {cells} cells and p = {p}: expected at least 1, at least 1, "
                          "and a probability between 0 and 1")
     generator, total = torch.Generator().manual_seed(seed), torch.zeros_like(x[:, 0])
-    per, scores = max(1, (batch_size or usual_batch(x))//len(x)), as_scores(net)
+    scores, size = looker(net, x, n_masks*len(x), batch_size)
+    per = max(1, size//len(x))
     with torch.no_grad():
         for i in tqdm(range(0, n_masks, per), 'RISE', unit='batch', delay=2, leave=False):
             masks = rise_masks(min(per, n_masks - i), x.shape[2:], generator, cells, p, x.device).to(x.dtype)
@@ -288,7 +289,6 @@ def explain(
       integrated-gradients  gradient along the line from zero to the image: steps=50
       guided-ig             the same on a way around steep slopes: steps=200, fraction=0.25, anchors=20
       random, edges         noise and a Sobel filter: what any method should beat
-
     net         any nn.Module, wrapped or compiled ones too. Asked in eval mode, in float32; left as it was found.
     x           images [B, C, H, W], normalised as the network takes them.
     method      one of those above.
@@ -302,12 +302,10 @@ def explain(
                 their softmax where pictures are hidden. One column means a sigmoid and two classes. An output with
                 .logits is unwrapped.
     batch_size  images per pass; bounds the memory. None: as many as are fast.
-    seed        of rise, smoothgrad and random.
-    """
-    names, net = _check(net, x, method, batch_size, options), unwrapped(net)
-    layer = layer if layer is None or layer is FEATURES else module_name(net, layer)
-    size = batch_size or usual_batch(x)
-    shared = {k: v for k, v in (('batch_size', size), ('seed', seed)) if k in names}
+    seed        of rise, smoothgrad and random."""
+    names, net, size = _check(net, x, method, batch_size, options), unwrapped(net), batch_size or usual_batch(x)
+    if layer is not None and layer is not FEATURES: layer = module_name(net, layer)
+    shared = {k: v for k, v in (('batch_size', batch_size), ('seed', seed)) if k in names}
     with undisturbed(net, x.device):
         x = x.detach().float().clone()
         probe = Probe(in_float32(net), x, score, layer, reshape)

@@ -7,16 +7,15 @@ __all__ = ['TrainOptions', 'options_from', 'learning_rate', 'has_bfloat16', 'ref
            'DegenerateLossWarning', 'degenerate', 'check_finite', 'refuse_other_run', 'refuse_bad_call', 'fit']
 
 # %% ../nbs/method/08_training.ipynb #a00947c7
-import hashlib, json, math, numbers, time, warnings
+import copy, hashlib, json, math, numbers, time, warnings
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.func import functional_call
 from tqdm import tqdm
 
-from .backbones import undisturbed
+from .backbones import looking, undisturbed
 from .config import check_options, choose, derive_seed, device, preset as read_preset
 from .data import Files, test_batches, training_batches
 from .losses import LossOptions
@@ -98,16 +97,18 @@ def predict(
     data,  # a `Data`, for its normalisation
     images,  # which images: `data.test`
     weights: dict = None,  # weights to use instead of the network's own
-    batch_size: int = None,  # `None`: 64 on a CPU, whose cache holds no more, else 512
+    batch_size: int = None,  # `None`: as many as are fast
     progress: bool = False,  # show a bar
 ) -> torch.Tensor:
     "The predicted label of every image, int64 [n], on the CPU."
     where = next(net.parameters()).device
-    size = batch_size or (64 if where.type == 'cpu' else 512)
-    with undisturbed(net, where), torch.no_grad(), tqdm(
-            test_batches(data, images, size, where), 'testing', -(-len(images)//size), unit='batch', leave=False,
-            disable=not progress) as batches:
-        return torch.cat([functional_call(net, weights or {}, (x,)).argmax(1).cpu() for x in batches])
+    with undisturbed(net, where):
+        if weights: (net := copy.deepcopy(net)).load_state_dict(weights, strict=False)
+        first = next(iter(test_batches(data, images[:1], 1, where)))
+        ask, size, _ = looking(net, first, len(images))
+        size = batch_size or size
+        with tqdm(test_batches(data, images, size, where), 'testing', -(-len(images)//size), unit='batch', leave=False,
+                  disable=not progress) as batches: return torch.cat([ask(x).argmax(1).cpu() for x in batches])
 
 def accuracy(predicted, labels) -> float:
     "The share of right predictions in percent."
