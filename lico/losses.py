@@ -197,7 +197,7 @@ def _kernel(C, eps, f):
 
 def _log_update(C, eps, f):
     "One update of the columns, in logarithms: f [B, M, 1] for which they all sum to 1/M, once rows are normalised."
-    x = (f - C.mT/eps).log_softmax(1)
+    x = (C.mT/-eps).add_(f).log_softmax(1)
     return f - x.logsumexp(2, keepdim=True) + math.log(C.shape[1]/C.shape[2])
 
 # %% ../nbs/method/01_losses.ipynb #bc28ab2f
@@ -213,6 +213,7 @@ def _scalings(C, eps, n_iter, tol):
         low, high = (v/excess).aminmax()
         if 1/far < low and high < far: v = v/excess
         else:
+            del K  # four matrices at a time are enough
             f = _log_update(C, eps, f + v.mT.log())
             K, v = _kernel(C, eps, f), torch.ones_like(v)
         u = 1/(N*(v@K))
