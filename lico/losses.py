@@ -19,11 +19,20 @@ def _unit(x):
     return x/length.masked_fill(length == 0, math.inf)
 
 # %% ../nbs/method/01_losses.ipynb #46e88830
+class _Gram(torch.autograd.Function):
+    "x [B, n] -> x x^T [B, B]."
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x@x.mT
+
+    @staticmethod
+    def backward(ctx, g): return (g + g.mT)@ctx.saved_tensors[0]
+
 def _distances(x, distance, normalise):
     """[B, n] -> all distances [B, B], through a Gram matrix in float64; what float32 cannot tell apart is at
     distance zero, with a zero gradient."""
-    x = x if x.device.type == 'mps' else x.double()  # Apple's GPUs have no float64
-    gram = x@x.mT
+    gram = _Gram.apply(x if x.device.type == 'mps' else x.double())  # Apple's GPUs have no float64
     if normalise or distance == 'cosine':
         square = gram.diagonal()
         shrink = square.masked_fill(square == 0, math.inf).rsqrt()
@@ -197,7 +206,7 @@ def _kernel(C, eps, f):
 
 def _log_update(C, eps, f):
     "One update of the columns, in logarithms: f [B, M, 1] for which they all sum to 1/M, once rows are normalised."
-    x = (f - C.mT/eps).log_softmax(1)
+    x = (C.mT/-eps).add_(f).log_softmax(1)
     return f - x.logsumexp(2, keepdim=True) + math.log(C.shape[1]/C.shape[2])
 
 # %% ../nbs/method/01_losses.ipynb #bc28ab2f
@@ -210,9 +219,10 @@ def _scalings(C, eps, n_iter, tol):
     for _ in range(n_iter):
         excess = M*v*(u@K.mT)
         if tol and (excess - 1).abs().mean(2).max() < tol: break
-        low, high = (v/excess).aminmax()
-        if 1/far < low and high < far: v = v/excess
+        low, high = torch.stack((new := v/excess).aminmax()).tolist()
+        if 1/far < low and high < far: v = new
         else:
+            del K  # four matrices at a time are enough
             f = _log_update(C, eps, f + v.mT.log())
             K, v = _kernel(C, eps, f), torch.ones_like(v)
         u = 1/(N*(v@K))

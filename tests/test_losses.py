@@ -60,6 +60,11 @@ def test_gradients_of_manifold_matching(distance):
     torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance, normalise=False, sign=1), (F, G, tau))
     torch.autograd.gradcheck(lambda *a: manifold_matching(*a, distance=distance, diagonal='out'), (F, G, tau))
 
+def test_second_derivatives_of_manifold_matching():
+    F, G = normal(4, 3, 2).requires_grad_(), normal(4, 3, 2, seed=1).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda F, G: manifold_matching(F, G, 0.5), (F, G))
+
+
 def test_the_same_prompt_twice_in_a_batch():
     "As in every batch with two images of a class: the gradient is that of the distances which are not zero."
     G = normal(3, 4)
@@ -233,6 +238,40 @@ def test_sinkhorn_plan_by_plan_against_pot(shape, eps):
     B, N, M = shape
     C = cost_matrix(normal(B, N, 8), normal(B, M, 8, seed=1))
     assert torch.allclose(sinkhorn(C, eps, n_iter=20000, tol=1e-13), references(C, eps), rtol=1e-6, atol=1e-10)
+
+def logarithmic(C, eps, n_iter, tol):
+    "What `sinkhorn` computes, in logarithms throughout; the plan, and how many updates it took."
+    N, M = C.shape[1:]
+    log_p = (-C/eps).log_softmax(2) - math.log(N)
+    for k in range(n_iter):
+        excess = log_p.logsumexp(1, keepdim=True) + math.log(M)
+        if tol and excess.expm1().abs().mean((1, 2)).max() < tol: return log_p.exp(), k
+        log_p = (log_p - excess).log_softmax(2) - math.log(N)
+    return log_p.exp(), n_iter
+
+@pytest.mark.parametrize('eps', (1, 0.1, 0.01, 1e-3))
+@pytest.mark.parametrize('shape, n_iter, tol', (((3, 40, 13), 1, 0), ((3, 40, 13), 7, 0), ((3, 40, 13), 500, 1e-4),
+                                                ((2, 1, 5), 9, 0), ((2, 6, 1), 9, 0), ((2, 300, 2), 60, 0)))
+@pytest.mark.parametrize('dtype', (torch.float32, torch.float64))
+def test_the_kernel_says_what_logarithms_say(shape, n_iter, tol, eps, dtype):
+    "Also where the kernel alone would underflow, and in columns that next to nothing goes to at first."
+    C = 4*torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    C[:, :, 0] = C[:, :, 0]/4 + 3  # far from every row
+    before, (plan, updates) = C.clone(), logarithmic(C, eps, n_iter, tol)
+    ours, NM = sinkhorn(C, eps, n_iter, tol), C[0].numel()
+    tolerance = 3e-6/eps if dtype == torch.float32 else 1e-9  # C/eps is rounded
+    assert (ours - plan).abs().max()*NM < tolerance*max(1, NM/8) and torch.equal(C, before)
+    assert torch.allclose(ours.sum(2), torch.tensor(1/C.shape[1], dtype=dtype))
+    if tol: assert torch.equal(sinkhorn(C, eps, updates, tol), ours)
+
+def test_the_kernel_s_gradient_is_that_of_logarithms():
+    C = 4*torch.rand(2, 6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for eps in (0.5, 2e-3):
+        ours, theirs = C.clone().requires_grad_(), C.clone().requires_grad_()
+        weight = normal(2, 6, 4, seed=2)
+        (sinkhorn(ours, eps, 8, 0)*weight).sum().backward()
+        (logarithmic(theirs, eps, 8, 0)[0]*weight).sum().backward()
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
 
 def test_iterations_are_those_of_the_paper():
     "k iterations with no early stop are k pairs of updates of Eq. 7, and a last one of the rows."

@@ -1,0 +1,102 @@
+"Times taken in turn, the rows they make, and the notebook; never an absolute time."
+import os, re, subprocess, sys
+from types import SimpleNamespace
+
+import pandas as pd, pytest, torch
+
+from lico.config import parameters
+from lico.evidence import benchmark as b
+from lico.evidence.timing import alternate, benchmark_table, best_forward, draw, exponent, missing, peak_memory, row
+from lico.backbones import create_backbone
+from lico.losses import sinkhorn
+from test_notebooks import run
+
+CPU = torch.device('cpu')
+
+
+def test_candidates_take_turns_and_the_first_round_does_not_count():
+    called, now = [], iter(range(100))
+    times = alternate(dict(a=lambda: called.append('a'), b=lambda: called.append('b')), 3, clock=lambda: next(now))
+    assert called == ['a', 'b']*4 and times.shape == (3, 2) and (times.to_numpy() == 1).all()
+
+
+@pytest.mark.parametrize('values, sense, met', [([.9, .8, .7], '≥', 'no'), ([.9, .85, .7], '≥', 'yes'),
+                                                ([.9, .8, .7], '≤', 'yes'), ([.9, .86, .7], '≤', 'no'),
+                                                ([], '≥', ''), ([.9], '', '')])
+def test_the_median_decides(values, sense, met):
+    r = row(1, 'a', 'b', values, .85, sense)
+    assert r['met'] == met and (not values or r['low'] <= r['value'] <= r['high'])
+
+
+def test_the_power_of_a_growth():
+    assert exponent([1, 10, 100], [2., 20., 200.]) == pytest.approx(1)
+    assert exponent([2, 4, 8], [4., 16., 64.]) == pytest.approx(2)
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    x = torch.zeros(1000, 1000)
+    assert peak_memory(lambda: x + 1 + 1, CPU) == pytest.approx(2*x.nbytes, rel=1e-3)
+    assert peak_memory(lambda: [x.add_(1) for _ in range(5)], CPU) < 0.01*x.nbytes
+
+
+@pytest.mark.parametrize('shape', [(64, 128, 13), (8, 2048, 13)])
+@pytest.mark.parametrize('eps', [0.1, 0.003])
+def test_transport_holds_at_most_four_cost_matrices(shape, eps):
+    C = 4*torch.rand(shape)
+    assert peak_memory(lambda: sinkhorn(C, eps, n_iter=20), CPU) <= 4*C.numel()*4
+
+
+def test_the_best_forward_pass_is_of_the_same_network():
+    net = create_backbone('wrn_10_1', 10, 16).eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    forward, images, name = best_forward(net, 16, CPU, 2)
+    forward()
+    assert images in (1, 2) and re.match(r'\d+ images, (plain|folded), (contiguous_format|channels_last)', name)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_what_cannot_be_measured_is_a_row_that_says_why(monkeypatch):
+    monkeypatch.setattr(b, 'has_bfloat16', lambda where: False)
+    monkeypatch.setitem(sys.modules, 'pytorch_grad_cam', None)
+    monkeypatch.setitem(sys.modules, 'torchcam.metrics', None)
+    o = SimpleNamespace(where=CPU, network='wrn_10_1', image_size=16, rounds=1, command=False)
+    rows = [*b.precisions(o), *b.other_libraries(o), *b.first_command(o)]
+    assert len(rows) == 5 and all(r['note'].startswith('not measured: ') and r['met'] == '' for r in rows)
+    df = pd.DataFrame(rows)
+    assert benchmark_table(df).count('not measured') == 5
+
+
+def test_a_picture_of_rows_that_are_and_are_not_reached():
+    df = pd.DataFrame([row(1, 'a', 'b', [2.], 1, '≥'), row(2, 'c', 'd', [2.], 1, '≤'),
+                       row(10, 'e', 'f', [0.], 0.3, '≤'), missing(5, 'g', 'h', 'why')])
+    (ax,) = draw(df).axes
+    at = ax.collections[0].get_offsets()[:, 0].tolist()
+    assert at == pytest.approx([2, 0.5, 10])
+    assert [t.get_text() for t in ax.get_yticklabels()] == ['a / b', 'c / d', 'e / f']
+
+
+def test_smoke(lico_root):
+    run('benchmark', profile='smoke')
+    df = pd.read_csv(lico_root/'data'/'smoke'/'benchmark'/'results.csv')
+    assert {1, 2, 3, 4, 6, 7, 8, 12} == set(df.number) and df.hardware.notna().all() and df.id.is_unique
+    assert df.value.notna().sum() > 15 and df[df.value.isna()].note.str.startswith('not measured').all()
+
+
+def test_rows_are_added_to_those_of_before(lico_root):
+    def measure(**o):
+        return b.benchmark(parameters('benchmark', dict(profile='smoke', out=str(lico_root/'x'), **o)))
+    first, both = measure(rows='8', stored=''), measure(rows='5', stored='add')
+    assert set(first.number) == {8} and set(both.number) == {5, 8}
+
+
+def test_imports_are_light():
+    "What a module imports, not how long that takes: the heavy libraries come with the functions that need them."
+    code = """if True:
+        import sys, lico.model, lico.saliency, lico.training
+        heavy = {'pandas', 'scipy', 'sklearn', 'statsmodels', 'matplotlib', 'seaborn', 'timm', 'transformers',
+                 'open_clip', 'torchvision', 'captum', 'saliency', 'pytorch_grad_cam', 'skimage', 'cv2', 'PIL',
+                 'accelerate', 'safetensors', 'IPython', 'torch._dynamo'}
+        print(sorted(heavy & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=dict(os.environ))
+    assert (done.returncode, done.stdout, done.stderr) == (0, '[]\n', '')
