@@ -76,7 +76,7 @@ def test_a_rival_is_run_like_any_other(lico_root, monkeypatch, method):
     first, ce, lico = sweep([r, TINY, replace(TINY, method='CE+OT')], progress=False)
     assert first[method.lower()] > 0 and first['spec']['losses'] == {k: config.preset()[k]
         for k in RIVALS[method][1].values()}
-    assert not {'mm', 'ot', 'tau', 'entropy_image'} & set(first) and first['degenerate'] is None
+    assert not {'mm', 'ot', 'tau', 'entropy_image'} & set(first) and first['inactive'] is None
     assert first['id'].endswith('-p1') and first['protocol'] == 1
     net = load_backbone(first)
     assert set(net.state_dict()) == set(create_backbone('wrn_10_1', 10,

@@ -238,7 +238,7 @@ CHANGES = dict(
              r'options.dropout \(0.0 there, 0.5 here\), mapping.1.p .*'),)
 
 
-@pytest.mark.filterwarnings('ignore::lico.training.DegenerateLossWarning')
+@pytest.mark.filterwarnings('ignore::lico.watch.InactiveMatchingWarning')
 @pytest.mark.parametrize('change', CHANGES)
 def test_fit_goes_on_from_its_own_checkpoint_only(tmp_path, digits, change):
     call = lambda **o: fit(**{**dict(model=small(digits), data=digits, steps=1, folder=tmp_path, progress=False), **o})

@@ -9,7 +9,8 @@ from lico.experiments import Run, build, load_data, read_record, run, run_id, ru
 from lico.losses import LossOptions
 from lico.model import LICO, CrossEntropy
 from lico.text import PromptLearner, load_text_encoder
-from lico.training import DegenerateLossWarning, fit, load_checkpoint
+from lico.training import fit, load_checkpoint
+from lico.watch import InactiveMatchingWarning
 
 RUN = Run(labels=250, backbone='wrn_10_1', method='LICO', steps=14, evaluations=3,
           options=dict(ema=0.9, noise=0.1, dropout=0.5, tau_init=0.3))
@@ -22,11 +23,11 @@ CHILD = textwrap.dedent('''
     warnings.simplefilter('ignore')
     torch = training.torch; torch.set_num_threads(1)
     experiments.fit = partial(training.fit, checkpoint_seconds=0)
-    advance = training._Trainer.advance
+    advance = training._advance
     def told(t, *batch):
         print('step', t.step, t.per_epoch, flush=True)
         return advance(t, *batch)
-    training._Trainer.advance = told
+    training._advance = told
     run({run!r}, progress=False)
 ''')
 
@@ -149,10 +150,10 @@ def test_degenerate_warning(options, kind):
     model = LICO(create_backbone('wrn_10_1', num_classes=10, image_size=16),
                  PromptLearner(load_text_encoder('minilm'), data.class_names), LossOptions(**options))
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always', DegenerateLossWarning)
+        warnings.simplefilter('always', InactiveMatchingWarning)
         log = fit(model, data, steps=3, progress=False)
-    caught = [w for w in caught if w.category is DegenerateLossWarning]
-    assert len(caught) == (kind is not None) and all(row.get('degenerate') == kind for row in log)
+    caught = [w for w in caught if w.category is InactiveMatchingWarning]
+    assert len(caught) == (kind is not None) and all(row.get('inactive') == kind for row in log)
 
 
 def test_released_preset_trains(lico_root):
