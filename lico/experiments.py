@@ -25,8 +25,9 @@ from .together import agreed, group_size, is_first, join_group
 from .training import fit, load_checkpoint, save_checkpoint, set_aside
 
 # %% ../nbs/method/14_experiments.ipynb #4ac7cd8c
-_all_ = ['Run', 'METHODS', 'RIVALS', 'TRAINING_PROTOCOL', 'MEASURING_PROTOCOL', 'load_data', 'spec', 'build', 'start', 'run_id',
-         'runs_folder', 'encoder_name', 'pretrained_weights']  # a run's command needs this module alone
+# a run's command needs this module alone
+_all_ = ['Run', 'METHODS', 'RIVALS', 'TRAINING_PROTOCOL', 'MEASURING_PROTOCOL', 'load_data', 'spec', 'build', 'start',
+         'run_id', 'runs_folder', 'encoder_name', 'pretrained_weights']
 
 # %% ../nbs/method/14_experiments.ipynb #f478f798
 def _seal(record):
@@ -182,7 +183,7 @@ def refuse_threads(executor):
     "Refuse an executor whose workers would draw each other's random numbers."
     if isinstance(executor, ThreadPoolExecutor):
         raise ValueError("executor is a ThreadPoolExecutor, whose threads share torch's random generator, "
-                         "so that runs would mix: use Workers(n) or a ProcessPoolExecutor")
+                         "so that runs would mix: use a ProcessPoolExecutor, or Workers(n)")
 
 # %% ../nbs/method/14_experiments.ipynb #6ff6ce81
 def _again(r, **options):
