@@ -191,7 +191,8 @@ def test_notebooks_stand_in_the_order_of_imports():
     for path in NOTEBOOKS:
         source = '\n'.join(c.source for c in nbformat.read(path, 4).cells
                            if c.cell_type == 'code' and '#| export' in c.source or 'default_exp' in c.source)
-        if m := re.search(r'default_exp (\S+)', source): number[m[1]], exports[m[1]] = path.stem.partition('_')[0], source
+        if m := re.search(r'default_exp (\S+)', source):
+            number[m[1]], exports[m[1]] = path.stem.partition('_')[0], source
     assert len(set(number.values())) == len(number) == len(exports)
     for module, source in exports.items():
         for other in re.findall(r'^(?:from|import) lico\.([\w.]+)', source, re.M):
