@@ -127,7 +127,7 @@ class _Trainer:
 
 # %% ../nbs/method/08_training.ipynb #008c2b5c
 def _advance(t, x, y):
-    "One step on this process's share of a batch; its numbers, and how many images the batch has."
+    "One step on this process's share of a batch; its numbers."
     torch.manual_seed(derive_seed(t.seed, 'step', t.step))
     for group in t.optimiser.param_groups: group['lr'] = learning_rate(t.step, t.steps, t.per_epoch, t.o)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=t.o.precision == 'bf16'): out = t.model(x, y)
@@ -142,7 +142,7 @@ def _advance(t, x, y):
     t.optimiser.step()
     if t.average: t.average.update(t.plain.backbone)
     t.step += 1
-    return row, len(right)
+    return row
 
 def _test(t, progress):
     "Predict the test set, each process its share, with the averaged weights where there are some; the accuracy."
@@ -160,10 +160,10 @@ def _epoch(t, batches, bar):
     for x, y in batches:
         rows.append(_advance(t, x, y))
         bar.update()
-        bar.set_postfix({k: f"{v:.3g}" for k, v in rows[-1][0].items()
+        bar.set_postfix({k: f"{v:.3g}" for k, v in rows[-1].items()
                          if k in ('ce', 'mm', 'ot', 'tau') and not math.isnan(v)}, refresh=False)
         if t.step % t.per_epoch == 0 or t.step == t.steps: break
-    return dict(epoch=len(t.log) + 1, step=t.step, lr=t.optimiser.param_groups[0]['lr'], **mean_row(*zip(*rows)),
+    return dict(epoch=len(t.log) + 1, step=t.step, lr=t.optimiser.param_groups[0]['lr'], **mean_row(rows),
                 seconds=time.perf_counter() - began)
 
 # %% ../nbs/method/08_training.ipynb #8c050467

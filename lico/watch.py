@@ -12,18 +12,15 @@ from dataclasses import asdict, is_dataclass
 
 from .data import Files
 from .losses import inactive
+from .together import is_first
 
 # %% ../nbs/method/07c_watch.ipynb #8f1e7328
 def mean_row(
     rows: list,  # the numbers of each step, by name
-    images: list,  # how many images each step had
 ) -> dict:
-    "Their means over the steps that have a value, by images; what no step has is left out."
-    weights, out = [n/max(images) for n in images], {}
-    for k in rows[0]:
-        seen = [(w, r[k]) for w, r in zip(weights, rows) if not math.isnan(r[k])]
-        if seen: out[k] = math.fsum(w*v for w, v in seen)/math.fsum(w for w, _ in seen)
-    return out
+    "Their means over the steps that have a value; what no step has is left out."
+    values = {k: [r[k] for r in rows if not math.isnan(r[k])] for k in rows[0]}
+    return {k: math.fsum(v)/len(v) for k, v in values.items() if v}
 
 # %% ../nbs/method/07c_watch.ipynb #616207a4
 class InactiveMatchingWarning(UserWarning):
@@ -47,7 +44,7 @@ def warn_inactive(
 ):
     "Warn the first time that matching is not at work."
     if not (reason := inactive(row)): return
-    if not any(r.get('inactive') for r in log):
+    if is_first() and not any(r.get('inactive') for r in log):
         warnings.warn(f"epoch {row['epoch']}: {why_inactive(row)}", InactiveMatchingWarning, stacklevel=4)
     row['inactive'] = reason
 
