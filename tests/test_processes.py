@@ -201,8 +201,8 @@ def test_accelerate_launch(tmp_path):
     (tmp_path/'sweep.py').write_text(f'from lico.experiments import *\n'
                                      f'print(sweep([{TINY!r}, {replace(TINY, seed=1)!r}], progress=False)[1]["stamp"])')
     p = subprocess.run([f'{BIN}/accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--main_process_port',
-                        '0', 'sweep.py'], cwd=tmp_path, env={**os.environ, 'LICO_ROOT': str(tmp_path)}, capture_output=True,
-                       text=True, timeout=300)
+                        '0', 'sweep.py'], cwd=tmp_path, env={**os.environ, 'LICO_ROOT': str(tmp_path)},
+                       capture_output=True, text=True, timeout=300)
     assert p.returncode == 0, p.stderr[-2000:]
     assert p.stdout.count("'processes': 2") == 2 and len(list(tmp_path.glob('data/runs/*/record.json'))) == 2
 
