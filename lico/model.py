@@ -20,6 +20,7 @@ from .backbones import create_backbone, feature_rows
 from .config import SUMS, read_checked, read_sums, sha256, write_atomic, write_sums
 from .data import Files
 from .losses import LossOptions, calibrated_taus, kl_rows, log_adjacency, mean_cosine, ot_alignment, row_entropy
+from .together import Batch
 
 # %% ../nbs/method/07_model.ipynb #aea12418
 def _absent(): return torch.tensor(float('nan'))
@@ -73,10 +74,12 @@ class CrossEntropy(nn.Module):
         y: Tensor,  # labels, int64 [B]
     ) -> Output:
         "The loss of a batch with its terms, and the logits."
-        maps = self.backbone.forward_features(x)
-        logits, maps = wide(self.backbone.forward_head(maps)), wide(maps)
+        with Batch(x, self.training) as batch:
+            maps = self.backbone.forward_features(x)
+            logits, maps = wide(self.backbone.forward_head(maps)), wide(maps)
+        maps, y = batch.whole(maps), batch.whole(y)
         rows = feature_rows(self.backbone, maps)
-        ce, more = exact(F.cross_entropy)(logits, y), self.alignment(maps, rows, y)
+        ce, more = exact(F.cross_entropy)(batch.whole(logits), y), self.alignment(maps, rows, y)
         stats = dict(cosine=exact(mean_cosine)(rows.detach()), **more.pop('stats', {}))
         return Output(loss=ce + more.pop('loss'), ce=ce, logits=logits, stats=stats, **more)
 
@@ -114,7 +117,6 @@ class CalibratedTemperatures(nn.Module):
     def calibrate(self, *batch, **options):
         "Set both, as `calibrated_taus`."
         self.value.copy_(torch.tensor(calibrated_taus(*batch, **options)))
-        if torch.distributed.is_initialized(): torch.distributed.broadcast(self.value, 0)
 
     def forward(self):
         if not self.known: raise ValueError(

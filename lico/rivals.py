@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .cams import grad_cam
 from .losses import LossOptions, log_adjacency
 from .model import CrossEntropy, LICO, Output, exact, wide
+from .together import Batch
 
 # %% ../nbs/method/13_rivals.ipynb #0f061008
 def random_views(
@@ -82,17 +83,20 @@ class Consistent(CrossEntropy):
         return y
 
     def term(self, x, y) -> tuple:
-        "`consistency(x, target, maps)` of the images, their classes and their Grad-CAM maps [B, h, w], and the logits."
+        """`consistency(x, target, maps, batch)` of the images, their classes and their Grad-CAM maps [B, h, w], and the
+        logits of the whole batch."""
         with sdpa_kernel(SDPBackend.MATH):
-            target = self.explained(x, y)
-            maps, logits = map(wide, grad_cam(self.backbone, x, target))
-            with statistics_kept(self.backbone): return self.consistency(x, target, maps), logits
+            batch = Batch(x, self.training)
+            with batch:
+                target = self.explained(x, y)
+                maps, logits = map(wide, grad_cam(self.backbone, x, target))
+            with statistics_kept(self.backbone): return self.consistency(x, target, maps, batch), batch.whole(logits)
 
     def forward(self, x, y):
         "The loss of a batch."
-        term, logits = self.term(x, y)
-        ce = exact(F.cross_entropy)(logits, y)
-        return Output(loss=ce + self.weight*term, ce=ce, logits=logits, stats={self.name: term.detach()})
+        (term, logits), batch = self.term(x, y), Batch(x, self.training)
+        ce = exact(F.cross_entropy)(logits, batch.whole(y))
+        return Output(loss=ce + self.weight*term, ce=ce, logits=batch.own(logits), stats={self.name: term.detach()})
 
 # %% ../nbs/method/13_rivals.ipynb #52bc8996
 def refuse_flat(backbone):
@@ -123,12 +127,12 @@ class CGC(Consistent):
         torch.clear_autocast_cache()  # copies of the weights that older versions of torch would use, without a gradient
         return classes
 
-    def consistency(self, x, target, maps):
+    def consistency(self, x, target, maps, batch):
         "The contrastive term of a batch."
-        views = random_views(len(x), x.shape[-1])
-        seen, _ = grad_cam(self.backbone, view(x, views), target)
+        views = batch.own(random_views(batch.n, x.shape[-1]))
+        with batch: seen, _ = grad_cam(self.backbone, view(x, views), target)
         seen, maps = (F.interpolate(m[:, None], x.shape[2:], mode='bilinear') for m in (wide(seen), maps))
-        return cgc_loss(seen, view(maps, views), self.temperature)
+        return cgc_loss(batch.whole(seen), batch.whole(view(maps, views)), self.temperature)
 
 # %% ../nbs/method/13_rivals.ipynb #00844840
 def tile(
@@ -175,14 +179,14 @@ class GCC(Consistent):
         weight: float = 25.,  # lambda
     ): super().__init__(backbone, weight)
 
-    def consistency(self, x, target, maps):
+    def consistency(self, x, target, maps, batch):
         "The distance of a batch."
-        index, cell = composites(target)
-        pictures = tile(torch.cat([x, torch.zeros_like(x[:1])])[index])
+        index, cell = composites(batch.whole(target))
+        pictures = tile(torch.cat([batch.whole(x), torch.zeros_like(x[:1])])[batch.own(index)])
         if fixed := getattr(getattr(self.backbone, 'patch_embed', None), 'img_size', None):
             pictures = F.interpolate(pictures, fixed, mode='bilinear', antialias=True)
-        seen, _ = grad_cam(self.backbone, pictures, target)
-        return gcc_loss(seen, maps, cell)
+        with batch: seen, _ = grad_cam(self.backbone, pictures, target)
+        return gcc_loss(batch.whole(seen), batch.whole(maps), cell)
 
 # %% ../nbs/method/13_rivals.ipynb #licocgc1
 class LICOWithCGC(LICO):
@@ -219,8 +223,9 @@ class LabelSmoothing(CrossEntropy):
 
     def forward(self, x, y):
         "The loss of a batch; `ce` is that against the labels as they are."
-        out = super().forward(x, y)
-        return replace(out, loss=exact(F.cross_entropy)(out.logits, y, label_smoothing=self.label_smoothing))
+        out, batch = super().forward(x, y), Batch(x, self.training)
+        logits, y = batch.whole(out.logits), batch.whole(y)
+        return replace(out, loss=exact(F.cross_entropy)(logits, y, label_smoothing=self.label_smoothing))
 
 # %% ../nbs/method/13_rivals.ipynb #bf4bde8c
 @exact

@@ -13,7 +13,7 @@ from lico.evidence.store import read_results
 from lico.experiments import Run
 from lico.losses import LossOptions
 from lico.model import Temperature
-from lico.training import options_from
+from lico.schedule import options_from
 
 TOP = root()
 FOLDERS = [TOP/'figures'/'fidelity', TOP/'figures'/'fidelity-120']

@@ -6,7 +6,7 @@ import nbformat, pytest
 
 from lico import config
 from lico.losses import LossOptions
-from lico.training import TrainOptions
+from lico.schedule import TrainOptions
 
 
 def test_defaults_are_the_paper_preset():

@@ -20,7 +20,7 @@ TOP = root()
 def encoder(): return load_text_encoder('minilm')
 
 
-@pytest.mark.filterwarnings('ignore::lico.training.DegenerateLossWarning')
+@pytest.mark.filterwarnings('ignore::lico.watch.InactiveMatchingWarning')
 @pytest.mark.parametrize('method', ['CE', 'LICO'])
 def test_weights_along_are_those_of_the_record(lico_root, encoder, method):
     """Watching changes nothing: the last weights are those that `run` stores, the first those of `build`, in
@@ -81,7 +81,7 @@ def test_gap_is_eq2(encoder, preset):
     assert gap(model, batches)['kl'] == pytest.approx(np.mean(wanted), rel=1e-3)
 
 
-@pytest.mark.filterwarnings('ignore::lico.training.DegenerateLossWarning')
+@pytest.mark.filterwarnings('ignore::lico.watch.InactiveMatchingWarning')
 def test_curves_exchange_one_thing_at_a_time(encoder, lico_root):
     r = Run(labels=40, backbone='wrn_10_1', method='LICO', steps=4, seed=1, options=dict(tau_init=0.5))
     df, data = curves(r, points=2, images=64), load_data(r)

@@ -90,7 +90,7 @@ def test_points_are_kept_or_replaced(tmp_path):
     assert read_points(tmp_path).id.tolist() == ['b-p1']
 
 
-@pytest.mark.filterwarnings('ignore::lico.training.DegenerateLossWarning')
+@pytest.mark.filterwarnings('ignore::lico.watch.InactiveMatchingWarning')
 def test_collected_rows_points_and_picture(lico_root):
     "One baseline serves both presets; points are of the first seed; what is stored is what is returned."
     import matplotlib.pyplot as plt

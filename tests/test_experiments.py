@@ -1,12 +1,12 @@
 import json
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from dataclasses import replace
 
 import pandas as pd, pytest, torch
 
-from lico import config, experiments
+from lico import config, experiments, runs
 from lico.backbones import create_backbone
-from lico.experiments import (METHODS, RIVALS, Run, frame, load_backbone, load_data, read_record, run, run_id,
+from lico.experiments import (METHODS, RIVALS, Run, estimate, frame, load_backbone, load_data, read_record, run, run_id,
                               run_of, runs_folder, spec, start, sweep)
 from lico.text import load_text_encoder
 
@@ -14,18 +14,18 @@ TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
 
 
 class Here:
-    "An executor that does a job when its result is asked for, in this process."
+    "An executor that does a job at once, in this process."
     def __init__(self): self.jobs = []
 
     def submit(self, todo, *args, **options):
-        job = Future()
-        job.result = lambda: todo(*args, **options)
-        self.jobs.append(job)
+        self.jobs.append(job := Future())
+        try: job.set_result(todo(*args, **options))
+        except Exception as e: job.set_exception(e)
         return job
 
 
 def test_identity_is_what_the_method_reads(monkeypatch):
-    monkeypatch.setattr(experiments, 'encoder_name', lambda name: name)
+    monkeypatch.setattr(runs, 'encoder_name', lambda name: name)
     data = load_data(TINY)
     same = [replace(TINY, text_encoder='clip'), replace(TINY, options=dict(tau='fixed')), replace(TINY, split_seed=0),
             replace(TINY, image_size=16)]
@@ -76,7 +76,7 @@ def test_a_rival_is_run_like_any_other(lico_root, monkeypatch, method):
     first, ce, lico = sweep([r, TINY, replace(TINY, method='CE+OT')], progress=False)
     assert first[method.lower()] > 0 and first['spec']['losses'] == {k: config.preset()[k]
         for k in RIVALS[method][1].values()}
-    assert not {'mm', 'ot', 'tau', 'entropy_image'} & set(first) and first['degenerate'] is None
+    assert not {'mm', 'ot', 'tau', 'entropy_image'} & set(first) and first['inactive'] is None
     assert first['id'].endswith('-p1') and first['protocol'] == 1
     net = load_backbone(first)
     assert set(net.state_dict()) == set(create_backbone('wrn_10_1', 10,
@@ -117,7 +117,7 @@ def pretend(monkeypatch, tmp_path, name, classes=1000):
     from safetensors.torch import save_file
     torch.manual_seed(42)
     net = timm.create_model(name, num_classes=classes)
-    folder = tmp_path/f"models--timm--{experiments.pretrained_weights(name)}"
+    folder = tmp_path/f"models--timm--{runs.pretrained_weights(name)}"
     (folder/'snapshots'/'0').mkdir(parents=True)
     (folder/'refs').mkdir()
     (folder/'refs'/'main').write_text('0', encoding='utf-8')
@@ -134,7 +134,7 @@ def test_pretrained_start(lico_root, monkeypatch, tmp_path):
     for method in ('CE', 'CGC'):
         net = start(replace(r, method=method), data).backbone.state_dict()
         assert all(torch.equal(net[k], source[k]) for k in net if k not in head) and net['fc.weight'].shape[0] == 10
-    alike = [start(replace(r, method=m), data, experiments._encoder('minilm')[0]).backbone.state_dict()
+    alike = [start(replace(r, method=m), data, runs._encoder('minilm')[0]).backbone.state_dict()
              for m in ('CE', 'CE+OT')]
     assert all(torch.equal(alike[0][k], alike[1][k]) for k in alike[0]), 'a pair starts from the same head'
     again, other = (start(o, data).backbone.state_dict() for o in (r, replace(r, seed=1)))
@@ -168,17 +168,65 @@ def test_sweep_does_equal_runs_once(lico_root, monkeypatch):
     assert len(done) == 1 and len(records) == 2 and records[0]['id'] == records[1]['id']
 
 
-def test_sweep_stops_where_a_run_fails(lico_root, monkeypatch):
-    done = []
+@pytest.mark.parametrize('executor', [None, Here])
+def test_sweep_goes_on_where_a_run_fails(lico_root, monkeypatch, executor):
+    "The others are done; which failed and why is said at the end, and they are not tried again in the same sweep."
+    done, train = [], experiments._train
     def fails(r, *a):
         done.append(r.seed)
-        raise OSError('the disk is full')
+        if r.seed in (0, 2): raise OSError(f'the disk {r.seed} is full')
+        train(r, *a)
     monkeypatch.setattr(experiments, '_train', fails)
-    pool = Here()
-    with pytest.raises(OSError, match='the disk is full'): sweep([replace(TINY, seed=s) for s in range(6)],
-        progress=False, executor=pool)
-    assert done == [0] and len(pool.jobs) == 6 and all(job.cancelled()
-                                                       for job in pool.jobs), 'what is not under way is not started'
+    runs = [replace(TINY, seed=s) for s in range(4)]
+    said = r"2 of 4 runs failed, the others are done: Run\(.*\) \(OSError: the disk 0 is full\); Run\(.*seed=2.*disk 2"
+    with pytest.raises(RuntimeError, match=said): sweep(runs, progress=False, executor=executor and executor())
+    assert done == [0, 1, 2, 3] and len(list(runs_folder().glob('*/record.json'))) == 2
+
+
+class Mortal(Here):
+    "Its workers die the first times that they have a run of a seed."
+    def __init__(self, deaths): super().__init__(); self.deaths = dict(deaths)
+
+    def submit(self, todo, r, **options):
+        if not self.deaths.get(r.seed): return super().submit(todo, r, **options)
+        self.deaths[r.seed] -= 1
+        def died(): raise BrokenExecutor('killed')
+        return super().submit(died)
+
+
+def test_a_run_whose_worker_died_is_begun_again(lico_root, capsys):
+    runs = [replace(TINY, seed=s) for s in range(3)]
+    assert len(sweep(runs[:2], progress=False, executor=Mortal({0: 2}))) == 2
+    assert capsys.readouterr().err.count('begun again') == 2
+    with pytest.raises(RuntimeError, match=r'1 of 1 runs failed.*seed=2.*BrokenExecutor: killed'):
+        sweep(runs, progress=False, executor=Mortal({2: 3}))
+    assert len(sweep(runs, progress=False, executor=Mortal({2: 3}), retries=3)) == 3
+
+
+def test_one_bar_for_a_sweep(lico_root, capsys, monkeypatch):
+    "It says how many are to do, running, done and failed, and an end once a like run is known."
+    sweep([TINY], progress=False)
+    shown = []
+    monkeypatch.setattr(experiments._Progress, 'show', lambda p, running, show=experiments._Progress.show: (
+        show(p, running), shown.append(p.bar.postfix)))
+    sweep([replace(TINY, seed=s) for s in (1, 2)] + [replace(TINY, method='CE+LS')], executor=None)
+    assert shown[0] == '2 to do, 1 running, 0 done, 0 failed, end unknown'
+    assert shown[2].startswith('0 to do, 1 running, 2 done, 0 failed, end unknown')
+    shown.clear()
+    sweep([replace(TINY, seed=s) for s in (3, 4)])
+    assert shown[1].startswith('0 to do, 1 running, 1 done, 0 failed, end ') and shown[1][-3] == ':'
+
+
+def test_estimate(lico_root):
+    record = sweep([TINY], progress=False)[0]
+    ahead = [replace(TINY, steps=n, seed=1) for n in (300, 600)]
+    df = estimate([TINY, *ahead, replace(TINY, method='CE+OT', steps=10)])
+    assert df.runs.tolist() == [2, 1] and df.images.tolist() == [900*40, 10*40] and df.like_runs.tolist() == [1, 0]
+    assert df.hours[0] == pytest.approx(900*record['seconds']/3600) and pd.isna(df.hours[1])
+    size = (runs_folder()/record['id']/'model.safetensors').stat().st_size
+    assert df.gigabytes[0]*1e9 == pytest.approx(2*size, rel=0.1)
+    assert estimate([replace(TINY, seed=1)], hardware='another').hours.isna().all()
+    assert estimate([TINY]).empty
 
 
 def test_sweep_says_what_is_missing_before_training(lico_root, monkeypatch):

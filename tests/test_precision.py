@@ -1,24 +1,25 @@
-"Training in bfloat16. The check for it, `training.has_bfloat16`, is what these tests replace."
+"Training in bfloat16. The check for it, `schedule.has_bfloat16`, is what these tests replace."
 import math
 from pathlib import Path
 
 import pytest, torch
 import torch.nn.functional as F
 
-from lico import model as models, rivals, training
+from lico import model as models, rivals, schedule, training
 from lico.backbones import create_backbone
 from lico.data import load
 from lico.experiments import METHODS, Run, frame, load_data, read_record, run, run_id, runs_folder, spec, start, sweep
 from lico.losses import ot_alignment
 from lico.model import CrossEntropy, exact
 from lico.text import load_text_encoder
-from lico.training import fit, has_bfloat16
+from lico.schedule import has_bfloat16
+from lico.training import fit
 
 BF16 = dict(precision='bf16')
 
 
 @pytest.fixture
-def able(monkeypatch): monkeypatch.setattr(training, 'has_bfloat16', lambda where: True)
+def able(monkeypatch): monkeypatch.setattr(schedule, 'has_bfloat16', lambda where: True)
 
 
 def started(method):
@@ -27,7 +28,7 @@ def started(method):
 
 
 def test_refused_before_any_work(lico_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, 'has_bfloat16', lambda where: False)
+    monkeypatch.setattr(schedule, 'has_bfloat16', lambda where: False)
     monkeypatch.setattr(training, '_Trainer', lambda *a: pytest.fail('began'))
     data, model = load('digits', labels=40), CrossEntropy(create_backbone('wrn_10_1', num_classes=10, image_size=16))
     refusal = pytest.raises(ValueError, match='bf16 is slower than fp32 on this cpu.*use precision = fp32')

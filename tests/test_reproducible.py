@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np, pytest, torch
 
-from lico import experiments
+from lico import experiments, runs
 from lico.backbones import create_backbone
 from lico.data import load
 from lico.experiments import METHODS, Run, encoder_name, frame, load_data, run, run_id, runs_folder, spec, start, sweep
@@ -54,7 +54,7 @@ def trained(r):
     return digest(model.state_dict())
 
 
-def load_encoder(): return experiments._encoder('minilm')[0]
+def load_encoder(): return runs._encoder('minilm')[0]
 
 
 @functools.cache
@@ -150,7 +150,7 @@ def test_generators_and_threads_are_left_as_they_were(lico_root):
     def seeded(): torch.manual_seed(7), random.seed(7), np.random.seed(7)
     seeded()
     expected = drawn()
-    experiments._loaded.cache_clear()
+    runs._loaded.cache_clear()
     for todo in (lambda: run(replace(TINY, steps=1, method='CE+OT'), progress=False),
                  lambda: sweep([replace(TINY, steps=1, seed=1, threads=2)], progress=False)):
         seeded()
@@ -205,12 +205,12 @@ def test_a_text_encoder_is_known_by_its_content(folder, tmp_path, how):
 
 def test_a_known_name_with_other_weights_is_another_encoder(folder, monkeypatch):
     changed(folder, 'weights')
-    monkeypatch.setattr(experiments, 'load_text_encoder', lambda name: load_text_encoder(folder))
-    experiments._loaded.cache_clear()
+    monkeypatch.setattr(runs, 'load_text_encoder', lambda name: load_text_encoder(folder))
+    runs._loaded.cache_clear()
     try:
         assert (encoder_name('minilm').startswith('minilm@')
                 and encoder_name('clip:ViT-B-32/openai').startswith('clip:ViT-B-32/openai@'))
-    finally: experiments._loaded.cache_clear()
+    finally: runs._loaded.cache_clear()
 
 
 @pytest.fixture(scope='module')
@@ -242,7 +242,7 @@ CHANGES = dict(
              r'options.dropout \(0.0 there, 0.5 here\), mapping.1.p .*'),)
 
 
-@pytest.mark.filterwarnings('ignore::lico.training.DegenerateLossWarning')
+@pytest.mark.filterwarnings('ignore::lico.watch.InactiveMatchingWarning')
 @pytest.mark.parametrize('change', CHANGES)
 def test_fit_goes_on_from_its_own_checkpoint_only(tmp_path, digits, change):
     call = lambda **o: fit(**{**dict(model=small(digits), data=digits, steps=1, folder=tmp_path, progress=False), **o})

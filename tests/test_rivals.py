@@ -253,14 +253,14 @@ def test_a_killed_training_goes_on_bit_for_bit(kind, tmp_path, monkeypatch):
     data = load('digits', labels=40, seed=0)
     whole, parts = small(), small()
     log = fit(kind(whole), data, steps=6, batch_size=20, seed=0, progress=False)
-    advance = training._Trainer.advance
+    advance = training._advance
     def killed(t, x, y):
         if t.step == 4: raise KeyboardInterrupt
         return advance(t, x, y)
     go = lambda: fit(kind(parts), data, steps=6, batch_size=20, seed=0, folder=tmp_path, checkpoint_seconds=0,
                      progress=False)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(training._Trainer, 'advance', killed)
+        m.setattr(training, '_advance', killed)
         go()
     parts = small()
     resumed = go()
@@ -391,5 +391,5 @@ def test_controls_are_run_like_any_other(lico_root, method, options):
     assert {getattr(model, k.removeprefix('supcon_')) for k in options} == {0.7}
     assert torch.equal(model.backbone.fc.weight, start(Run(backbone='wrn_10_1'), data).backbone.fc.weight)
     record = run(r, progress=False)
-    assert (record['degenerate'] is None
+    assert (record['inactive'] is None
             and ('supcon' in record) == ('supcon' in frame([record])) == (method == 'CE+SupCon'))

@@ -52,7 +52,7 @@ def test_two_that_add_at_once_lose_nothing(tmp_path):
     assert sorted(read_results(tmp_path).id.astype(int)) == list(range(12))
 
 
-@pytest.mark.filterwarnings('ignore::lico.training.DegenerateLossWarning')
+@pytest.mark.filterwarnings('ignore::lico.watch.InactiveMatchingWarning')
 def test_a_table_from_start_to_end(lico_root):
     "Table 13 on digits: arms, their options and those of the user, maps and their images; a second one adds to it."
     p = p_of(lico_root/'out', arms=['Learnable', 'Random'], options=dict(alpha=5.))

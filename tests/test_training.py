@@ -1,15 +1,17 @@
-import os, signal, subprocess, sys, textwrap, warnings
+import math, os, signal, subprocess, sys, textwrap, warnings
 from dataclasses import replace
 
 import pandas as pd, pytest, torch
 
+from lico import training
 from lico.backbones import create_backbone
 from lico.data import load
-from lico.experiments import Run, build, load_data, read_record, run, run_id, runs_folder
+from lico.experiments import Run, build, load_data, read_record, run, run_id, runs_folder, spec
 from lico.losses import LossOptions
 from lico.model import LICO, CrossEntropy
 from lico.text import PromptLearner, load_text_encoder
-from lico.training import DegenerateLossWarning, fit, load_checkpoint
+from lico.training import fit, load_checkpoint
+from lico.watch import InactiveMatchingWarning
 
 RUN = Run(labels=250, backbone='wrn_10_1', method='LICO', steps=14, evaluations=3,
           options=dict(ema=0.9, noise=0.1, dropout=0.5, tau_init=0.3))
@@ -22,11 +24,11 @@ CHILD = textwrap.dedent('''
     warnings.simplefilter('ignore')
     torch = training.torch; torch.set_num_threads(1)
     experiments.fit = partial(training.fit, checkpoint_seconds=0)
-    advance = training._Trainer.advance
+    advance = training._advance
     def told(t, *batch):
         print('step', t.step, t.per_epoch, flush=True)
         return advance(t, *batch)
-    training._Trainer.advance = told
+    training._advance = told
     run({run!r}, progress=False)
 ''')
 
@@ -116,7 +118,6 @@ def test_fit_leaves_the_random_state(tmp_path):
 
 def test_pairs_share_weights_and_batches(monkeypatch):
     "CE and LICO of one seed start from the same backbone and see the same crops; another seed does not."
-    import lico.training as training
     runs = [replace(RUN, method=m, seed=s) for m, s in (('CE', 0), ('LICO', 0), ('CE', 1))]
     data, encoder = load_data(RUN), load_text_encoder('minilm')
     models = [build(r, data, encoder) for r in runs]
@@ -149,10 +150,10 @@ def test_degenerate_warning(options, kind):
     model = LICO(create_backbone('wrn_10_1', num_classes=10, image_size=16),
                  PromptLearner(load_text_encoder('minilm'), data.class_names), LossOptions(**options))
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter('always', DegenerateLossWarning)
+        warnings.simplefilter('always', InactiveMatchingWarning)
         log = fit(model, data, steps=3, progress=False)
-    caught = [w for w in caught if w.category is DegenerateLossWarning]
-    assert len(caught) == (kind is not None) and all(row.get('degenerate') == kind for row in log)
+    caught = [w for w in caught if w.category is InactiveMatchingWarning]
+    assert len(caught) == (kind is not None) and all(row.get('inactive') == kind for row in log)
 
 
 def test_released_preset_trains(lico_root):
@@ -163,30 +164,141 @@ def test_released_preset_trains(lico_root):
             and record['mm'] > 0)
 
 
-def test_several_processes(tmp_path):
-    "Two processes over gloo end with equal weights and log what one process logs of the first batch."
-    code = textwrap.dedent('''
-        import sys, torch
-        from lico.backbones import create_backbone; from lico.data import load; from lico.model import LICO
-        from lico.text import PromptLearner, load_text_encoder; from lico.training import fit
-        import warnings; warnings.simplefilter('ignore')
-        torch.manual_seed(0); torch.set_num_threads(1)
-        data = load('digits', labels=40)
-        net = create_backbone('wrn_10_1', num_classes=10, image_size=16)
-        model = LICO(net, PromptLearner(load_text_encoder('minilm'), data.class_names))
-        fit(model, data, steps=3, folder=sys.argv[1], progress=False)
-        rank = torch.distributed.get_rank()
-        torch.save({k: v for k, v in model.named_parameters() if v.requires_grad}, f'{sys.argv[1]}/{rank}.pt')
-    ''')
-    (tmp_path/'child.py').write_text(code, encoding='utf-8')
-    p = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone',
-                        str(tmp_path/'child.py'), str(tmp_path)],
-                       env={**os.environ, 'ACCELERATE_USE_CPU': 'true'}, capture_output=True, text=True, timeout=240)
-    assert p.returncode == 0, p.stderr[-2000:]
-    a, b = (torch.load(tmp_path/f'{i}.pt') for i in (0, 1))
-    assert a.keys() == b.keys() and len(a) > 20
-    for k in a: torch.testing.assert_close(a[k], b[k], rtol=0, atol=0)
-    assert load_checkpoint(tmp_path/'checkpoint.safetensors')[1]['step'] == 3
+def network(): return create_backbone('wrn_10_1', num_classes=10, image_size=16)
+
+
+@pytest.mark.parametrize('n, sizes', [(40, [20, 20]), (41, [20, 21]), (42, [20, 20, 2]), (1, [1]), (21, [21])])
+def test_no_batch_of_one_image(monkeypatch, n, sizes):
+    "The last one joins its neighbour; every epoch has all images once, and ends where the log says."
+    data, seen = load('digits', labels=60), []
+    data = replace(data, train=data.train[:n])
+    advance = training._advance
+    monkeypatch.setattr(training, '_advance', lambda t, x, y: (seen.append(len(x)), advance(t, x, y))[1])
+    log = fit(CrossEntropy(network()), data, epochs=2, batch_size=20, progress=False)
+    assert seen == 2*sizes and [row['step'] for row in log] == [len(sizes), 2*len(sizes)]
+    r = Run(labels=60, backbone='wrn_10_1', epochs=2, options=dict(batch_size=20))
+    assert spec(r, data)['steps'] == 2*len(sizes), 'a run counts its steps alike'
+
+
+def test_a_step_without_a_value_does_not_empty_the_log(monkeypatch):
+    "A row is the mean over those that have one; here what each step says is replaced."
+    said, advance = iter([1., 2., 6.]), training._advance
+    def told(t, x, y): return dict(advance(t, x, y), ce=next(said), cosine=math.nan if len(x) == 8 else 0.5)
+    monkeypatch.setattr(training, '_advance', told)
+    data = load('digits', labels=60)
+    data = replace(data, train=data.train[:48])
+    [row] = fit(CrossEntropy(network()), data, epochs=1, batch_size=20, progress=False)
+    assert row['ce'] == 3 and row['cosine'] == 0.5
+
+
+@pytest.mark.parametrize('n', [40, 41, 42])
+def test_the_alarm_does_not_depend_on_the_number_of_images(n):
+    "Images that are all alike are said to have collapsed, also where one is left over."
+    data = load('digits', labels=60)
+    data = replace(data, train=data.train[:n])
+    data.train.x[:] = 128
+    model = LICO(network(), PromptLearner(load_text_encoder('minilm'), data.class_names, n_context=2))
+    with pytest.warns(InactiveMatchingWarning, match='the features have collapsed'):
+        log = fit(model, data, epochs=1, batch_size=20, lr=1e-9, progress=False)
+    assert log[0]['inactive'] == 'collapsed'
+
+
+def test_nothing_to_train_is_refused(tmp_path):
+    data, net = load('digits', labels=40), network().requires_grad_(False)
+    prompts = PromptLearner(load_text_encoder('minilm'), data.class_names, n_context=2)
+    for model in (CrossEntropy(net), LICO(net, prompts)):
+        with pytest.raises(ValueError, match='PreActResNet has nothing to train: none of its parameters has'):
+            fit(model, data, steps=1, folder=tmp_path/'x', progress=False)
+    assert not (tmp_path/'x').exists()
+    net.fc.requires_grad_(True)
+    fit(CrossEntropy(net), data, steps=1, progress=False)
+
+
+@pytest.mark.parametrize('how', ['mode', 'weights', 'both'])
+def test_frozen_batch_norm_stays_frozen(how):
+    "By its mode or its weights, over epochs and tests; the others learn."
+    data, net = load('digits', labels=40), network()
+    frozen, other = net.blocks[0].bn1, net.blocks[1].bn1
+    if how != 'mode': frozen.requires_grad_(False)
+    if how != 'weights': frozen.eval()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    fit(CrossEntropy(net), data, epochs=3, batch_size=20, evaluations=2, progress=False)
+    after, learned = net.state_dict(), how == 'mode'
+    assert torch.equal(frozen.running_mean, before['blocks.0.bn1.running_mean']) and not frozen.training
+    assert frozen.num_batches_tracked == 0 and other.num_batches_tracked == 6 and other.training
+    assert learned != torch.equal(after['blocks.0.bn1.bias'], before['blocks.0.bn1.bias'])
+
+
+def test_a_network_left_in_evaluation_mode_is_trained():
+    "Whoever has just tested a network does not mean to freeze it."
+    data, net = load('digits', labels=40), network().eval()
+    fit(CrossEntropy(net), data, steps=2, progress=False)
+    assert all(m.num_batches_tracked == 2 for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_shared_parameters_are_saved(tmp_path):
+    "Two names of one tensor: a checkpoint holds both, and a run goes on from it."
+    data = load('digits', labels=40)
+    def tied():
+        torch.manual_seed(0)
+        net = network()
+        net.blocks[0].conv2.weight = net.blocks[0].conv1.weight = torch.nn.Parameter(net.blocks[0].conv2.weight[:, :16])
+        return net
+    whole, parts, again = tied(), tied(), tied()
+    fit(CrossEntropy(whole), data, steps=4, progress=False, folder=tmp_path/'whole')
+    advance = training._advance
+    def killed(t, x, y):
+        if t.step == 2: raise KeyboardInterrupt
+        return advance(t, x, y)
+    go = lambda net: fit(CrossEntropy(net), data, steps=4, progress=False, folder=tmp_path, checkpoint_seconds=0)
+    with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(training, '_advance', killed)
+        go(parts)
+    go(again)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+
+
+class Precise(torch.nn.Module):
+    "Writes down how precise convolutions and products are while it is used."
+    num_classes, image_size, feature_shape = 10, 16, (3, 256)
+
+    def __init__(self): super().__init__(); self.fc, self.seen = torch.nn.Linear(3, 10), []
+    def forward_features(self, x): return x
+
+    def forward_head(self, maps, pre_logits=False):
+        b = torch.backends
+        self.seen.append((torch.get_float32_matmul_precision(), b.cudnn.allow_tf32, b.cuda.matmul.allow_tf32,
+                          *(kind.fp32_precision for kind in (b.cudnn.conv, b.cudnn.rnn, b.cuda.matmul))))
+        return self.fc(maps.mean((2, 3)))
+
+    def forward(self, x): return self.forward_head(self.forward_features(x))
+
+
+@pytest.mark.parametrize('fails', [False, True])
+@pytest.mark.parametrize('before', [('highest', True), ('high', True), ('medium', False)])
+def test_float32_is_float32(before, fails):
+    "While it trains and tests, whatever was allowed before; afterwards, also after an error, that is allowed again."
+    b, net = torch.backends, Precise()
+    def now(): return torch.get_float32_matmul_precision(), b.cudnn.allow_tf32
+    default = now()
+    try:
+        torch.set_float32_matmul_precision(before[0]); b.cudnn.allow_tf32 = before[1]
+        kinds = [k.fp32_precision for k in (b.cudnn.conv, b.cuda.matmul, b.mkldnn.matmul, b.mkldnn.conv)]
+        try: fit(CrossEntropy(net), load('digits', labels=40), steps=2, progress=False, lr=1e38 if fails else 0.1)
+        except FloatingPointError: assert fails
+        assert len(net.seen) >= 2 and set(net.seen) == {('highest', False, False, 'ieee', 'ieee', 'ieee')}
+        assert now() == before
+        assert kinds == [k.fp32_precision for k in (b.cudnn.conv, b.cuda.matmul, b.mkldnn.matmul, b.mkldnn.conv)]
+    finally: torch.set_float32_matmul_precision(default[0]); b.cudnn.allow_tf32 = default[1]
+
+
+def test_the_gpu_that_was_named(monkeypatch):
+    "LICO_DEVICE=cuda:1: accelerate takes the current GPU, so that is made the current one."
+    class Named(Exception): pass
+    def chosen(self, where): raise Named(where)
+    monkeypatch.setattr(torch.cuda.device, '__init__', chosen)
+    monkeypatch.setenv('LICO_DEVICE', 'cuda:1')
+    with pytest.raises(Named, match='cuda:1'): fit(CrossEntropy(network()), load('digits', labels=40), steps=1)
 
 
 def test_nothing_is_left_at_inference():

@@ -15,7 +15,7 @@ from ..config import preset
 from .report import dataset_title, forest, plus_minus, sentences, signed
 from .stats import SETTING, conditions, paired, pairs
 from ..experiments import Run
-from ..training import TrainOptions
+from ..schedule import TrainOptions
 
 # %% ../../nbs/evidence/27_ambiguities.ipynb #3f0b8297
 @dataclass(frozen=True)

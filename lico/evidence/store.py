@@ -8,9 +8,7 @@ __all__ = ['read_results', 'read_scores', 'read_points', 'image_rows', 'write_re
 
 # %% ../../nbs/evidence/20_store.ipynb #5a2e7071
 import csv, io, json, math, os, re, shlex, sys, tempfile
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pandas as pd, torch
@@ -23,6 +21,7 @@ from .arms import TABLES, arm_of, paper_dataset
 from .cases import test_images
 from .map_scores import SCORERS, refuse_map_options, saliency_options, score
 from ..experiments import frame, load_backbone, load_data, run_of, runs_folder, sweep
+from ..together import Workers, end_with_parent
 
 # %% ../../nbs/evidence/20_store.ipynb #3aa59d24
 _text = ('image', 'data', 'labels', 'training', 'arm', 'options', 'paper_dataset', 'kind', 'saliency_options',
@@ -197,12 +196,9 @@ def rows_of(
 def processes(
     workers: int,  # how many
 ):
-    "A pool of processes; `None` for a single one, which is this one."
-    if workers == 1: yield None
-    else:
-        with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads,
-                                 (max(1, os.cpu_count()//workers),)) as pool:
-            yield pool
+    "`Workers`; `None` for a single one, which is this one. A notebook's kernel does not outlive who started it."
+    end_with_parent()
+    with Workers(workers) if workers > 1 else nullcontext() as pool: yield pool
 
 def train(
     p,  # parameters of a notebook: `out`, `workers`; what it asks of maps
