@@ -162,6 +162,7 @@ def smoke(tmp_path, name):
 
 def test_figure10_smoke_and_drawn_again_from_files(tmp_path):
     out, table, again = smoke(tmp_path, 'figure10')
-    assert {f.name for f in out.iterdir() if not f.name.startswith('.')} == {'results.csv', 'table.md', 'figure.png'}
+    assert {f.name for f in out.iterdir() if not f.name.startswith('.')} == {
+        'results.csv', 'table.md', 'figure.png', 'SHA256SUMS'}
     assert again == table and 'digits' in table and 'smoke' in table
     assert {'seed', 'hardware', 'torch', 'commit', 'profile', 'arm', 'kl'} <= set(pd.read_csv(out/'results.csv'))

@@ -149,8 +149,8 @@ def smoke(tmp_path, name):
 
 def test_figure9_smoke_and_drawn_again_from_files(tmp_path):
     out, table, again = smoke(tmp_path, 'figure9')
-    assert {f.name for f in out.iterdir() if not f.name.startswith('.')} == {'results.csv', 'points.csv', 'table.md',
-                                                                             'figure.png'}
+    assert {f.name for f in out.iterdir() if not f.name.startswith('.')} == {
+        'results.csv', 'points.csv', 'SHA256SUMS', 'table.md', 'figure.png'}
     assert again == table and 'digits' in table and 'smoke' in table
     assert {'seed', 'hardware', 'torch', 'commit', 'profile', 'classes', 'ordinal'} <= set(pd.read_csv(
         out/'results.csv'))
