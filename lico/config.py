@@ -10,8 +10,8 @@ __all__ = ['OPTIONS', 'FIELDS', 'PARAMETERS', 'SUMS', 'choose', 'root', 'setting
            'python_command', 'stamp']
 
 # %% ../nbs/method/00_config.ipynb #dc1872af
-import configparser, contextlib, functools, hashlib, importlib.metadata, itertools, math, numbers, os, platform, random, re
-import shlex, subprocess, time, warnings
+import configparser, contextlib, functools, hashlib, importlib.metadata, itertools, math, numbers, os, platform, random
+import re, shlex, subprocess, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -298,7 +298,8 @@ def parameters(
         check(_refuse_idle, given), check(_refuse_unwritable, out),
         lambda: dict(zip(filled, gathered(*(check(_typed, *o) for o in filled.items())))))
     changed = ', '.join(f'{k}={given[k]}' for k in _protocol if k in given)
-    return SimpleNamespace(profile=profile, protocol=profile + (f' with {changed}' if changed else ''), out=out, **typed)
+    return SimpleNamespace(profile=profile, protocol=profile + (f' with {changed}' if changed else ''), out=out,
+                           **typed)
 
 # %% ../nbs/method/00_config.ipynb #51a37abd
 def derive_seed(*parts) -> int:

@@ -357,20 +357,20 @@ def load_network(
     return Shipped(net.eval(), names, about)
 
 # %% ../nbs/method/07_model.ipynb #d558f0d3
-_lines = """import hashlib, json, torch
-from PIL import Image
-from torchvision.transforms import v2
+_lines = """import hashlib, json, torch, PIL.Image, torchvision.transforms.v2 as v2
 folder = {folder!r}
-for o in open(f'{{folder}}/SHA256SUMS', encoding='utf-8').read().splitlines():
-    assert hashlib.sha256(open(f'{{folder}}/{{o[66:]}}', 'rb').read()).hexdigest() == o[:64], f'{{o[66:]}} is damaged'
-about, net = json.load(open(f'{{folder}}/network.json', encoding='utf-8')), torch.export.load(f'{{folder}}/network.pt2').module()
-prepare = v2.Compose([v2.Resize(about['resize'], v2.InterpolationMode(about['interpolation'])), v2.CenterCrop(about['image_size']),
-                      v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(about['mean'], about['std'])])
-def classify(path): return dict(zip(about['class_names'], net(prepare(Image.open(path).convert('RGB'))[None]).softmax(1)[0].tolist()))
+read = lambda name: open(f'{{folder}}/{{name}}', 'rb').read()
+sums = [o.split('  ', 1) for o in read('SHA256SUMS').decode().splitlines()]
+assert all(hashlib.sha256(read(name)).hexdigest() == seal for seal, name in sums), f'{{folder}} is damaged'
+o, net = json.loads(read('network.json')), torch.export.load(f'{{folder}}/network.pt2').module()
+prepare = v2.Compose([lambda image: image.convert('RGB'), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+                      v2.Normalize(o['mean'], o['std'])])
+resize = v2.Compose([v2.Resize(o['resize'], v2.InterpolationMode(o['interpolation'])), v2.CenterCrop(o['image_size'])])
+def classify(image): return dict(zip(o['class_names'], net(prepare(resize(image))[None])[0].softmax(0).tolist()))
 """
 
 def loading_lines(
     folder,  # from `save_network`
 ) -> str:
-    "Ten lines of Python that load a shipped network without lico: `classify(path)` gives each class's probability."
+    "Ten lines that load a shipped network without lico; `classify(image)`, of PIL, gives each class's probability."
     return _lines.format(folder=str(folder))

@@ -107,14 +107,15 @@ def test_every_parameter_has_a_form(path):
 
 
 @pytest.mark.parametrize('name, value, sentence', [
-    ('seeds', '0,0', 'seeds = 0, 0: 0 is there twice'), ('seeds', -1, 'seeds = -1: expected a whole number of at least'),
+    ('seeds', '0,0', 'seeds = 0, 0: 0 is there twice'), ('seeds', -1, 'seeds = -1: expected a whole number of'),
     ('seeds', '1.5', 'seeds = 1.5: expected a whole number'), ('images', -1, 'images = -1: expected a whole number'),
     ('workers', 0, 'workers = 0: expected a whole number of at least 1'), ('batch_size', 0, 'batch_size = 0: expected'),
     ('workers', 'two', "workers = 'two': expected a whole number"), ('steps', 0, 'steps = 0: expected'),
     ('epochs', 2.5, 'epochs = 2.5: expected a whole number'), ('image_size', -3, 'image_size = -3: expected'),
-    ('labels', '0', 'labels = 0: expected all, a whole number'), ('labels', '40, 5-shots', "labels = '5-shots': expected"),
+    ('labels', '0', 'labels = 0: expected all, a whole'), ('labels', '40, 5-shots', "labels = '5-shots': expected"),
     ('labels', '40, 40', 'labels = 40, 40: 40 is there twice'), ('presets', 'papre', "unknown preset 'papre'"),
-    ('pretrained', 'perhaps', "unknown value of pretrained: 'perhaps'"), ('pretrained', 1, 'unknown value of pretrained: 1'),
+    ('pretrained', 'perhaps', "unknown value of pretrained: 'perhaps'"),
+    ('pretrained', 1, 'unknown value of pretrained: 1'),
     ('stored', 'olny', "unknown value of stored: 'olny'"), ('block', 'F', "unknown value of block: 'F'"),
     ('options', 'lr=inf', 'option lr = inf: expected'), ('options', 'alpha=nan', 'option alpha = nan: expected'),
     ('options', 'batch_size=0', 'option batch_size = 0: expected'), ('options', 'taau=1', "unknown option 'taau'"),
@@ -157,5 +158,6 @@ def test_what_a_killed_write_leaves_is_swept(tmp_path):
 
 
 def test_threads_do_not_share_a_temporary_file(tmp_path):
-    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda i: config.write_atomic(tmp_path/'x', str(i)*99), range(80)))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: config.write_atomic(tmp_path/'x', str(i)*99), range(80)))
     assert [p.name for p in tmp_path.iterdir()] == ['x'] and len((tmp_path/'x').read_text()) in (99, 198)

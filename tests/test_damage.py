@@ -201,7 +201,7 @@ def test_committed_tables_are_whole():
 
 
 def test_a_damaged_file_is_set_aside_once(tmp_path):
-    "By twenty that read it at once, forty times; none dies, no name is taken twice, and what was mended meanwhile stays."
+    "By twenty at once, forty times: none dies, no name is taken twice, and what was mended meanwhile stays."
     for _ in range(40):
         write_sealed(tmp_path/'x', 'whole')
         (tmp_path/'x').write_bytes(b'damaged')
@@ -337,7 +337,8 @@ def test_a_record_stands_alone(tmp_path, monkeypatch):
     from PIL import Image
     monkeypatch.setenv('LICO_ROOT', str(tmp_path))
     rng, folder = np.random.default_rng(0), tmp_path/'pets'
-    for path in (folder/part/name/f'{i}.png' for part in ('train', 'test') for name in ('cat', 'dög') for i in range(3)):
+    for path in (folder/part/name/f'{i}.png' for part in ('train', 'test') for name in ('cat', 'dög')
+                 for i in range(3)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (20, 16, 3), np.uint8)).save(path)
     r = replace(TINY, dataset=f'folder:{folder}', labels=4, image_size=16)
@@ -381,7 +382,8 @@ def test_a_shipped_network_needs_no_lico(tmp_path):
     Image.fromarray(data.test.x[5].movedim(0, 2).numpy()).save(tmp_path/'five.png')
     lines = loading_lines(folder)
     assert len(lines.strip().splitlines()) == 10
-    code = f"import sys; sys.modules['lico'] = None\n{lines}print(json.dumps(classify({str(tmp_path/'five.png')!r})))"
+    code = f"import sys; sys.modules['lico'] = None\n{lines}"
+    code += f"print(json.dumps(classify(PIL.Image.open({str(tmp_path/'five.png')!r}))))"
     run_ = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert run_.returncode == 0, run_.stderr
     with torch.no_grad(): p = net(data.normalise(data.test.x[5:6])).softmax(1)[0]

@@ -221,17 +221,20 @@ def test_a_pretrained_network_sees_what_it_was_trained_on(lico_root, monkeypatch
     "It is fed with its weights' own mean and std, which stand in its spec and record."
     import timm
     pretend(monkeypatch, tmp_path/'hub', 'test_resnet')
-    r, cfg = replace(TINY, backbone='test_resnet', image_size=64, pretrained=True), timm.get_pretrained_cfg('test_resnet')
+    r = replace(TINY, backbone='test_resnet', image_size=64, pretrained=True)
+    cfg = timm.get_pretrained_cfg('test_resnet')
     data, plain = load_data(r), load_data(replace(r, pretrained=False))
     assert (data.mean, data.std) == (tuple(cfg.mean), tuple(cfg.std)) != (plain.mean, plain.std)
-    assert spec(r, data)['normalisation'] == 'weights' and 'normalisation' not in spec(replace(r, pretrained=False), plain)
+    assert spec(r, data)['normalisation'] == 'weights'
+    assert 'normalisation' not in spec(replace(r, pretrained=False), plain)
     record = run(r, progress=False)
     assert record['preprocessing']['mean'] == list(cfg.mean) and record['preprocessing']['std'] == list(cfg.std)
 
 
 @pytest.mark.parametrize('field, value', [('pretrained', 1), ('pretrained', 'yes'), ('pretrained', None)])
 def test_pretrained_is_yes_or_no(field, value):
-    with pytest.raises(ValueError, match='unknown value of pretrained: .*choose one of True, False'): Run(**{field: value})
+    with pytest.raises(ValueError, match='unknown value of pretrained: .*choose one of True, False'):
+        Run(**{field: value})
 
 
 def test_flip_came_later_and_counts_only_where_it_changes_something(tmp_path):
