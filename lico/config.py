@@ -441,8 +441,8 @@ def read_sums(
 ) -> dict:
     "{name: sha256} of a folder's `SHA256SUMS`; empty if it has none."
     path = Path(folder)/SUMS
-    lines = path.read_bytes().decode(errors='replace').splitlines() if path.exists() else []
-    return {o[66:]: o[:64] for o in lines}
+    text = path.read_bytes().decode(errors='replace') if path.exists() else ''
+    return {name: seal for seal, name in re.findall(r'^([0-9a-f]{64})  (.+)$', text, re.M)}
 
 # %% ../nbs/method/00_config.ipynb #39a71018
 def python_command(

@@ -91,7 +91,9 @@ def image_rows(
 ) -> pd.DataFrame:
     """The rows of `scores.csv`, each with the columns of `results.csv` that say whose it is: what `paired` compares
     image by image."""
-    rows, per_image = read_results(folder), read_scores(folder)
+    while True:
+        decided, rows, per_image = read_sums(folder), read_results(folder), read_scores(folder)
+        if read_sums(folder) == decided: break  # else another process has just exchanged both
     key = [k for k in _key if k in rows and k in per_image]
     return per_image.merge(rows[[k for k in rows if k in key or k not in per_image]], on=key, how='left',
                            validate='many_to_one')
