@@ -8,7 +8,7 @@ __all__ = ['Output', 'wide', 'exact', 'CrossEntropy', 'mapping_net', 'Temperatur
            'Shipped', 'refuse_damaged', 'load_network', 'loading_lines']
 
 # %% ../nbs/method/07_model.ipynb #d0b06ac8
-import copy, functools, hashlib, json, os
+import copy, functools, hashlib, json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .backbones import create_backbone, feature_rows
+from . import pixels
 from .config import SUMS, read_checked, read_sums, sha256, write_atomic, write_sums
 from .data import Files
+from .pixels import window_source
 from .losses import LossOptions, calibrated_taus, kl_rows, log_adjacency, mean_cosine, ot_alignment, row_entropy
 from .together import Batch
 
@@ -288,10 +290,12 @@ def load_checkpoint(
 def preprocessing_of(
     data,  # a `Data`
 ) -> dict:
-    "How test images become input: shorter side to `resize`, the central square of `image_size`, mean and std."
+    """How test images become input: `window`, a function of `lico.pixels`, with the size and the interpolation that it
+    resizes to, what is cut out of that, mean and std."""
     on_disk, S = isinstance(data.test, Files), data.image_size
-    return dict(image_size=S, resize=round(S*256/224) if on_disk else S, mean=list(data.mean), std=list(data.std),
-                interpolation='bilinear' if on_disk else 'bicubic')
+    window = dict(window='central_window', resize=round(S*256/224), interpolation='bilinear')
+    square = dict(window='whole_square', resize=S, interpolation='bicubic')
+    return dict(window if on_disk else square, crop=S, image_size=S, mean=list(data.mean), std=list(data.std))
 
 def _exported(net, size):
     "The network as `torch.export` has it, for any number of images."
@@ -305,7 +309,7 @@ def save_network(
     net: nn.Module,  # the plain classifier, [B, 3, S, S] to [B, K]; left as it was
     folder,  # made if need be
     class_names,  # K names
-    preprocessing: dict,  # from `preprocessing_of`: image_size, resize, interpolation, mean, std
+    preprocessing: dict,  # from `preprocessing_of`
     backbone: str = '',  # what `create_backbone` calls it; '': nothing that it knows
 ):
     "Write what is shipped: weights, class names, preprocessing and checksums, for everyone to read."
@@ -314,7 +318,10 @@ def save_network(
     write_atomic(folder/'network.json', json.dumps(about, indent=1, ensure_ascii=False))
     save_checkpoint(folder/'network.safetensors', plain.state_dict(), about)
     torch.export.save(_exported(plain, about['image_size']), folder/'network.pt2')
-    for name in ('network.json', 'network.safetensors', 'network.pt2'): files[name] = sha256((folder/name).read_bytes())
+    code = window_source(getattr(pixels, about['window']), *(about[k] for k in ('image_size', 'mean', 'std')))
+    write_atomic(folder/'preprocess.py', code)
+    for name in ('network.json', 'network.safetensors', 'network.pt2', 'preprocess.py'):
+        files[name] = sha256((folder/name).read_bytes())
     write_sums(folder, files)
     folder.chmod(0o755)
     for name in (*files, SUMS): (folder/name).chmod(0o644)
@@ -328,12 +335,12 @@ class Shipped:
     preprocessing: dict
 
     def prepare(self, image):
-        "A PIL image as the network takes it, float32 [3, S, S]."
-        from torchvision.transforms import v2
+        "A PIL image as the network takes it, float32 [3, S, S]; to the bit what its tests were done with."
+        import numpy as np
         o = self.preprocessing
-        steps = [v2.Resize(o['resize'], v2.InterpolationMode(o['interpolation'])), v2.CenterCrop(o['image_size'])]
-        to_float = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(o['mean'], o['std'])]
-        return v2.Compose([*steps, *to_float])(image.convert('RGB'))
+        x = torch.tensor(np.array(getattr(pixels, o['window'])(pixels.as_rgb(image), o['image_size']))).permute(2, 0, 1)
+        mean, std = (torch.tensor(o[k]).view(3, 1, 1) for k in ('mean', 'std'))
+        return (x.float()/255 - mean)/std
 
 def refuse_damaged(
     folder,  # with `SHA256SUMS`
@@ -359,20 +366,20 @@ def load_network(
     return Shipped(net.eval(), names, about)
 
 # %% ../nbs/method/07_model.ipynb #d558f0d3
-_lines = """import hashlib, json, torch, PIL.Image, torchvision.transforms.v2 as v2
+_lines = """import hashlib, json, sys, torch
+from PIL import Image
 folder = {folder!r}
 read = lambda name: open(f'{{folder}}/{{name}}', 'rb').read()
 sums = [o.split('  ', 1) for o in read('SHA256SUMS').decode().splitlines()]
 assert all(hashlib.sha256(read(name)).hexdigest() == seal for seal, name in sums), f'{{folder}} is damaged'
-o, net = json.loads(read('network.json')), torch.export.load(f'{{folder}}/network.pt2').module()
-prepare = v2.Compose([lambda image: image.convert('RGB'), v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
-                      v2.Normalize(o['mean'], o['std'])])
-resize = v2.Compose([v2.Resize(o['resize'], v2.InterpolationMode(o['interpolation'])), v2.CenterCrop(o['image_size'])])
-def classify(image): return dict(zip(o['class_names'], net(prepare(resize(image))[None])[0].softmax(0).tolist()))
+names, net = json.loads(read('network.json'))['class_names'], torch.export.load(f'{{folder}}/network.pt2').module()
+sys.path.insert(0, folder)
+from preprocess import preprocess
+def classify(path): return dict(zip(names, net(preprocess(Image.open(path))[None])[0].softmax(0).tolist()))
 """
 
 def loading_lines(
     folder,  # from `save_network`
 ) -> str:
-    "Ten lines that load a shipped network without lico; `classify(image)`, of PIL, gives each class's probability."
+    "Ten lines that load a shipped network without lico; `classify(path)` gives each class's probability of an image."
     return _lines.format(folder=str(folder))

@@ -10,7 +10,6 @@ __all__ = ['open_image', 'as_rgb', 'whole_square', 'central_window', 'random_win
 import contextlib, inspect, math, os, threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-import numpy as np
 from .folders import on_disk, readable, some
 
 # %% ../nbs/method/02_pixels.ipynb #52b6004f

@@ -7,7 +7,7 @@ __all__ = ['random_views', 'view', 'cgc_loss', 'statistics_kept', 'Consistent', 
            'gcc_loss', 'GCC', 'LICOWithCGC', 'LabelSmoothing', 'supcon_loss', 'SupCon']
 
 # %% ../nbs/method/13_rivals.ipynb #7c7693f5
-import contextlib, math
+import contextlib
 from dataclasses import replace
 
 import torch

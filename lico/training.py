@@ -6,7 +6,7 @@
 __all__ = ['predict', 'accuracy', 'refuse_bad_call', 'fit']
 
 # %% ../nbs/method/08_training.ipynb #a00947c7
-import contextlib, hashlib, json, math, numbers, time, warnings
+import contextlib, copy, json, math, numbers, time
 from dataclasses import asdict, fields
 from pathlib import Path
 

@@ -9,13 +9,12 @@ __all__ = ['TABLES', 'Arm', 'Table', 'arm_named', 'arm_of', 'arms_of', 'family',
 # %% ../../nbs/evidence/17_arms.ipynb #3f497c2e
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np, pandas as pd
 
 from ..config import OPTIONS, choose, dataset_settings, datasets_of_the_paper, parse_value
 from .printed import Printed, printed_numbers
-from .stats import METRICS, SETTING, TREATMENT, conditions, paired
+from .stats import METRICS, conditions, paired
 from ..data import dataset_name
 from ..experiments import Run
 

@@ -6,17 +6,17 @@
 __all__ = ['CLAIMS', 'Claim', 'folders', 'blocks', 'claim_rows', 'claims_table', 'coverage', 'readme_table', 'coverage_sentence']
 
 # %% ../../nbs/evidence/28_claims.ipynb #42f86f72
-import math, re
+import math
 from dataclasses import dataclass
 
 import pandas as pd
 
 from ..config import parameters, root
-from .arms import (TABLES, arm_named, arm_of, columns_of, compare, grade, grid, paper_dataset, printed_as,
+from .arms import (TABLES, arm_named, arm_of, columns_of, grade, grid, paper_dataset, printed_as,
                                 printed_dataset, printed_place)
-from .printed import printed_number, printed_numbers, results
+from .printed import printed_numbers, results
 from .programme import ARMS, BLOCKS
-from .report import forest, signed
+from .report import signed
 from .stats import GRADES, METRICS, conditions, estimate, holm, pairs, verdict
 from .store import read_results
 
