@@ -1,6 +1,6 @@
 """The site: these notebooks as they are stored, nothing is run, and the package's docstrings with the comments beside
 their parameters. `sphinx-build -qW nbs _docs/html` (Quarto, nbdev's own way, cannot be installed everywhere)."""
-import ast, importlib.util, inspect, json, re, textwrap, tokenize
+import ast, importlib.util, inspect, json, logging, re, textwrap, tokenize
 from io import StringIO
 from pathlib import Path
 
@@ -175,9 +175,17 @@ def _rst(text):
     return ''.join(fr'\ ``{p}``\ ' if i % 2 else re.sub(r'([\\*_|`])', r'\\\1', p) for i, p in enumerate(parts))
 
 
+def _blocks(text):
+    "The paragraphs of a docstring; what is laid out in columns stays as it is."
+    for block in re.split(r'\n\s*\n', text.strip()):
+        lines = block.split('\n')
+        laid_out = any(re.search(r'^\s|\S  +\S', line) for line in lines)
+        yield from ['::', '', *(f'    {line}' for line in lines), ''] if laid_out else [*map(_rst, lines), '']
+
+
 def docstring(app, what, name, obj, options, lines):
     "The docstring with a line for each parameter that has a comment."
-    lines[:] = [_rst(line) for line in lines]
+    lines[:] = _blocks('\n'.join(lines))
     if what not in ('function', 'method', 'class'): return
     found = parameters(obj)
     back = found.pop('return', None)
@@ -221,6 +229,7 @@ def _block(self, node):
 
 def write_font(app, error):
     "STIX Two Math, for machines without a font that can set mathematics; the package ziamath has it."
+    logging.getLogger('fontTools').setLevel('WARNING')
     folder = Path(importlib.util.find_spec('ziamath').origin).parent/'fonts'
     options = subset.Options(flavor='woff', layout_features=['ssty', 'math'])
     font, part = subset.load_font(folder/'STIXTwoMath-Regular.ttf', options), subset.Subsetter(options)

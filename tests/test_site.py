@@ -149,7 +149,11 @@ def test_mathml(conf):
 def test_docstring_is_no_markup(conf):
     lines = ['A `map`s of *all* x_ and |y|']
     conf.docstring(None, 'data', '', None, {}, lines)
-    assert lines == [r'A \ ``map``\ s of \*all\* x\_ and \|y\|']
+    assert lines == [r'A \ ``map``\ s of \*all\* x\_ and \|y\|', '']
+    lines = ['One line', 'and another.', '', 'Methods:', '  rise  `a`_ hides', '', 'net  a *network*']
+    conf.docstring(None, 'data', '', None, {}, lines)
+    assert lines == ['One line', 'and another.', '', '::', '', '    Methods:', '      rise  `a`_ hides', '',
+                     '::', '', '    net  a *network*', '']
 
 
 # the build ------------------------------------------------------------------------------------------------------------
