@@ -43,6 +43,7 @@ def hear(net, x, layer, answer=lambda out: out):
     "What a layer gives for images (its last call), and what `answer` makes of the output; the network gets a copy."
     if layer == FEATURES:
         maps = net.forward_features(x)
+        if not torch.is_tensor(maps): return None, answer(net.forward_head(maps))  # several, of which none is the last
         return maps, answer(net.forward_head(maps.clone()))
     heard = []
     def tell(out):
@@ -156,7 +157,7 @@ def looker(
     ask, size, net.fast = looking(net.net, x, n, lambda out, n: net._rows(out, n, softmax), net.fast)
     return ask, batch_size or size
 
-# %% ../nbs/method/09_cams.ipynb #4dd45a99
+# %% ../nbs/method/09_cams.ipynb #1c91f300
 def _choose(probe, x):
     "The probe's layer and layout, found where they are not given, or a refusal."
     asked, net, x = probe.layer, probe.net, x[:1].detach().clone().requires_grad_()
@@ -166,7 +167,8 @@ def _choose(probe, x):
     out, rows = hear(net, x, layer, lambda output: probe._rows(output, 1, False))
     module = None if layer == FEATURES else net.get_submodule(layer)
     places = probe.reshape or (layout(net, module, out, x.shape[2:]) if torch.is_tensor(out) else None)
-    gradient = torch.autograd.grad(rows.sum(), out, allow_unused=True)[0] if places and out.requires_grad else None
+    heard = torch.is_tensor(out) and out.requires_grad and places
+    gradient = torch.autograd.grad(rows.sum(), out, allow_unused=True)[0] if heard else None
     usable = gradient is not None and (asked or out.ndim == 4 or places(gradient).any())
     if not usable and not asked and not probe.reshape: return search()
     if not usable: raise _no_grid(net, layer, out)
@@ -196,7 +198,7 @@ def default_layer(
         settle(probe, x.detach().float())
     return probe.layer
 
-# %% ../nbs/method/09_cams.ipynb #91e76a85
+# %% ../nbs/method/09_cams.ipynb #ca2f54ec
 def _weights_and_maps(net, x, target, create_graph=False):
     "Gradient and maps of a layer, [B, N, h, w], and the logits [B, K]."
     if isinstance(net, Probe):
@@ -206,7 +208,8 @@ def _weights_and_maps(net, x, target, create_graph=False):
         if (layer := protocol_layer(net)) is None:
             raise ValueError(f"{type(net).__name__} has no forward_features: lico.backbones.adapt gives it one")
         out, logits = hear(net, x, layer)
-        places = layout(net, None if layer == FEATURES else net.get_submodule(layer), out, x.shape[2:])
+        module = None if layer == FEATURES else net.get_submodule(layer)
+        places = None if out is None else layout(net, module, out, x.shape[2:])
         if places is None: raise _no_grid(net, layer, out)
     score = logits.gather(1, target[:, None]).sum()
     gradient, = torch.autograd.grad(score, out, create_graph=create_graph, retain_graph=True)

@@ -486,3 +486,90 @@ def test_help_tells_everything():
             if name in ('net', 'x', 'target', 'kind', 'batch_size', 'seed'): continue
             assert f'{name}={p.default}' in told, f'{method}: {name}'
 
+
+
+# timm's families: the smallest network of each, its map weighed by hand
+
+FAMILIES = dict(
+    beit='beit_base_patch16_224', byoanet='halonet_h1', byobnet='test_byobnet', cait='cait_xxs24_224',
+    coat='coat_tiny', convit='convit_tiny', convmixer='convmixer_768_32', convnext='test_convnext',
+    cpubone='cpubone_nano', crossvit='crossvit_tiny_240', csatv2='csatv2', cspnet='cs3darknet_focus_s',
+    cspnext='cspnext_tiny', davit='davit_tiny', deepseek_vit='deepseek_vit_412m', deit='deit_tiny_patch16_224',
+    densenet='densenet121', dla='dla46x_c', dpn='dpn48b', edgenext='edgenext_xx_small',
+    efficientformer='efficientformer_l1', efficientformer_v2='efficientformerv2_s0', efficientnet='test_efficientnet',
+    efficientvim='efficientvim_m1', efficientvit_mit='efficientvit_b0', efficientvit_msra='efficientvit_m0',
+    eva='vit_tiny_patch16_dinov3_qkvb', fasternet='fasternet_t0', fastvit='fastvit_t8', focalnet='focalnet_tiny_srf',
+    gcvit='gcvit_xxtiny', gemma4_vit='gemma4_vit_167m', ghostnet='ghostnet_050', hardcorenas='hardcorenas_a',
+    hgnet='hgnetv2_b0', hiera='hiera_tiny_224', hieradet_sam2='hieradet_small', hrnet='hrnet_w18_small',
+    iformer='iformer_t', inception_next='inception_next_atto', inception_resnet_v2='inception_resnet_v2',
+    inception_v3='inception_v3', inception_v4='inception_v4', lcnetv2='lcnetv2_small', levit='levit_128s',
+    lowformer='lowformer_b0', mambaout='mambaout_femto', maxxvit='test_coatnet', metaformer='poolformerv2_s12',
+    mlp_mixer='mixer_s32_224', mobilenetv3='mobilenetv3_small_050', mobilenetv5='mobilenetv5_300m',
+    mobilevit='mobilevit_xxs', mvitv2='mvitv2_tiny', naflexvit='naflexvit_base_patch16_gap', nasnet='nasnetalarge',
+    nest='nest_tiny', nextvit='nextvit_small', nfnet='test_nfnet', pit='pit_ti_224', pnasnet='pnasnet5large',
+    pvt_v2='pvt_v2_b0', qwen3_vit='qwen3_vit_88m', rdnet='rdnet_tiny', regnet='regnetx_002', repghost='repghostnet_050',
+    repvit='repvit_m0_9', res2net='res2net50_48w_2s', resnest='resnest14d', resnet='test_resnet', resnetv2='resnetv2_18',
+    rexnet='rexnet_100', selecsls='selecsls42', senet='legacy_seresnet18', sequencer='sequencer2d_s', shvit='shvit_s1',
+    sknet='skresnet18', starnet='starnet_s1', swiftformer='swiftformer_xs', swin_transformer='swin_s3_tiny_224',
+    swin_transformer_v2='swinv2_tiny_window8_256', swin_transformer_v2_cr='swinv2_cr_tiny_224',
+    tiny_vit='tiny_vit_5m_224', tnt='tnt_s_patch16_224', tresnet='tresnet_m', twins='twins_svt_small', vgg='vgg11',
+    visformer='visformer_tiny', vision_transformer='test_vit', vision_transformer_hybrid='vit_tiny_r_s16_p8_224',
+    vision_transformer_relpos='test_vit_relpos', vision_transformer_sam='samvit_base_patch16_224',
+    vitamin='vitamin_small_224', volo='volo_d1_224', vovnet='ese_vovnet19b_slim_dw', xception='legacy_xception',
+    xception_aligned='xception41', xcit='xcit_nano_12_p16_224')
+SHALLOW = dict(deepseek_vit=dict(depth=2), gemma4_vit=dict(depth=2), qwen3_vit=dict(depth=2), beit=dict(depth=2),
+               naflexvit=dict(depth=2), vision_transformer_sam=dict(depth=2, global_attn_indexes=(1,)))
+# the last that has places here are attention heads by tokens by width, which are no maps
+REFUSED = dict(coat="'crpe4' of CoaT gives features .*, which are no grid of places that can be told")
+DOZEN = ['vision_transformer', 'resnet', 'efficientnet', 'convnext', 'nfnet', 'byobnet', 'maxxvit',
+         'vision_transformer_relpos', 'levit', 'pvt_v2', 'mobilenetv3', 'pit']
+
+
+def places_by_hand(net, a, size):
+    "Maps [B, C, h, w], by the widths that timm's network states."
+    if a.ndim == 4:
+        stated = [w for w in (net.num_features, getattr(net, 'embed_dim', 0)) if w in (a.shape[1], a.shape[3])]
+        first = a.shape[2] == a.shape[3] and a.shape[1] in (stated or [a.shape[1]])
+        return a if first else a.movedim(-1, 1)
+    n = int(a.shape[1]**.5)
+    return a[:, a.shape[1] - n*n:].mT.unflatten(2, (n, n))
+
+
+def check_family(family):
+    net = seeded(timm.create_model, FAMILIES[family], num_classes=5, **SHALLOW.get(family, {}))
+    fixed = net.pretrained_cfg.get('fixed_input_size') or family in ('byoanet', 'deepseek_vit', 'gemma4_vit', 'qwen3_vit')
+    size = net.pretrained_cfg['input_size'][-1] if fixed else 128
+    x, before = pictures(1, size, size), traces(net)
+    layer, kept = default_layer(net, x), []
+    if layer == 'forward_features':
+        kept.append(a := net.forward_features(x))
+        z = net.forward_head(a.clone())
+    else:
+        handle = net.get_submodule(layer).register_forward_hook(lambda m, args, out: kept.append(out))
+        z = net(x)
+        handle.remove()
+    g, = torch.autograd.grad(z[0, 2], kept[-1])
+    g, a = (places_by_hand(net, t.detach(), size) for t in (g, kept[-1]))
+    cam = to_unit((g.mean((2, 3), keepdim=True)*a).sum(1).relu())
+    hand = to_unit(F.interpolate(cam[:, None], (size, size), mode='bilinear')[:, 0])
+    maps = explain(net, x, 2)
+    torch.testing.assert_close(maps, hand, rtol=0, atol=5e-3)
+    curve = insertion(net, x, maps, 2, step=size*size//3)
+    p = torch.softmax(z.detach(), 1)[0, 2]
+    torch.testing.assert_close(curve.curve[0, -1], p, rtol=1e-3, atol=1e-4)
+    same(before, traces(net))
+    return layer
+
+
+@pytest.mark.parametrize('family', [pytest.param(f, marks=[] if f in DOZEN else pytest.mark.slow) for f in FAMILIES])
+def test_timm_families(family):
+    if family not in REFUSED: check_family(family)
+    else:
+        with pytest.raises(ValueError, match=REFUSED[family]): check_family(family)
+
+
+@pytest.mark.slow
+def test_no_family_is_missing():
+    from timm.models._registry import _module_to_models
+    known = {k for k, v in _module_to_models.items() if v & set(timm.list_models())}
+    assert known - set(FAMILIES) == set(), 'new in timm: add the smallest network of each'
