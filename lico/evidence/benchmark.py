@@ -279,7 +279,7 @@ def first_command(o):
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return [row(11, *what, [wall/60], 3, '≤', 'min', f'{cpu:.0f} processor seconds on {os.cpu_count()} cores')]
 
-# %% ../../nbs/evidence/32_benchmark.ipynb #82254b3b
+# %% ../../nbs/evidence/32_benchmark.ipynb #e7305004
 def whole_training(o):
     "Rows 12: images a second of training on all of CIFAR-10, and what 200 epochs would take."
     data = _pictures(50_000, 10)
@@ -298,7 +298,7 @@ def whole_training(o):
             rate = _images_a_second(model, data, o)
         except Exception as e:
             if not (compiled or isinstance(e, FileNotFoundError)): raise
-            yield missing(12, *what, f'{type(e).__name__}: {str(e).splitlines()[0]}')
+            yield missing(12, *what, f"{type(e).__name__}: {' '.join(str(e).split())[:150]}")
             continue
         yield row(12, *what, rate, unit='images/s',
                   note=f'200 epochs: {200*50_000/np.median(rate)/3600:.2g} h, computed from these steps')
