@@ -209,8 +209,8 @@ class _Tree:
         (q, k, v), *below = ([_heads(p, heads) for p in o.chunk(3, -1)] for o in self.parts(rows) if o is not None)
         out = [v.transpose(1, 2).flatten(2)[0]]  # it sees itself alone
         for (q, *own), mask in zip(below, self.masks[-len(below):]):
-            k, v = (torch.cat([o.expand(len(q), -1, -1, -1) if len(o) == 1 else o.repeat_interleave(self.each, 0), p], 2)
-                    for o, p in zip((k, v), own))
+            spread = lambda o: o.expand(len(q), -1, -1, -1) if len(o) == 1 else o.repeat_interleave(self.each, 0)
+            k, v = (torch.cat([spread(before), o], 2) for before, o in zip((k, v), own))
             out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
         return torch.cat([out[0], *(o.flatten(0, 1) for o in out[1:-1]), self.ends.rows(out[-1])])
 

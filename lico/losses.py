@@ -200,7 +200,8 @@ def cost_matrix(
 # %% ../nbs/method/01_losses.ipynb #068c995d
 def _kernel(C, eps, f):
     "exp(f - C/ε), [B, M, N], the largest entry of each row n at one; the long axis last is several times faster."
-    x = C.mT.clone(memory_format=torch.contiguous_format).div_(-eps).add_(f)  # in place: new memory costs more than sums
+    # in place: new memory costs more than sums
+    x = C.mT.clone(memory_format=torch.contiguous_format).div_(-eps).add_(f)
     x = x.sub_(x.detach().amax(1, keepdim=True))
     return x.clamp_min_(0.86*math.log(torch.finfo(x.dtype).tiny)).exp_()
 
