@@ -286,6 +286,9 @@ def _here(p, progress):
             if group_size() > 1: raise  # the other processes may not have failed
             p.fail(r, e)
 
+# submitit's job has an answer of each process
+def _answer(job): return job.results()[0] if hasattr(job, 'results') else job.result()
+
 def _running(job): return job.running() if hasattr(job, 'running') else job.state == 'RUNNING'  # submitit's: a word
 
 def _elsewhere(p, executor):
@@ -296,7 +299,7 @@ def _elsewhere(p, executor):
         jobs.update((r, submit(r)) for r in p.todo)
         while jobs:
             for r in [r for r, job in jobs.items() if job.done()]:
-                try: p.done(r, jobs.pop(r).result())
+                try: p.done(r, _answer(jobs.pop(r)))
                 except Exception as e:
                     if p.fail(r, e): jobs[r] = submit(r)
             p.show(sum(_running(job) for job in jobs.values()))

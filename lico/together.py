@@ -124,7 +124,11 @@ class Batch:
 
 # %% ../nbs/method/06b_together.ipynb #fe151bd2
 def join_group():
-    "Meet the processes that `accelerate launch` or `torchrun` started beside this one, if there are any."
+    "Meet the processes that `accelerate launch`, `torchrun` or a job of submitit's started beside this one, if any."
+    if 'SUBMITIT_EXECUTOR' in os.environ and 'WORLD_SIZE' not in os.environ:
+        from submitit.helpers import TorchDistributedEnvironment
+        job = TorchDistributedEnvironment()
+        if job.world_size > 1: job.export(set_cuda_visible_devices=False)
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not distributed.is_initialized():
         from accelerate import PartialState
         PartialState(cpu=device().type == 'cpu')

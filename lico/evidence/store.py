@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd, torch
 from tqdm import tqdm
 
-from ..config import (device, locked, python_command, read_sealed, read_sums, set_aside, sha256, write_atomic,
-                         write_sealed, write_sums)
+from ..config import (device, locked, parse_value, python_command, read_sealed, read_sums, root, set_aside, sha256,
+                         write_atomic, write_sealed, write_sums)
 from ..data import test_batches
 from .arms import TABLES, arm_of, paper_dataset
 from .cases import test_images
@@ -192,13 +192,25 @@ def rows_of(
     return df.assign(dataset=short, **stands_for, **more).drop_duplicates('id')
 
 # %% ../../nbs/evidence/20_store.ipynb #34cb0733
+def _cluster(text):
+    "submitit's executor for `CLUSTER: OPTION=VALUE, …`."
+    kind, _, options = text.partition(':')
+    try: from submitit import AutoExecutor
+    except ImportError: raise ImportError(f"workers = {text!r} needs submitit: pip install 'lico[slurm]'") from None
+    executor = AutoExecutor(root()/'data'/'jobs', cluster=kind.strip())
+    pairs = [o.partition('=') for o in options.split(',') if o.strip()]
+    executor.update_parameters(**{k.strip(): parse_value(v.strip()) for k, _, v in pairs})
+    return executor
+
 @contextmanager
 def processes(
-    workers: int,  # how many
+    workers,  # how many, or a cluster of submitit's with its options
 ):
     "`Workers`; `None` for a single one, which is this one. A notebook's kernel does not outlive who started it."
     end_with_parent()
-    with Workers(workers) if workers > 1 else nullcontext() as pool: yield pool
+    if isinstance(workers, str): yield _cluster(workers)
+    else:
+        with Workers(workers) if workers > 1 else nullcontext() as pool: yield pool
 
 def train(
     p,  # parameters of a notebook: `out`, `workers`; what it asks of maps
