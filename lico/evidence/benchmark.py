@@ -25,7 +25,8 @@ from ..metrics import deletion, insertion
 from ..model import LICO, CrossEntropy
 from ..saliency import explain
 from ..text import CLIPText, PromptLearner, load_text_encoder
-from ..training import TrainOptions, has_bfloat16, predict
+from ..schedule import TrainOptions, has_bfloat16
+from ..training import predict
 
 # %% ../../nbs/evidence/32_benchmark.ipynb #d46aea6e
 class _Tap(nn.Module):
