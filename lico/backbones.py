@@ -239,7 +239,8 @@ def rows_of_output(
                      "such as lambda out: out[0].softmax(1)")
 
 # %% ../nbs/method/06_backbones.ipynb #c55ae74c
-FIRST = nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d
+FIRST = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+         nn.AdaptiveMaxPool2d)
 
 def _widths(net):
     "How wide the parts are that put channels first, and those that put them last."
@@ -429,9 +430,12 @@ def _trace(net, x, layer):
     return {k: tree_map(lambda t: t.detach().to('meta') if torch.is_tensor(t) else t, outs[k]) for k in top}, \
         order.count(layer), linear[-1].lstrip('>') if linear else None
 
-# %% ../nbs/method/06_backbones.ipynb #9f9e343f
+# %% ../nbs/method/06_backbones.ipynb #2e9c25c2
 def _missing(net, x):
     "All that LICO needs and this network lacks, in words."
+    if net.layer is None:  # which has been said
+        K = net(x).shape[1]
+        return [f"it gives {K} numbers an image, and not num_classes = {net.num_classes}"]*(K != net.num_classes)
     net.before, calls, net.classifier = _trace(net, x, net.layer)
     if calls != 1: return [f"{net.layer!r} is called {calls} times in one pass, and not once"]
     maps, logits, _ = net._pass(x)
@@ -450,9 +454,9 @@ def _missing(net, x):
     if not same: lacks.append(f"its logits cannot be had from what {net.layer!r} gives alone")
     return lacks
 
-# %% ../nbs/method/06_backbones.ipynb #de616626
+# %% ../nbs/method/06_backbones.ipynb #b1f505a1
 def adapt(
-    any_module: nn.Module,  # a classifier of images [B, 3, S, S]: torchvision's, Hugging Face's, your own; trained in place
+    any_module: nn.Module,  # a classifier of images [B, 3, S, S]: torchvision's, Hugging Face's, your own
     layer='layer4',  # the module, or its name, that gives the feature maps F_i
     num_classes: int = 10,  # K
     image_size: int = 224,  # S, pixels
@@ -464,7 +468,7 @@ def adapt(
     if not isinstance(module, nn.Module): raise refuse(["it is no torch.nn.Module"])
     lacks = [] if any(p.requires_grad for p in module.parameters()) else ["no parameter of it asks for a gradient"]
     try: layer = module_name(module, layer)
-    except ValueError as e: raise refuse([*lacks, str(e)]) from None
+    except ValueError as e: lacks, layer = [*lacks, str(e)], None
     net = Adapted(module, layer, num_classes, image_size)
     where = next((p.device for p in module.parameters()), 'cpu')
     x = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(where)
@@ -497,7 +501,7 @@ def folded(
     net: nn.Module,  # in eval mode; changed in place
     x: torch.Tensor,  # an image as it takes it, [1, C, H, W]
 ) -> nn.Module:
-    "The network with its batch normalisations folded into the convolutions before them: the same function in eval mode."
+    "The network with its batch normalisations folded into the convolutions before them: the same in eval mode."
     from torch.nn.utils.fusion import fuse_conv_bn_eval
     with torch.no_grad(): pairs = _folding_pairs(net, x)
     for conv, norm in pairs:

@@ -32,7 +32,8 @@ def protocol_layer(net) -> str:
     "Where timm's networks, ours and adapted ones are listened to; `None` for others."
     blocks = getattr(net, 'blocks', None)
     if isinstance(net, Adapted): return f'module.{net.layer}'
-    if hasattr(net, 'patch_embed') and isinstance(blocks, (nn.Sequential, nn.ModuleList)) and hasattr(blocks[-1], 'norm1'):
+    listed = isinstance(blocks, (nn.Sequential, nn.ModuleList))
+    if hasattr(net, 'patch_embed') and listed and hasattr(blocks[-1], 'norm1'):
         return f'blocks.{len(blocks) - 1}.norm1'
     return FEATURES if hasattr(net, 'forward_features') and hasattr(net, 'forward_head') else None
 
@@ -55,8 +56,8 @@ def hear(net, x, layer, answer=lambda out: out):
 _PASSING = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Dropout, nn.Dropout2d, nn.Identity, nn.Softmax, nn.Flatten)
 
 def _one_position(layer, size):
-    return ValueError(f"the maps of {layer!r} have one position at {size[0]} x {size[1]} pixels, so no place stands out: "
-                      "give larger images, or an earlier layer=")
+    return ValueError(f"the maps of {layer!r} have one position at {size[0]} x {size[1]} pixels, so no place stands "
+                      "out: give larger images, or an earlier layer=")
 
 def _no_grid(net, layer, out):
     what = 'nothing in a forward pass' if out is None else f'features {list(out.shape)}'
@@ -86,7 +87,8 @@ def _watch(net, x, answer):
 def find_layer(net, x, answer, reshape=None) -> tuple:
     "(name, its layout) of the last layer whose places the answer depends on; a `ValueError` if there is none."
     seen, size = _watch(net, x, answer), x.shape[2:]
-    grids = {tuple(-(-n//2**k) for n in t.shape[2:]) for _, m, t, _ in seen if isinstance(m, nn.Conv2d) for k in range(6)}
+    grids = {tuple(-(-n//2**k) for n in t.shape[2:]) for _, m, t, _ in seen if isinstance(m, nn.Conv2d)
+             for k in range(6)}
     shrunk = False
     for name, module, t, gradient in reversed(seen):
         if isinstance(module, _PASSING) or gradient is None or not gradient.any(): continue
@@ -291,7 +293,8 @@ def cam(
     elif kind == 'grad-cam++': weights = _plus_plus(gradient, maps)
     else:
         ask, size = looker(net, x, len(x)*maps.shape[1], batch_size, softmax=False)
-        weights = masked_scores(ask, x, target, maps, size, align_corners=True, desc='Score-CAM').softmax(1)[..., None, None]
+        logits = masked_scores(ask, x, target, maps, size, align_corners=True, desc='Score-CAM')
+        weights = logits.softmax(1)[..., None, None]
     small = _scaled((weights*maps).sum(1).relu())
     return _scaled(F.interpolate(small[:, None], x.shape[2:], mode='bilinear')[:, 0])
 

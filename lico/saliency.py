@@ -321,7 +321,8 @@ def _picture(image):
     if a.ndim == 3 and (torch.is_tensor(image) or a.shape[2] not in (1, 3, 4)): a = np.moveaxis(a, 0, 2)
     if a.ndim == 2: a = a[..., None]
     if a.ndim != 3 or a.shape[2] not in (1, 3, 4):
-        raise ValueError(f"a picture of shape {list(np.shape(image))}: expected grey or RGB, one picture and not a batch")
+        raise ValueError(f"a picture of shape {list(np.shape(image))}: expected grey or RGB, one picture "
+                         "and not a batch")
     a = a/255 if a.dtype == np.uint8 else a.astype(float)
     if not (np.isfinite(a).all() and a.min() >= 0 and a.max() <= 1):
         raise ValueError(f"a picture with values from {a.min():.3g} to {a.max():.3g}: expected uint8, or floats from 0 "

@@ -70,7 +70,8 @@ NETWORKS = {  # name -> (how it is made, the layer that is expected, how its pla
         **HF_VIT, 'patch_size': 4, 'image_size': 16}), None, tokens(4, 4, 4), 16),
     'hf swin': (lambda: hugging_face('Swin', image_size=64, patch_size=4, embed_dim=24, depths=[1, 1], num_heads=[2, 2],
                                      window_size=4), 'swin.layernorm', tokens(8, 8, 0), 64),
-    'hf convnext': (lambda: hugging_face('ConvNext', hidden_sizes=[8, 16], depths=[1, 1], num_stages=2), None, None, 64),
+    'hf convnext': (lambda: hugging_face('ConvNext', hidden_sizes=[8, 16], depths=[1, 1], num_stages=2), None, None,
+                    64),
     'hf resnet': (lambda: hugging_face('ResNet', embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1],
                                        layer_type='basic'), None, None, 64)}
 LAYERS = {'hf vit': r'vit\..*layernorm_before', 'hf dinov2 with registers': 'dinov2_with_registers.layernorm',
@@ -126,8 +127,8 @@ class Tokens(nn.Module):
 
 def test_what_cannot_be_settled_is_refused_by_name():
     net, x = seeded(Tokens, 20), pictures(2, 16, 24)
-    with pytest.raises(ValueError, match=r"'norm' of Tokens gives features \[1, 44, 16\], which are no grid .* layer=, or "
-                                         "reshape="): explain(net, x, 1)
+    with pytest.raises(ValueError, match=r"'norm' of Tokens gives features \[1, 44, 16\], which are no grid .* layer=, "
+                                         "or reshape="): explain(net, x, 1)
     hand = by_hand(net, net.norm, x, 1, tokens(4, 6, 20))
     torch.testing.assert_close(explain(net, x, 1, layer='norm', reshape=tokens(4, 6, 20)), hand, rtol=0, atol=2e-3)
     torch.testing.assert_close(explain(seeded(Tokens, 1, 'cls_token'), x, 1), by_hand(
@@ -147,7 +148,8 @@ def test_layers_by_name_and_by_mistake():
         with pytest.raises(ValueError, match=sentence) as e: explain(net, x, 1, layer=layer)
         assert '\n' not in str(e.value)
     for method in ('grad-cam', 'grad-cam++', 'group-cam', 'score-cam'):
-        with pytest.raises(ValueError, match='one position at 32 x 32 pixels'): explain(net, pictures(1, 32, 32), 1, method)
+        with pytest.raises(ValueError, match='one position at 32 x 32 pixels'):
+            explain(net, pictures(1, 32, 32), 1, method)
     net.spare = nn.Conv2d(3, 3, 1)
     with pytest.raises(ValueError, match="'spare' of ResNet gives nothing in a forward pass"):
         explain(net, x, 1, layer='spare')
@@ -177,7 +179,8 @@ def test_outputs_are_unwrapped(dress):
 
 
 @pytest.mark.parametrize('dress, what', [
-    (lambda z: (z, z*2), 'tuple'), (lambda z: dict(a=z, b=z), 'dict'), (lambda z: 'cat', 'str'), (lambda z: None, 'None'),
+    (lambda z: (z, z*2), 'tuple'), (lambda z: dict(a=z, b=z), 'dict'), (lambda z: 'cat', 'str'),
+    (lambda z: None, 'None'),
     (lambda z: z[:, :, None].expand(-1, -1, 4), r'tensor \[1, 5, 4\]'),
     (lambda z: z.argmax(1, keepdim=True), r'tensor \[1, 1\]')])
 def test_outputs_that_are_not_clear_are_refused(dress, what):
@@ -214,7 +217,8 @@ def test_one_logit_is_a_yes_and_a_no(dress):
 def test_many_labels_and_scores_of_one_s_own():
     net, x = seeded(Plain), pictures(2)
     maps = explain(net, x, 3)
-    torch.testing.assert_close(deletion(net, x, maps, 3, score=torch.sigmoid).curve[:, 0], net(x).sigmoid()[:, 3].detach())
+    torch.testing.assert_close(deletion(net, x, maps, 3, score=torch.sigmoid).curve[:, 0],
+                               net(x).sigmoid()[:, 3].detach())
     torch.testing.assert_close(deletion(net, x, maps, 3, score='logit').curve[:, 0], net(x)[:, 3].detach())
     hand = by_hand(net, net.conv, x, 3, logits=torch.sigmoid)
     torch.testing.assert_close(explain(net, x, 3, layer='conv', score=torch.sigmoid), hand, rtol=0, atol=1e-3)
@@ -375,7 +379,7 @@ def test_what_is_not_finite_is_said_before_work(bad):
 
 def test_boxes_in_shares_are_refused():
     for boxes in ([[.1, .2, .5, .6]], [[0, 0, 1, 1]], [[0, 0, .5, .5], [.5, .5, 1, 1]]):
-        with pytest.raises(ValueError, match='region 0 has boxes from 0 to 1, .*: expected pixels of the image of 16 x 16'):
+        with pytest.raises(ValueError, match='region 0 has boxes from 0 to 1, .*: expected pixels of the image of'):
             pointing_game(torch.rand(1, 16, 16), [boxes])
     assert pointing_game(torch.rand(1, 16, 16), [[[0, 0, 1.5, 1]]]).shape == (1,)
 
@@ -428,7 +432,8 @@ def test_an_adapted_network_is_trained_by_lico():
     module.register_forward_pre_hook(lambda *a: passes.append(1))
     counted, weight = module.bn1.num_batches_tracked.item(), module.conv1.weight.clone()
     CrossEntropy(net)(x, y).loss.backward()
-    assert len(passes) == 1 and module.bn1.num_batches_tracked == counted + 1 and module.conv1.weight.grad.abs().sum() > 0
+    assert len(passes) == 1 and module.bn1.num_batches_tracked == counted + 1
+    assert module.conv1.weight.grad.abs().sum() > 0
     net.forward_head(net.forward_features(x).detach().clone())
     assert module.bn1.num_batches_tracked == counted + 2, 'what stands before the layer is not run again'
 
@@ -436,16 +441,18 @@ def test_an_adapted_network_is_trained_by_lico():
 class Around(nn.Module):
     "A network with a way around its layer."
     def __init__(self):
-        super().__init__(); self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)
     def forward(self, x): return self.fc((self.b(h := self.a(x).relu()) + h).mean((2, 3)))
 
 
 @pytest.mark.parametrize('net, options, sentences', [
     (tv.resnet18(num_classes=7), {}, ['it gives 7 numbers an image, and not num_classes = 10']),
     (tv.resnet18(num_classes=10), dict(layer='layer5'), ["ResNet has no layer 'layer5'; near it: layer"]),
+    (Around(), dict(layer='c'), ["Around has no layer 'c'", 'it gives 5 numbers an image, and not num_classes = 10']),
     (Around(), dict(layer='b', num_classes=5), ["its logits cannot be had from what 'b' gives alone"]),
     (Around(), dict(layer='b'), ['it gives 5 numbers an image', "its logits cannot be had from what 'b' gives alone"]),
-    (Around().requires_grad_(False), dict(layer='b', num_classes=5), ['no parameter of it asks for a gradient', 'alone']),
+    (Around().requires_grad_(False), dict(layer='b', num_classes=5), ['no parameter of it asks', 'alone']),
     (Around(), dict(layer='fc', num_classes=5), [r"'fc' gives \[2, 5\], which are no feature maps"]),
     (seeded(Plain, 1), dict(layer='conv', num_classes=5), [r'images \[2, 3, 32, 32\] stop it'])])
 def test_adapt_refuses_all_at_once(net, options, sentences):
@@ -508,7 +515,8 @@ FAMILIES = dict(
     mobilevit='mobilevit_xxs', mvitv2='mvitv2_tiny', naflexvit='naflexvit_base_patch16_gap', nasnet='nasnetalarge',
     nest='nest_tiny', nextvit='nextvit_small', nfnet='test_nfnet', pit='pit_ti_224', pnasnet='pnasnet5large',
     pvt_v2='pvt_v2_b0', qwen3_vit='qwen3_vit_88m', rdnet='rdnet_tiny', regnet='regnetx_002', repghost='repghostnet_050',
-    repvit='repvit_m0_9', res2net='res2net50_48w_2s', resnest='resnest14d', resnet='test_resnet', resnetv2='resnetv2_18',
+    repvit='repvit_m0_9', res2net='res2net50_48w_2s', resnest='resnest14d', resnet='test_resnet',
+    resnetv2='resnetv2_18',
     rexnet='rexnet_100', selecsls='selecsls42', senet='legacy_seresnet18', sequencer='sequencer2d_s', shvit='shvit_s1',
     sknet='skresnet18', starnet='starnet_s1', swiftformer='swiftformer_xs', swin_transformer='swin_s3_tiny_224',
     swin_transformer_v2='swinv2_tiny_window8_256', swin_transformer_v2_cr='swinv2_cr_tiny_224',
@@ -537,7 +545,8 @@ def places_by_hand(net, a, size):
 
 def check_family(family):
     net = seeded(timm.create_model, FAMILIES[family], num_classes=5, **SHALLOW.get(family, {}))
-    fixed = net.pretrained_cfg.get('fixed_input_size') or family in ('byoanet', 'deepseek_vit', 'gemma4_vit', 'qwen3_vit')
+    fixed = net.pretrained_cfg.get('fixed_input_size') or family in ('byoanet', 'deepseek_vit', 'gemma4_vit',
+                                                                          'qwen3_vit')
     size = net.pretrained_cfg['input_size'][-1] if fixed else 128
     x, before = pictures(1, size, size), traces(net)
     layer, kept = default_layer(net, x), []
