@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from .backbones import (Adapted, create_backbone, first_tensor, in_float32, layout, listen, listen_before, looking,
-                            put_first, rows_of_output, undisturbed, unwrapped, usual_batch)
+from .backbones import Adapted, create_backbone
+from .networks import (first_tensor, in_float32, layout, listen, listen_before, looking, put_first,
+                           rows_of_output, undisturbed, unwrapped, usual_batch)
 from .config import choose
 
 # %% ../nbs/method/09_cams.ipynb #2c943e2c

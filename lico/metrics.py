@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
-from .backbones import in_float32, undisturbed, unwrapped
+from .networks import in_float32, undisturbed, unwrapped
 from .cams import Probe, looker
 from .config import choose, derive_seed
 

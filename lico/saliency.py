@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from .backbones import in_float32, module_name, undisturbed, unwrapped, usual_batch
+from .networks import in_float32, module_name, undisturbed, unwrapped, usual_batch
 from .cams import FEATURES, Probe, cam, group_cam, looker, settle, to_unit
 from .config import choose, derive_seed
 

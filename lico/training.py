@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from .backbones import looking, undisturbed
+from .networks import looking, undisturbed
 from .config import choose, derive_seed, device, preset as read_preset
 from .data import test_batches, training_batches
 from .model import load_checkpoint, save_checkpoint, tensors_digest

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from lico.backbones import adapt, create_backbone, features, layout, rows_of_output, undisturbed
+from lico.backbones import adapt, create_backbone, features
+from lico.networks import layout, rows_of_output, undisturbed
 from lico.cams import default_layer, to_unit
 from lico.metrics import deletion, insertion, pointing_game, sanity_check, ses
 from lico.saliency import METHODS, explain, overlay

@@ -9,7 +9,7 @@ from torch import nn
 
 import lico.saliency as saliency
 from lico.backbones import create_backbone
-from lico.backbones import undisturbed
+from lico.networks import undisturbed
 from lico.cams import _blurred, grad_cam, imagenet_classifier, masked_scores, to_unit, weighted_maps
 from lico.saliency import METHODS, explain, guided_path_attribution, input_gradient, rise_masks
 

@@ -14,7 +14,7 @@ from pathlib import Path, PureWindowsPath
 import pandas as pd, torch
 from torch import nn
 
-from ..backbones import folded
+from ..networks import folded
 from ..cams import imagenet_classifier
 from ..config import device, root
 from ..data import test_batches
