@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 import nbformat, pytest
 
-from lico import config
+from lico import config, files
 from lico.losses import LossOptions
 from lico.schedule import TrainOptions
 
@@ -84,11 +84,11 @@ def test_import_is_light(module):
 def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     import errno, os
     path = tmp_path/'a.txt'
-    config.write_atomic(path, 'old')
+    files.write_atomic(path, 'old')
     def full(fd): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(os, 'fsync', full)
     with pytest.raises(OSError, match='No space left on device.*make room there and start again'):
-        config.write_atomic(path,
+        files.write_atomic(path,
         'new')
     assert path.read_text(encoding='utf-8') == 'old' and list(tmp_path.iterdir()) == [path]
 
@@ -146,18 +146,18 @@ def test_infinite_options_are_refused():
 
 def test_what_a_killed_write_leaves_is_swept(tmp_path):
     "By the next that locks the folder; what a living process writes stays, and so does what is not a temporary file."
-    code = ("import os, signal; from lico import config; os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); "
-            f"config.write_atomic({str(tmp_path/'a.b.csv')!r}, 'x')")
+    code = ("import os, signal; from lico import config, files; os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); "
+            f"files.write_atomic({str(tmp_path/'a.b.csv')!r}, 'x')")
     assert subprocess.run([sys.executable, '-c', code]).returncode == -9
     left, = tmp_path.iterdir()
-    own = tmp_path/f'.b.{config._own_name()}.tmp'
+    own = tmp_path/f'.b.{files._own_name()}.tmp'
     for p in (own, tmp_path/'.hidden.tmp', tmp_path/'a.tmp'): p.touch()
-    with config.locked(tmp_path/'.lock'): assert not left.exists() and own.exists()
+    with files.locked(tmp_path/'.lock'): assert not left.exists() and own.exists()
     os.utime(own, (0, 0))
-    with config.locked(tmp_path/'.lock'): assert not own.exists() and (tmp_path/'a.tmp').exists()
+    with files.locked(tmp_path/'.lock'): assert not own.exists() and (tmp_path/'a.tmp').exists()
 
 
 def test_threads_do_not_share_a_temporary_file(tmp_path):
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: config.write_atomic(tmp_path/'x', str(i)*99), range(80)))
+        list(pool.map(lambda i: files.write_atomic(tmp_path/'x', str(i)*99), range(80)))
     assert [p.name for p in tmp_path.iterdir()] == ['x'] and len((tmp_path/'x').read_text()) in (99, 198)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pandas as pd, pytest, torch
 
-from lico import config, experiments
-from lico.config import read_checked, read_sealed, set_aside, write_atomic, write_sealed
+from lico import config, experiments, files
+from lico.files import read_checked, read_sealed, set_aside, write_atomic, write_sealed
 from lico.evidence import divergence, map_scores
 from lico.evidence.cases import imagenet_cases, test_images as cases_of_test_images
 from lico.evidence.store import _before, _recovered, read_results, read_scores, top5, write_results
@@ -321,7 +321,7 @@ def test_no_record_of_what_is_not_finite(lico_root, monkeypatch):
                                   '!!', "'\"`$(touch executed)`\"'", 'ä\n$(touch executed)'])
 def test_commands_survive_a_shell(tmp_path, name):
     r = Run(dataset=f'folder:/x/{name}', labels=40)
-    command = config.python_command(f'from lico.experiments import *; run({r!r})')
+    command = files.python_command(f'from lico.experiments import *; run({r!r})')
     (tmp_path/'python').write_text('#!/bin/sh\nprintf "%s\\n" "$@" > called\n')
     (tmp_path/'python').chmod(0o755)
     env = dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}")

@@ -253,7 +253,8 @@ def test_another_locale_reads_the_same(tmp_path):
                                                                  if '\udce9' not in p), encoding='utf-8')
     code = """import os, sys
 from lico.data import load
-from lico.config import dataset_settings, write_atomic
+from lico.config import dataset_settings
+from lico.files import write_atomic
 d = load(f'folder:{sys.argv[1]}')
 l = load(f'folder:{sys.argv[1]}', image_size=70)
 write_atomic('out.txt', d.name)
