@@ -146,7 +146,8 @@ def test_infinite_options_are_refused():
 
 def test_what_a_killed_write_leaves_is_swept(tmp_path):
     "By the next that locks the folder; what a living process writes stays, and so does what is not a temporary file."
-    code = ("import os, signal; from lico import config, files; os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); "
+    code = ("import os, signal; from lico import config, files; "
+            "os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL); "
             f"files.write_atomic({str(tmp_path/'a.b.csv')!r}, 'x')")
     assert subprocess.run([sys.executable, '-c', code]).returncode == -9
     left, = tmp_path.iterdir()
