@@ -205,10 +205,13 @@ def xrai(
     return torch.stack([torch.from_numpy(o) for o in maps]).to(x)
 
 # %% ../nbs/method/17_saliency.ipynb #8dba7737
-def noise(net, x, target, seed=0):
-    "Maps [B, H, W] of uniform noise, a function of the seed and the image."
+def noise(net, x, target, seed=0, cells=None):
+    """Maps [B, H, W] of uniform noise, a function of the seed and the image; with `cells`, of so many places a side,
+    enlarged as those of a CAM are."""
     seeds = [derive_seed(seed, image.tobytes()) for image in x.cpu().numpy()]
-    return torch.stack([torch.rand(x.shape[2:], generator=torch.Generator().manual_seed(s)) for s in seeds]).to(x)
+    size = (cells, cells) if cells else x.shape[2:]
+    maps = torch.stack([torch.rand(size, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(x)
+    return F.interpolate(maps[:, None], x.shape[2:], mode='bilinear')[:, 0] if cells else maps
 
 def edges(net, x, target):
     "Maps [B, H, W] of scikit-image's Sobel magnitude of the mean over the colours."
@@ -288,7 +291,8 @@ def explain(
       smoothgrad            gradient, mean over noisy copies: samples=50, noise=0.15 (of the range of values)
       integrated-gradients  gradient along the line from zero to the image: steps=50
       guided-ig             the same on a way around steep slopes: steps=200, fraction=0.25, anchors=20
-      random, edges         noise and a Sobel filter: what any method should beat
+      random                noise, which any method should beat: cells=None (places a side, a CAM's to be as coarse)
+      edges                 a Sobel filter, which does not ask the network
     net         any nn.Module, wrapped or compiled ones too. Asked in eval mode, in float32; left as it was found.
     x           images [B, C, H, W], normalised as the network takes them.
     method      one of those above.
