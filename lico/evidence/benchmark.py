@@ -6,8 +6,8 @@
 __all__ = ['CIFAR10', 'MEASUREMENTS', 'looking', 'other_libraries', 'training_step', 'precisions', 'testing', 'input_pipeline',
            'transport', 'growth', 'imports', 'first_command', 'whole_training', 'benchmark']
 
-# %% ../../nbs/evidence/32_benchmark.ipynb #d089b65e
-import contextlib, math, os, resource, subprocess, sys, tempfile, time
+# %% ../../nbs/evidence/32_benchmark.ipynb #a9e70ce4
+import contextlib, io, math, os, resource, subprocess, sys, tempfile, time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -318,7 +318,7 @@ def _images_a_second(model, data, o):
     while len(rates)*part < o.steps: rates.append(part*t.batch_size/seconds(some, o.where))
     return rates[1:] or rates
 
-# %% ../../nbs/evidence/32_benchmark.ipynb #9704cece
+# %% ../../nbs/evidence/32_benchmark.ipynb #9557f3d9
 MEASUREMENTS = {1: looking, 2: other_libraries, 4: training_step, 5: precisions, 6: testing, 7: input_pipeline,
                 8: transport, 9: growth, 10: imports, 11: first_command, 12: whole_training}
 
@@ -333,7 +333,8 @@ def benchmark(
     p.compile = p.compile or p.where.type == 'cuda'
     try:
         for number, measure in MEASUREMENTS.items():
-            if number in asked: rows += measure(p)
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars of what is measured
+                if number in asked: rows += measure(p)
     finally: torch.set_num_threads(threads)
     s = {k: v for k, v in stamp().items() if k in ('python', 'torch', 'hardware', 'instructions', 'commit')}
     df = pd.DataFrame(rows).assign(profile=p.protocol, threads=1 if p.where.type == 'cpu' else None, **s)
