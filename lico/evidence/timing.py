@@ -72,7 +72,7 @@ def best_forward(
                 seconds(pass_, where)
                 found.append((min(seconds(pass_, where) for _ in range(2))/B, len(found), pass_, B,
                               f'{B} images, {name}, {str(layout).removeprefix("torch.")}'))
-    return min(found)[2:]
+    return min((min(seconds(f[2], where) for _ in range(3))/f[3], *f[1:]) for f in sorted(found)[:4])[2:]  # once more
 
 # %% ../../nbs/evidence/31_timing.ipynb #9c9d08bf
 def peak_memory(function, where):
@@ -103,8 +103,8 @@ def draw(df: pd.DataFrame):
     fig, ax = plt.subplots(figsize=(8, 1 + 0.2*len(d)), layout='constrained', dpi=75)
     sns.scatterplot(x=at.clip(0.1, 10), y=d.what + ' / ' + d.against, hue=d.met, palette=dict(yes='C0', no='C3'), ax=ax)
     ax.axvline(1, color='k', lw=1)
-    ax.axvspan(ax.get_xlim()[0], 1, color='k', alpha=0.06, lw=0)
-    ax.set(xscale='log', xlabel='times its reach (1: just there; at most 10)', ylabel='')
+    ax.axvspan(0.01, 1, color='k', alpha=0.06, lw=0)
+    ax.set(xscale='log', xlim=(0.09, 11), xlabel='times its reach (1: just there; at most 10)', ylabel='')
     ax.tick_params(axis='y', labelsize=7)
     ax.legend(title='reached')
     return fig
