@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pandas as pd, pytest, torch
 
 from lico.config import parameters
-from lico.evidence import benchmark as b
+from lico.evidence import benchmark as b, passes
 from lico.evidence.timing import alternate, benchmark_table, best_forward, draw, exponent, missing, peak_memory, row
 from lico.backbones import create_backbone
 from lico.losses import sinkhorn
@@ -60,7 +60,7 @@ def test_what_cannot_be_measured_is_a_row_that_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, 'pytorch_grad_cam', None)
     monkeypatch.setitem(sys.modules, 'torchcam.metrics', None)
     o = SimpleNamespace(where=CPU, network='wrn_10_1', image_size=16, rounds=1, command=False)
-    rows = [*b.precisions(o), *b.other_libraries(o), *b.first_command(o)]
+    rows = [*b.precisions(o), *passes.other_libraries(o), *b.first_command(o)]
     assert len(rows) == 5 and all(r['note'].startswith('not measured: ') and r['met'] == '' for r in rows)
     df = pd.DataFrame(rows)
     assert benchmark_table(df).count('not measured') == 5

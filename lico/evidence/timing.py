@@ -11,7 +11,7 @@ import copy, math, os, time
 import numpy as np, pandas as pd, torch
 from torch import nn
 
-from .cases import folded
+from ..networks import folded
 
 # %% ../../nbs/evidence/39_timing.ipynb #2c1c8708
 def seconds(
@@ -62,7 +62,7 @@ def best_forward(
     where: torch.device, largest: int = 128,  # images in a pass
 ):
     "The best way to push images through a network here: a function, how many images it takes, and its name."
-    found, nets = [], dict(plain=net, folded=folded(copy.deepcopy(net)))
+    found, nets = [], dict(plain=net, folded=folded(copy.deepcopy(net), torch.zeros(1, 3, size, size, device=where)))
     for name, o in nets.items():
         for layout in (torch.contiguous_format, torch.channels_last):
             o = copy.deepcopy(o).to(memory_format=layout)
@@ -72,7 +72,7 @@ def best_forward(
                 seconds(pass_, where)
                 found.append((min(seconds(pass_, where) for _ in range(2))/B, len(found), pass_, B,
                               f'{B} images, {name}, {str(layout).removeprefix("torch.")}'))
-    return min(found)[2:]
+    return min((min(seconds(f[2], where) for _ in range(3))/f[3], *f[1:]) for f in sorted(found)[:4])[2:]  # once more
 
 # %% ../../nbs/evidence/39_timing.ipynb #9c9d08bf
 def peak_memory(function, where):
@@ -103,8 +103,8 @@ def draw(df: pd.DataFrame):
     fig, ax = plt.subplots(figsize=(8, 1 + 0.2*len(d)), layout='constrained', dpi=75)
     sns.scatterplot(x=at.clip(0.1, 10), y=d.what + ' / ' + d.against, hue=d.met, palette=dict(yes='C0', no='C3'), ax=ax)
     ax.axvline(1, color='k', lw=1)
-    ax.axvspan(ax.get_xlim()[0], 1, color='k', alpha=0.06, lw=0)
-    ax.set(xscale='log', xlabel='times its reach (1: just there; at most 10)', ylabel='')
+    ax.axvspan(0.01, 1, color='k', alpha=0.06, lw=0)
+    ax.set(xscale='log', xlim=(0.09, 11), xlabel='times its reach (1: just there; at most 10)', ylabel='')
     ax.tick_params(axis='y', labelsize=7)
     ax.legend(title='reached')
     return fig
