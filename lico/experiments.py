@@ -19,9 +19,9 @@ from .backbones import create_backbone
 from .config import device, stamp
 from .files import python_command, read_checked, set_aside, sha256, sweep_temporaries, write_atomic
 from .model import load_checkpoint, preprocessing_of, save_checkpoint, save_network
-from .runs import (MEASURING_PROTOCOL, METHODS, RIVALS, TRAINING_PROTOCOL, Run, _encoder, _names, _options,
-                       _spec_hash, _state_kept, build, encoder_name, load_data, pretrained_weights, run_id, runs_folder,
-                       spec, start)
+from .runs import (MEASURING_PROTOCOL, METHODS, RIVALS, TRAINING_PROTOCOL, Run, build, encoder_name, field_names,
+                       find_encoder, load_data, options_of, own_random_state, pretrained_weights, run_id, runs_folder,
+                       spec, spec_hash, start)
 from .schedule import TrainOptions, refuse_precision
 from .together import agreed, group_size, is_first, join_group
 from .training import fit
@@ -72,7 +72,7 @@ def _outcome(log):
                 inactive=log[-1].get('inactive'), seconds=sum(row['seconds'] for row in log))
 
 # %% ../nbs/method/22_experiments.ipynb #7daf0a62
-def _start(r, data): return start(r, data, None if METHODS[r.method] is None else _encoder(r.text_encoder)[0])
+def _start(r, data): return start(r, data, None if METHODS[r.method] is None else find_encoder(r.text_encoder)[0])
 
 def refuse_broken(model, r):
     "Refuse a network that training has driven out of all numbers: it has no accuracy worth a record."
@@ -85,7 +85,7 @@ def _write_record(r, s, data, folder, log):
     "Seal what is known of a finished run."
     record = dict(id=folder.name, run=asdict(r), spec=s, dataset=data.name, classes=len(data.class_names),
                   class_names=data.class_names, preprocessing=preprocessing_of(data),
-                  precision=_options(r)['precision'], **_outcome(log), protocol=TRAINING_PROTOCOL,
+                  precision=options_of(r)['precision'], **_outcome(log), protocol=TRAINING_PROTOCOL,
                   stamp=dict(stamp(), threads=r.threads, processes=group_size()),
                   finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                   command=python_command(f'from lico.experiments import *; run({r!r})'))
@@ -98,7 +98,7 @@ def _train(r, data, folder, progress):
     if is_first(): sweep_temporaries(folder)
     model, s = _start(r, data), spec(r, data)
     if is_first(): write_atomic(folder/'spec.json', json.dumps(s, indent=1))
-    o = {k: v for k, v in _options(r).items() if k in _names(TrainOptions) and k != 'epochs'}
+    o = {k: v for k, v in options_of(r).items() if k in field_names(TrainOptions) and k != 'epochs'}
     log = fit(model, data, steps=s['steps'], preset=r.preset, seed=r.seed, evaluations=r.evaluations, folder=folder,
               progress=progress, **o)
     refuse_broken(model, r)
@@ -120,7 +120,7 @@ def run(
     data = load_data(r)
     folder = runs_folder()/run_id(r, data)
     if not (record := agreed(lambda: read_record(folder))):
-        with _held(folder), _state_kept(r.threads):
+        with _held(folder), own_random_state(r.threads):
             if not agreed(lambda: read_record(folder)): _train(r, data, folder, progress)
         record = agreed(lambda: read_record(folder))
     # as it was asked for: a baseline's record may have been made for another preset of the same values
@@ -177,9 +177,9 @@ def _identify(runs):
         asked = (r.dataset, r.labels, r.shots, r.split, r.image_size, r.validation, r.flip)
         if data[0] != asked: data = asked, load_data(r)  # the arms of a seed share it
         s = spec(r, data[1])
-        ids[r] = id = f"{_spec_hash(s)}-p{TRAINING_PROTOCOL}"
+        ids[r] = id = f"{spec_hash(s)}-p{TRAINING_PROTOCOL}"
         if id in [ids[o] for o in missing] or read_record(runs_folder()/id): continue
-        with _state_kept(): weights = _start(r, data[1]).state_dict().values()
+        with own_random_state(): weights = _start(r, data[1]).state_dict().values()
         missing[r] = dict(like=_like(s), steps=s['steps'], images=s['steps']*min(s['train']['batch_size'], s['images']),
                           bytes=sum(w.nbytes for w in weights))
     return ids, missing
@@ -321,7 +321,7 @@ def sweep(
     runs = list(dict.fromkeys(runs))
     ids, missing = _identify(runs)
     if not executor:  # whose machines are others
-        for r in missing: refuse_precision(_options(r)['precision'], device())
+        for r in missing: refuse_precision(options_of(r)['precision'], device())
     p = _Progress(agreed(lambda: missing), len(runs), retries, progress and is_first())
     try: _elsewhere(p, executor) if executor else _here(p, progress)
     finally: p.bar.close()
@@ -342,7 +342,7 @@ def _row(r):
     flat = {**r['run'], **r['spec'], **r, 'labels': 'all' if r['spec']['split'] is None else r['spec']['images']}
     if r['dataset'].startswith('folder:'): flat['dataset'] = r['run']['dataset']
     starts = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'normalisation', 'threads', 'flip')}
-    flat.update(data=r['spec']['data'][:8], training=_spec_hash({**r['spec']['train'], **starts})[:8])
+    flat.update(data=r['spec']['data'][:8], training=spec_hash({**r['spec']['train'], **starts})[:8])
     flat.update({k: r['spec'].get(k) for k in ('text_encoder', 'pretrained', 'flip')})
     flat['options'] = ', '.join(f'{k}={v}' for k, v in r['run']['options'])
     used = {k: flat[k] for k in _where_used if flat.get(k) is not None}

@@ -134,7 +134,7 @@ def test_pretrained_start(lico_root, monkeypatch, tmp_path):
     for method in ('CE', 'CGC'):
         net = start(replace(r, method=method), data).backbone.state_dict()
         assert all(torch.equal(net[k], source[k]) for k in net if k not in head) and net['fc.weight'].shape[0] == 10
-    alike = [start(replace(r, method=m), data, runs._encoder('minilm')[0]).backbone.state_dict()
+    alike = [start(replace(r, method=m), data, runs.find_encoder('minilm')[0]).backbone.state_dict()
              for m in ('CE', 'CE+OT')]
     assert all(torch.equal(alike[0][k], alike[1][k]) for k in alike[0]), 'a pair starts from the same head'
     again, other = (start(o, data).backbone.state_dict() for o in (r, replace(r, seed=1)))

@@ -54,7 +54,7 @@ def trained(r):
     return digest(model.state_dict())
 
 
-def load_encoder(): return runs._encoder('minilm')[0]
+def load_encoder(): return runs.find_encoder('minilm')[0]
 
 
 @functools.cache
