@@ -6,7 +6,7 @@
 __all__ = ['starting_network', 'fit_last_layer', 'above_chance', 'expected_seconds', 'over_images', 'over_seeds', 'mcnemar_p',
            'accuracy_table', 'Decision', 'decide', 'cases_by_answer']
 
-# %% ../../nbs/evidence/42_recipe.ipynb #ddbfbb1e
+# %% ../../nbs/evidence/42_recipe.ipynb #68c65424
 import copy, math, time
 from dataclasses import dataclass, replace
 
@@ -18,9 +18,10 @@ from ..data import box_masks, test_batches
 from .cases import Cases, Network
 from .report import signed
 from .stats import Estimate, estimate
+from ..networks import undisturbed
 from ..training import predict
 
-# %% ../../nbs/evidence/42_recipe.ipynb #73557387
+# %% ../../nbs/evidence/42_recipe.ipynb #bcacb24b
 def _pooled(net, data, images, batch_size=32):
     "What the last layer sees of images, [n, d]."
     out = [net.forward_head(net.forward_features(x), pre_logits=True) for x in test_batches(data, images, batch_size)]
@@ -41,6 +42,8 @@ def starting_network(
                          f"fewer than 4 x 4, on which a map shows nothing: give a larger size, such as "
                          f"-p image_size {2*data.image_size}")
     if not pretrained: return net, data
+    for m in net.modules():  # `fit` leaves what is in eval mode there: few images are bad statistics
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
     return net, replace(data, mean=tuple(net.pretrained_cfg['mean']), std=tuple(net.pretrained_cfg['std']), crop=.5)
 
 def _last_layer(net):
@@ -57,14 +60,13 @@ def fit_last_layer(
 ):
     "Set the last layer to the logistic regression on the features of the training images, not augmented."
     from sklearn.linear_model import LogisticRegression
-    head, training = _last_layer(net), net.training
-    features = _pooled(net.eval(), data, data.train)
+    head = _last_layer(net)
+    with undisturbed(net): features = _pooled(net, data, data.train)
     scale = features.std()
     found = LogisticRegression(C=C, max_iter=5000).fit((features/scale).numpy(), data.train.y.numpy())
     W, b = torch.from_numpy(found.coef_)/scale, torch.from_numpy(found.intercept_)
     if len(W) == 1: W, b = torch.cat([-W, W])/2, torch.cat([-b, b])/2  # of two classes scikit-learn tells one
     head.weight.copy_(W); head.bias.copy_(b)
-    net.train(training)
 
 # %% ../../nbs/evidence/42_recipe.ipynb #89c6d637
 def above_chance(
