@@ -207,8 +207,11 @@ PARAMETERS = dict(  # of result notebooks; a list is written with commas
     saliency=[str], metrics=[str], saliency_options=str, text_encoder=str, stand_in=str, layers=str, pictures=str,
     folder=str, backbone=str, stored=('add', 'only'), block=tuple('ABCDE'), options=str,
     **{k: FIELDS[k] for k in ('epochs', 'steps', 'evaluations', 'image_size', 'validation', 'pretrained', 'flip')},
-    **dict.fromkeys(('workers', 'batch_size', 'images', 'test_images', 'shown', 'points'), _count),
-    photographs=_from_zero)
+    **dict.fromkeys(('batch_size', 'images', 'test_images', 'shown', 'points', 'rounds', 'masks', 'largest', 'batches',
+                     'far'), _count),
+    **dict.fromkeys(('rows', 'network', 'trained', 'transport', 'method', 'picture'), str),
+    **dict.fromkeys(('clip', 'compile', 'command'), bool), photographs=_from_zero,
+    workers=(re.compile(r'[1-9]\d*|(slurm|local):.*'), "a whole number of at least 1, or slurm: or local: and options"))
 
 # %% ../nbs/method/00_config.ipynb #38f5df9f
 def _assigned(source):

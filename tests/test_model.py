@@ -1,5 +1,5 @@
 "The readings of manifold matching that lico.model prepares, on a three-layer network and prompts from a table."
-import subprocess, sys
+import json, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch import nn
@@ -174,5 +174,5 @@ def test_two_processes_calibrate_alike(tmp_path):
             for rank in (0, 1)]
     said = [p.communicate(timeout=120)[0] for p in both]
     alone = lico(tau='calibrated')
-    alone(*batch(seed=0))
-    assert said[0] == said[1] == f"{alone.tau.value.tolist()}\n"
+    alone(*map(torch.cat, zip(batch(seed=0), batch(seed=1))))  # of the batch of both together
+    assert said[0] == said[1] and json.loads(said[0]) == pytest.approx(alone.tau.value.tolist(), rel=1e-5)

@@ -5,9 +5,8 @@ import matplotlib, nbformat, numpy as np, pandas as pd, pytest
 import matplotlib.pyplot as plt
 from lico.config import root
 from lico.evidence.arms import compare
-from lico.evidence.embeddings import read_points, write_points
 from lico.evidence.report import comparison_table, dataset_title, forest, in_markdown, in_picture, sentences
-from lico.evidence.store import read_results, short_names, write_results
+from lico.evidence.store import read_points, read_results, short_names, write_results
 
 TOP = root()
 NAMES = ['$', '|', 'None', 'NA', 'nan', '_', '*', '<b>', 'a$b$c', r'$\alpha$', 'a|b', '*x*', '_x_', '`x`', 'null',
@@ -55,7 +54,7 @@ def test_tables_sentences_and_plots_of_a_folder_so_called(tmp_path, name):
 
 def test_files_keep_names_that_look_like_nothing(tmp_path):
     points = pd.DataFrame(dict(id='a', x=1., y=2., name=NAMES))
-    write_points(tmp_path, points)
+    write_results(tmp_path, points[['id']].drop_duplicates(), points=points)
     assert read_points(tmp_path).name.tolist() == NAMES
     df = pd.DataFrame([r | dict(dataset=name) for name in ('NA', 'None', 'null') for r in rows('x')[:1]])
     df['id'] = range(3); df['empty'] = [np.nan, 1., np.nan]

@@ -38,8 +38,8 @@ def starting_network(
     pretrained = timm.is_model(backbone)
     net = create_backbone(backbone, len(data.class_names), data.image_size, pretrained)
     if net.feature_shape[1] < 16 and len(net.feature_shape) == 2:
-        raise ValueError(f"{backbone} has feature maps of {net.feature_shape[1]} positions at {data.image_size} pixels, "
-                         f"fewer than 4 x 4, on which a map shows nothing: give a larger size, such as "
+        raise ValueError(f"{backbone} has feature maps of {net.feature_shape[1]} positions at {data.image_size} "
+                         "pixels, fewer than 4 x 4, on which a map shows nothing: give a larger size, such as "
                          f"-p image_size {2*data.image_size}")
     if not pretrained: return net, data
     for m in net.modules():  # `fit` leaves what is in eval mode there: few images are bad statistics
