@@ -103,7 +103,7 @@ def _module(notebook):
 
 def start_page():
     "The start page: the README, which is `index.ipynb` without its code and with what that code computes."
-    text = re.sub(r'^<!--.*?-->\n', '', (TOP/'README.md').read_text())
+    text = re.sub(r'^<!--.*?-->\n', '', (TOP/'README.md').read_text(encoding='utf-8'))
     text = re.sub(r'\]\((?!https?:|#|mailto:)', '](../', text).replace('](../nbs/', '](')
     head, rest = re.split(r'(?m)^(?=!\[)', text, maxsplit=1)
     return '\n\n'.join([head, '```{include} guide/_ways.md\n```', rest, '```{include} guide/_contents.md\n```'])
@@ -123,7 +123,7 @@ def read(app, docname, source):
 
 
 # {module: its notebook}, in reading order
-homes = {_module(json.loads(p.read_text())): p for part in ('method', 'evidence')
+homes = {_module(json.loads(p.read_text(encoding='utf-8'))): p for part in ('method', 'evidence')
          for p in sorted((NBS/part).glob('[0-9]*.ipynb'))}
 
 
@@ -207,7 +207,7 @@ def write_reference(app):
     for path in folder.iterdir():
         if path.name not in pages: path.unlink()
     for name, text in pages.items():
-        if not (folder/name).exists() or (folder/name).read_text() != text: (folder/name).write_text(text)
+        if not (folder/name).exists() or (folder/name).read_text(encoding='utf-8') != text: (folder/name).write_text(text, encoding='utf-8')
 
 
 # mathematics and how to cite ------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def write_font(app, error):
 
 def _bibtex():
     "CITATION.cff's two entries for BibTeX."
-    cff = yaml.safe_load((TOP/'CITATION.cff').read_text())
+    cff = yaml.safe_load((TOP/'CITATION.cff').read_text(encoding='utf-8'))
     paper = cff['preferred-citation']
     people = ' and '.join(f"{a['family-names']}, {a['given-names']}" for a in paper['authors'])
     entries = dict(

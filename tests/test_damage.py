@@ -134,9 +134,9 @@ def test_a_bit_of_the_scores(record, monkeypatch):
     true = map_scores.scores(cases, 'random', progress=False)
     path = map_scores._file(cases, 'random', ('insertion', 'deletion'), {})
     check_flips(path, lambda: read_sealed(path))
-    text = path.read_text()
+    text = path.read_text(encoding='utf-8')
     for damaged in (text[:-40], text[:40], text.replace('7', '1')):
-        path.write_text(damaged)
+        path.write_text(damaged, encoding='utf-8')
         with pytest.warns(RuntimeWarning, match='csv is damaged'):
             again = map_scores.scores(cases, 'random', progress=False)
         pd.testing.assert_frame_equal(again.drop(columns='seconds'), true.drop(columns='seconds'))
@@ -150,7 +150,7 @@ def test_a_bit_of_the_curves(record, monkeypatch):
     first = divergence.curves(r, 2, 10)
     path = next((config.root()/'data'/'curves').glob('*.csv'))
     assert divergence.curves(r, 2, 10).equals(first) and len(made) == 1
-    path.write_text(path.read_text().replace('1.5', '1.6'))
+    path.write_text(path.read_text(encoding='utf-8').replace('1.5', '1.6'), encoding='utf-8')
     with pytest.warns(RuntimeWarning, match='is damaged'): assert divergence.curves(r, 2, 10).equals(first)
     assert len(made) == 2
 
@@ -190,7 +190,7 @@ def test_tables_without_sums_are_read_strictly(tmp_path, damage):
     write_results(tmp_path, rows('a', 'b'))
     (tmp_path/'SHA256SUMS').unlink()
     assert read_results(tmp_path).id.tolist() == ['a', 'b']
-    text = damage((tmp_path/'results.csv').read_text())
+    text = damage((tmp_path/'results.csv').read_text(encoding='utf-8'))
     (tmp_path/'results.csv').write_bytes(text.encode('latin-1'))
     with pytest.raises(ValueError, match='results.csv is damaged'): read_results(tmp_path)
 
@@ -213,7 +213,7 @@ def test_a_damaged_file_is_set_aside_once(tmp_path):
     def mended(content):
         write_atomic(tmp_path/'y', 'mended')
         raise ValueError('damaged')
-    assert read_checked(tmp_path/'y', mended) is None and (tmp_path/'y').read_text() == 'mended'
+    assert read_checked(tmp_path/'y', mended) is None and (tmp_path/'y').read_text(encoding='utf-8') == 'mended'
 
 
 def elsewhere(code, **more):
@@ -293,7 +293,7 @@ def test_a_lock_without_flock(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, 'flock', missing)
     with pytest.warns(UserWarning, match='flock not supported'): write_results(tmp_path, rows('a'))
     assert read_results(tmp_path).id.tolist() == ['a']
-    told = (Path(__file__).parents[1]/'pyproject.toml').read_text()
+    told = (Path(__file__).parents[1]/'pyproject.toml').read_text(encoding='utf-8')
     assert tuple(map(int, re.search(r'"filelock>=(\d+)\.(\d+)"', told).groups())) >= (3, 24)
 
 
@@ -322,12 +322,12 @@ def test_no_record_of_what_is_not_finite(lico_root, monkeypatch):
 def test_commands_survive_a_shell(tmp_path, name):
     r = Run(dataset=f'folder:/x/{name}', labels=40)
     command = files.python_command(f'from lico.experiments import *; run({r!r})')
-    (tmp_path/'python').write_text('#!/bin/sh\nprintf "%s\\n" "$@" > called\n')
+    (tmp_path/'python').write_text('#!/bin/sh\nprintf "%s\\n" "$@" > called\n', encoding='utf-8')
     (tmp_path/'python').chmod(0o755)
     env = dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}")
     subprocess.run(['bash', '-c', command], cwd=tmp_path, env=env, check=True)
     assert not (tmp_path/'executed').exists()
-    option, code = (tmp_path/'called').read_text().rstrip('\n').split('\n', 1)
+    option, code = (tmp_path/'called').read_text(encoding='utf-8').rstrip('\n').split('\n', 1)
     assert option == '-c' and eval(code.split('run(', 1)[1][:-1]) == r
 
 

@@ -255,6 +255,7 @@ def pack(path, members):
             (info := tarfile.TarInfo(name)).size = len(content); tar.addfile(info, io.BytesIO(content))
     return path
 
+@pytest.mark.slow
 def test_imagenet_from_its_archives(offline, monkeypatch, tmp_path):
     "torchvision unpacks them; 1,000 classes, two training images and one for validation in all but a mixed-up order."
     from scipy.io import savemat

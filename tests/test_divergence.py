@@ -160,6 +160,7 @@ def smoke(tmp_path, name):
     return tmp_path/'kept', table, (tmp_path/'kept'/'table.md').read_text(encoding='utf-8')
 
 
+@pytest.mark.slow
 def test_figure10_smoke_and_drawn_again_from_files(tmp_path):
     out, table, again = smoke(tmp_path, 'figure10')
     assert {f.name for f in out.iterdir() if not f.name.startswith('.')} == {

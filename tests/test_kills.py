@@ -35,12 +35,12 @@ SWEEP = dict(
 def begin(kind, threads, folder):
     "Start a sweep in a folder."
     code = SETUP.replace('THREADS', str(threads)).replace('RUNS', repr(RUNS)) + SWEEP[kind]
-    (folder/'job.py').write_text(JOB.replace('time.sleep(0.3)', ''))
-    (folder/'sweep.py').write_text(code)
+    (folder/'job.py').write_text(JOB.replace('time.sleep(0.3)', ''), encoding='utf-8')
+    (folder/'sweep.py').write_text(code, encoding='utf-8')
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata=dict(kernelspec=dict(
         name='python3', display_name='python3'))), folder/'sweep.ipynb')
     command = [f'{BIN}/papermill', 'sweep.ipynb', 'out.ipynb'] if kind == 'papermill' else [sys.executable, 'sweep.py']
-    log = open(folder/'log', 'a')
+    log = open(folder/'log', 'a', encoding='utf-8')
     return subprocess.Popen(command, cwd=folder, env={**os.environ, 'LICO_ROOT': str(folder)}, stdout=log, stderr=log)
 
 
@@ -83,7 +83,7 @@ def test_killed_at_random(kind, threads, tmp_path, tmp_path_factory):
             killed += 1
             try: p.wait(chance.uniform(0, seconds))  # it may go on without its worker
             except subprocess.TimeoutExpired: p.kill(); p.wait()
-        assert begin(kind, threads, folder).wait() == 0, (folder/'log').read_text()[-3000:]
+        assert begin(kind, threads, folder).wait() == 0, (folder/'log').read_text(encoding='utf-8')[-3000:]
         found = outcome(folder)
         assert found.keys() == expected.keys()
         for (tensors, log), (other, other_log) in zip(expected.values(), found.values()):

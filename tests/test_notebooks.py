@@ -60,6 +60,7 @@ def test_table3_from_any_folder(tmp_path):
             and 'digits (for CIFAR-10)' in (out/'table.md').read_text(encoding='utf-8'))
 
 
+@pytest.mark.slow
 def test_table3_on_a_folder(tmp_path):
     """datasets (with a comma in its path), labels, seeds, backbones and out do what they say, and what was run
     before is not run again."""

@@ -46,7 +46,8 @@ def test_refused_before_any_work(lico_root, tmp_path, monkeypatch):
     ('fpu avx512f amx_tile amx_bf16', True), ('fpu avx512_bf16', True), ('fpu avx2 avx512f', False), (None, False)])
 def test_what_a_processor_has(flags, expected, monkeypatch):
     monkeypatch.setattr(Path, 'exists', lambda self: flags is not None)
-    monkeypatch.setattr(Path, 'read_text', lambda self, encoding: f'model name\t: some\nflags\t\t: {flags}\nbugs\t\t:\n')
+    monkeypatch.setattr(Path, 'read_text', lambda self,
+                        encoding: f'model name\t: some\nflags\t\t: {flags}\nbugs\t\t:\n')
     assert has_bfloat16(torch.device('cpu')) == expected and not has_bfloat16(torch.device('mps'))
 
 

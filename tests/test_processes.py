@@ -198,8 +198,8 @@ def test_run_in_several_processes(lico_root):
 
 @pytest.mark.slow
 def test_accelerate_launch(tmp_path):
-    (tmp_path/'sweep.py').write_text(f'from lico.experiments import *\n'
-                                     f'print(sweep([{TINY!r}, {replace(TINY, seed=1)!r}], progress=False)[1]["stamp"])')
+    code = f'print(sweep([{TINY!r}, {replace(TINY, seed=1)!r}], progress=False)[1]["stamp"])'
+    (tmp_path/'sweep.py').write_text(f'from lico.experiments import *\n{code}', encoding='utf-8')
     p = subprocess.run([f'{BIN}/accelerate', 'launch', '--multi_gpu', '--num_processes', '2', '--main_process_port',
                         '0', 'sweep.py'], cwd=tmp_path, env={**os.environ, 'LICO_ROOT': str(tmp_path)},
                        capture_output=True, text=True, timeout=300)
@@ -208,7 +208,7 @@ def test_accelerate_launch(tmp_path):
 
 
 def alive(pids): return [p for p in pids if os.path.exists(f'/proc/{p}') and 'Z' not in
-                         open(f'/proc/{p}/stat').read().rpartition(')')[2][:3]]
+                         open(f'/proc/{p}/stat', encoding='utf-8').read().rpartition(')')[2][:3]]
 
 
 def gone(pids, seconds=20):
@@ -236,7 +236,7 @@ def test_workers_end_with_their_parent(tmp_path):
                 print('there', flush=True)
                 jobs[0].result()
     ''')
-    (tmp_path/'parent.py').write_text(code)
+    (tmp_path/'parent.py').write_text(code, encoding='utf-8')
     p = subprocess.Popen([sys.executable, tmp_path/'parent.py'], stdout=subprocess.PIPE, text=True)
     assert p.stdout.readline() == 'there\n'
     left = children(p.pid)
@@ -264,7 +264,7 @@ def test_a_killed_notebook_leaves_nothing(tmp_path, which):
     nbformat.write(notebook, tmp_path/'pool.ipynb')
     p = subprocess.Popen([f'{BIN}/papermill', 'pool.ipynb', 'out.ipynb'], cwd=tmp_path, stderr=subprocess.PIPE,
                          text=True)
-    while not (tmp_path/'pids').exists() or not (text := (tmp_path/'pids').read_text()): time.sleep(0.2)
+    while not (tmp_path/'pids').exists() or not (text := (tmp_path/'pids').read_text(encoding='utf-8')): time.sleep(0.2)
     left = children(p.pid)
     assert int(text.split()[0]) in left and len(left) >= 3
     os.kill(int(text.split()[0]) if which == 'kernel' else p.pid, signal.SIGKILL)
@@ -301,8 +301,8 @@ class Cluster:
     "A folder with runs that are submitted there, and every step that was done."
     def __init__(self, folder):
         self.folder = folder
-        (folder/'job.py').write_text(JOB)
-        (folder/'submit.py').write_text(SUBMIT.format(run=LONG))
+        (folder/'job.py').write_text(JOB, encoding='utf-8')
+        (folder/'submit.py').write_text(SUBMIT.format(run=LONG), encoding='utf-8')
 
     def submit(self):
         return subprocess.Popen([sys.executable, 'submit.py'], cwd=self.folder, stderr=subprocess.PIPE, text=True,
@@ -310,14 +310,15 @@ class Cluster:
 
     def steps(self, seed=0):
         path = self.folder/'steps'
-        lines = [tuple(map(int, o.split())) for o in path.read_text().splitlines()] if path.exists() else []
+        lines = [tuple(map(int, o.split()))
+                 for o in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
         return [(pid, step) for pid, s, step in lines if s == seed]
 
     def wait(self, n):
         while len(self.steps()) < n: time.sleep(0.2)
 
     def records(self):
-        out = [json.loads(p.read_text()) for p in self.folder.glob('data/runs/*/record.json')]
+        out = [json.loads(p.read_text(encoding='utf-8')) for p in self.folder.glob('data/runs/*/record.json')]
         return {r['run']['seed']: {k: r[k] for k in ('ce', 'accuracy_last', 'cosine')} for r in out}
 
 

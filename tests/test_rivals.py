@@ -268,6 +268,7 @@ def test_a_killed_training_goes_on_bit_for_bit(kind, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), parts.state_dict().values()))
 
 
+@pytest.mark.slow
 def test_training_makes_held_out_maps_more_consistent():
     data, found = load('digits', labels=100, seed=2), {}
     x, y = data.normalise(data.test.x[:128]), data.test.y[:128]

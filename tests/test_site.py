@@ -26,13 +26,13 @@ def conf():
 def said():
     "What `lico` may stop with, warn of or print to standard error, with … for what differs."
     for path in (TOP/'lico').rglob('*.py'):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             if isinstance(node, ast.JoinedStr):
                 yield ''.join(v.value if isinstance(v, ast.Constant) else '…' for v in node.values)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str): yield node.value
 
 
-def quoted(): return re.findall(r'^### (`+)(.+)\1$', (GUIDE/'troubleshooting.md').read_text(), re.M)
+def quoted(): return re.findall(r'^### (`+)(.+)\1$', (GUIDE/'troubleshooting.md').read_text(encoding='utf-8'), re.M)
 
 
 def test_troubleshooting_quotes_what_the_code_says():
@@ -40,30 +40,31 @@ def test_troubleshooting_quotes_what_the_code_says():
     patterns = {message: re.compile('.*'.join(map(re.escape, message.split('…'))), re.S) for _, message in quoted()}
     gone = [message for message, pattern in patterns.items() if not any(map(pattern.search, sentences))]
     assert not gone, f'no sentence in lico/ reads: {gone}'
-    assert len(quoted()) == len(re.findall('^### ', (GUIDE/'troubleshooting.md').read_text(), re.M)) >= 30
+    assert len(quoted()) == len(re.findall('^### ', (GUIDE/'troubleshooting.md').read_text(encoding='utf-8'),
+                                           re.M)) >= 30
 
 
 def test_one_version():
-    cff = yaml.safe_load((TOP/'CITATION.cff').read_text())
-    newest = re.search(r'^## (\S+)', (TOP/'CHANGELOG.md').read_text(), re.M)[1]
+    cff = yaml.safe_load((TOP/'CITATION.cff').read_text(encoding='utf-8'))
+    newest = re.search(r'^## (\S+)', (TOP/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[1]
     assert lico.__version__ == cff['version'] == newest
 
 
 def test_changelog_names_the_protocols():
     from lico.experiments import MEASURING_PROTOCOL, TRAINING_PROTOCOL
-    first = re.search(r'^## .*', (TOP/'CHANGELOG.md').read_text(), re.M)[0]
+    first = re.search(r'^## .*', (TOP/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)[0]
     assert f'(training {TRAINING_PROTOCOL}, measuring {MEASURING_PROTOCOL})' in first
 
 
 def test_every_notebook_lies_on_a_way():
     "Two clicks from the start page: a way in, and a notebook that it lists."
     from fnmatch import fnmatch
-    lists = '\n'.join((GUIDE/f'{way}.md').read_text() for way in WAYS)
+    lists = '\n'.join((GUIDE/f'{way}.md').read_text(encoding='utf-8') for way in WAYS)
     entries = re.findall(r'^/(\S+)$', lists, re.M)
     for path in (TOP/'nbs').rglob('*.ipynb'):
         name = str(path.relative_to(TOP/'nbs').with_suffix(''))
         assert name == 'index' or any(fnmatch(name, e) for e in entries), f'{name} is listed in no page of nbs/guide'
-    ways = (GUIDE/'_ways.md').read_text()
+    ways = (GUIDE/'_ways.md').read_text(encoding='utf-8')
     assert re.findall(r'/guide/(\w+)\.md', ways) == list(WAYS)
 
 
@@ -99,7 +100,7 @@ def test_parameters_fold_away(conf):
 
 def test_start_page_is_the_readme(conf):
     "The site's numbers are the README's, and its links lead from `nbs/`."
-    page, readme = conf.start_page(), (TOP/'README.md').read_text()
+    page, readme = conf.start_page(), (TOP/'README.md').read_text(encoding='utf-8')
     for number in re.findall(r'[+-]\d+\.\d+ ± \d+\.\d+', readme): assert number in page
     targets = re.findall(r'\]\((?!https?:|#|mailto:|/)([^)#\s]+)', page)
     assert len(targets) > 20 and all((TOP/'nbs'/t).exists() for t in targets)
@@ -163,7 +164,7 @@ class Page(HTMLParser):
     def __init__(self, path):
         super().__init__()
         self.links, self.anchors, self.loads = [], set(), []
-        self.feed(text := path.read_text())
+        self.feed(text := path.read_text(encoding='utf-8'))
         self.unread = [m for m in re.findall('<math.*?</math>', text, re.S) if '\\' in m]
 
     def handle_starttag(self, tag, attrs):
@@ -176,7 +177,7 @@ class Page(HTMLParser):
 @pytest.mark.slow
 def test_site():
     "As the README's command builds it, anew: no warning, no dead link, nothing from another host, every public name."
-    command = re.search(r'\.venv/bin/(sphinx-build .*)$', (TOP/'README.md').read_text(), re.M)
+    command = re.search(r'\.venv/bin/(sphinx-build .*)$', (TOP/'README.md').read_text(encoding='utf-8'), re.M)
     command = command[1] if command else 'sphinx-build -qW nbs _docs/html'
     built = subprocess.run([Path(sys.executable).with_name('sphinx-build'), '-E', *command.split()[1:]], cwd=TOP,
                            capture_output=True, text=True)
@@ -212,5 +213,5 @@ def public_names(site):
         wanted = {f'{page.stem}.{n}' for n in module.__all__
                   if inspect.isroutine(o := getattr(module, n)) or inspect.isclass(o)}
         assert not wanted - known, f'without a docstring: {wanted - known}'
-    text = (site/'api'/'lico.losses.html').read_text()
+    text = (site/'api'/'lico.losses.html').read_text(encoding='utf-8')
     assert '[B, N, M]: cost of moving row n to row m' in text and 'weight of L_MM in Eq. 8' in text

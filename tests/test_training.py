@@ -47,6 +47,7 @@ def outcome(root, monkeypatch):
     return {k: v for k, v in record.items() if k not in ('seconds', 'finished', 'checksum')}, weights, log
 
 
+@pytest.mark.slow
 def test_killed_in_mid_epoch_ends_the_same(tmp_path, monkeypatch):
     whole, killed = tmp_path/'whole', tmp_path/'killed'
     whole.mkdir(), killed.mkdir()
