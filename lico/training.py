@@ -145,18 +145,9 @@ def _identity(t, evaluations):
     return json.loads(json.dumps(out | settings_of(t.plain)))
 
 # %% ../nbs/method/15_training.ipynb #ef514cdd
-def _apart(tensors):
-    "Each tensor in memory of its own: a network may hold one under two names, a file may not."
-    seen, out = set(), {}
-    for k, v in tensors.items():
-        shared = (where := v.untyped_storage().data_ptr()) in seen
-        seen.add(where)
-        out[k] = v.clone() if shared else v
-    return out
-
 def _tensors(t):
     "Everything of a run that is a tensor: weights, momentum, average, the newest predictions."
-    out = _apart({f'model.{k}': v for k, v in t.plain.state_dict().items()})
+    out = {f'model.{k}': v for k, v in t.plain.state_dict().items()}
     if t.predicted is not None: out['predicted'] = t.predicted.short()
     for i, p in enumerate(t.optimiser.param_groups[0]['params']):
         if (m := t.optimiser.state[p].get('momentum_buffer')) is not None: out[f'momentum.{i}'] = m

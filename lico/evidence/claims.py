@@ -17,7 +17,7 @@ from .arms import (TABLES, arm_named, arm_of, columns_of, grade, grid, paper_dat
 from .printed import printed_numbers, results
 from .programme import ARMS, BLOCKS
 from .report import signed
-from .stats import GRADES, METRICS, conditions, estimate, holm, pairs, verdict
+from .stats import GRADES, METRICS, conditions, estimate, holm, pairs, smallest_difference, verdict
 from .store import read_results
 
 # %% ../../nbs/evidence/36_claims.ipynb #49eb0254
@@ -141,10 +141,6 @@ def _measured(claim):
                 known[tuple(setting)] = o | dict(folder=where)
     return found
 
-def _smallest(claim, r):
-    labels = int(r.labels) if str(r.labels).isdigit() else 10**6
-    return 1. if labels <= 250 and claim.metric == 'accuracy_last' else METRICS[claim.metric].smallest
-
 def _row(claim, preset, where, settings):
     "What one preset says of a claim on one grade of evidence."
     e, rows = estimate(*(o['d'] for o in settings)), [o['row'] for o in settings]
@@ -155,7 +151,8 @@ def _row(claim, preset, where, settings):
                 printed=sum(gains)/len(gains) if gains else math.nan, difference=e.mean, half_width=e.half_width,
                 p=e.p(),
                 active=sum(o['active'] for o in settings)/len(settings),
-                failed=sum(o['failed'] for o in settings)/len(settings), margin=min(_smallest(claim, r) for r in rows),
+                failed=sum(o['failed'] for o in settings)/len(settings),
+                margin=min(smallest_difference(claim.metric, r.labels) for r in rows),
                 folders=', '.join(sorted({o['folder'] for o in settings})), estimate=e)
 
 def claim_rows() -> pd.DataFrame:

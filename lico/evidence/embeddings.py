@@ -19,6 +19,7 @@ from .report import arm_label, dataset_title, in_markdown, in_picture, signed
 from .stats import estimate
 from .store import read_points, read_results, rows_of, train, write_results
 from ..experiments import load_backbone, load_data, run_of
+from ..networks import undisturbed
 from ..text import PromptLearner, load_text_encoder
 
 # %% ../../nbs/evidence/32_embeddings.ipynb #c17528ed
@@ -30,12 +31,9 @@ def pooled_features(
     batch_size: int = 64,  # images per pass
 ) -> torch.Tensor:
     "What the last layer reads of every image: pooled features, float32 [n, width], on the CPU, in eval mode."
-    training, where = net.training, next(net.parameters()).device
-    net.eval()
+    where = next(net.parameters()).device
     read = lambda x: net.forward_head(net.forward_features(x), pre_logits=True).cpu()
-    out = [read(x) for x in test_batches(data, images, batch_size, where)]
-    net.train(training)
-    return torch.cat(out)
+    with undisturbed(net): return torch.cat([read(x) for x in test_batches(data, images, batch_size, where)])
 
 # %% ../../nbs/evidence/32_embeddings.ipynb #83e41e56
 def centroids(

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..config import choose
 from .report import forest, signed
-from .stats import METRICS, conditions, estimate, holm, pairs, verdict
+from .stats import conditions, estimate, holm, pairs, smallest_difference, verdict
 from .store import collect
 from ..experiments import Run
 
@@ -104,8 +104,8 @@ SECONDARY = (Contrast('supervised contrast beats cross-entropy', 'CE+SupCon', 'C
              Contrast('shuffled names beat cross-entropy (repaired)', 'repaired-shuffled', 'CE'))
 
 def smallest(block: str) -> float:
-    "The smallest difference in accuracy that matters in a block: 1 point at up to 250 labels, else half of one."
-    return 1. if (BLOCKS[block].labels or 10**6) <= 250 else METRICS['accuracy_last'].smallest
+    "The smallest difference in accuracy that matters in a block."
+    return smallest_difference('accuracy_last', BLOCKS[block].labels)
 
 def _differences(df, contrast, metric):
     """The paired differences of a contrast in the rows of one block; and the shares of the arm's runs whose

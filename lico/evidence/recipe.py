@@ -16,17 +16,12 @@ from torch import nn
 from ..backbones import create_backbone
 from ..data import box_masks, test_batches
 from .cases import Cases, Network
+from .embeddings import pooled_features
 from .report import signed
 from .stats import Estimate, estimate
-from ..networks import undisturbed
 from ..training import predict
 
 # %% ../../nbs/evidence/42_recipe.ipynb #bcacb24b
-def _pooled(net, data, images, batch_size=32):
-    "What the last layer sees of images, [n, d]."
-    out = [net.forward_head(net.forward_features(x), pre_logits=True) for x in test_batches(data, images, batch_size)]
-    return torch.cat(out).double()
-
 def starting_network(
     backbone: str,  # a timm name, with its pretrained weights, or one of ours, from scratch
     data,  # a `Data`
@@ -61,7 +56,7 @@ def fit_last_layer(
     "Set the last layer to the logistic regression on the features of the training images, not augmented."
     from sklearn.linear_model import LogisticRegression
     head = _last_layer(net)
-    with undisturbed(net): features = _pooled(net, data, data.train)
+    features = pooled_features(net, data, data.train).double()
     scale = features.std()
     found = LogisticRegression(C=C, max_iter=5000).fit((features/scale).numpy(), data.train.y.numpy())
     W, b = torch.from_numpy(found.coef_)/scale, torch.from_numpy(found.intercept_)
