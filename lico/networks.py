@@ -310,6 +310,7 @@ def batch_for(
         _sizes[key] = _try_sizes(ask, x, max(1, int(free//(8*_activations(net, x)))))
     return _sizes[key]
 
+# %% ../nbs/method/09_networks.ipynb #510d9d61
 def _activations(net, x):
     "Bytes of the largest thing that a module of the network gives for one image."
     sizes, handles = [x[:1].nbytes], []

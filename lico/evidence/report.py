@@ -43,6 +43,7 @@ def dataset_title(name: str) -> str:
     path = Path(name.removeprefix('folder:'))
     return dataset_settings(name).get('title') or (path.name if path.is_absolute() else str(path))
 
+# %% ../../nbs/evidence/29_report.ipynb #3ee1c83b
 def _has(r, name): return isinstance(getattr(r, name, None), str) and bool(getattr(r, name))
 
 def _dataset(r):

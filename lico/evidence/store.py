@@ -64,6 +64,7 @@ def _read(path):
     return pd.read_csv(io.StringIO(text), dtype=dict.fromkeys(_text, str) | dict.fromkeys(_whole, 'Int64'),
                        keep_default_na=False, na_values=[''])  # a folder may be called NA
 
+# %% ../../nbs/evidence/28_store.ipynb #6700e223
 def read_results(
     folder,  # of a table or figure
 ) -> pd.DataFrame:
@@ -113,6 +114,7 @@ def _recovered(folder):
         if new.exists() and sha256(new.read_bytes()) == seal: os.replace(new, folder/name)
     for new in folder.glob('.*.csv.new'): new.unlink()
 
+# %% ../../nbs/evidence/28_store.ipynb #26d7546c
 def _before(folder, name):
     "The rows that a file holds; a damaged one is set aside and holds none."
     try: return _read(folder/name)
