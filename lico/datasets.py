@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patience', 'debian', 'READERS', 'Part', 'Source', 'imagenet_names', 'pixel_bytes', 'file_bytes', 'image_hashes',
-           'content', 'repeated_images', 'find']
+           'content_digest', 'repeated_images', 'find']
 
 # %% ../nbs/method/05_datasets.ipynb #42661a73
 import contextlib, functools, gzip, hashlib, json, os, socket
@@ -263,7 +263,7 @@ def image_hashes(
     return [known[f][0] for f in files]
 
 # %% ../nbs/method/05_datasets.ipynb #b7c01fd0
-def content(
+def content_digest(
     source: Source,  # a whole dataset, its class names as they are read
     hashes: list,  # of the pixels of its images, those for training first
 ) -> str:
@@ -283,7 +283,7 @@ def _recognised(source):
     n = len(source.train.labels)
     if not (known := _known(n, len(source.test.labels))): return source
     hashes = image_hashes(source.folder, source.train.images + source.test.images)
-    if (found := content(source, hashes)) not in known: return source
+    if (found := content_digest(source, hashes)) not in known: return source
     parts = dict(train=_in_order(source.train, hashes[:n]), test=_in_order(source.test, hashes[n:]))
     return replace(source, name=known[found], content=found, **parts)
 

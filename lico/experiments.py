@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['read_record', 'refuse_broken', 'run', 'run_of', 'load_backbone', 'ship', 'estimate', 'refuse_threads', 'sweep',
-           'frame', 'Run', 'METHODS', 'RIVALS', 'TRAINING_PROTOCOL', 'MEASURING_PROTOCOL', 'load_data', 'spec', 'build',
-           'start', 'run_id', 'runs_folder', 'encoder_name', 'pretrained_weights']
+           'frame', 'Run', 'TRAINING_METHODS', 'RIVALS', 'TRAINING_PROTOCOL', 'MEASURING_PROTOCOL', 'load_data', 'spec',
+           'build', 'start', 'run_id', 'runs_folder', 'encoder_name', 'pretrained_weights']
 
 # %% ../nbs/method/22_experiments.ipynb #e6f4961b
 import contextlib, json, math, re, statistics, sys, time
@@ -19,7 +19,8 @@ from .backbones import create_backbone
 from .config import device, stamp
 from .files import python_command, read_checked, set_aside, sha256, sweep_temporaries, write_atomic
 from .model import load_checkpoint, preprocessing_of, save_checkpoint, save_network
-from .runs import (MEASURING_PROTOCOL, METHODS, RIVALS, TRAINING_PROTOCOL, Run, build, encoder_name, field_names,
+from .runs import (MEASURING_PROTOCOL, TRAINING_METHODS, RIVALS, TRAINING_PROTOCOL, Run, build, encoder_name,
+                       field_names,
                        find_encoder, load_data, options_of, own_random_state, pretrained_weights, run_id, runs_folder,
                        spec, spec_hash, start)
 from .schedule import TrainOptions, refuse_precision
@@ -29,7 +30,8 @@ from .training import fit
 
 # %% ../nbs/method/22_experiments.ipynb #4ac7cd8c
 # a run's command needs this module alone
-_all_ = ['Run', 'METHODS', 'RIVALS', 'TRAINING_PROTOCOL', 'MEASURING_PROTOCOL', 'load_data', 'spec', 'build', 'start',
+_all_ = ['Run', 'TRAINING_METHODS', 'RIVALS', 'TRAINING_PROTOCOL', 'MEASURING_PROTOCOL', 'load_data', 'spec', 'build',
+         'start',
          'run_id', 'runs_folder', 'encoder_name', 'pretrained_weights']
 
 # %% ../nbs/method/22_experiments.ipynb #f478f798
@@ -72,7 +74,8 @@ def _outcome(log):
                 inactive=log[-1].get('inactive'), seconds=sum(row['seconds'] for row in log))
 
 # %% ../nbs/method/22_experiments.ipynb #7daf0a62
-def _start(r, data): return start(r, data, None if METHODS[r.method] is None else find_encoder(r.text_encoder)[0])
+def _start(r, data): return start(r, data, None if TRAINING_METHODS[r.method] is None
+                                  else find_encoder(r.text_encoder)[0])
 
 def refuse_broken(model, r):
     "Refuse a network that training has driven out of all numbers: it has no accuracy worth a record."

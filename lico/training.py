@@ -22,7 +22,7 @@ from .model import load_checkpoint, save_checkpoint, tensors_digest
 from .schedule import (Average, TrainOptions, deal, full_float32, learning_rate, options_from, refuse_precision,
                            steps_per_epoch)
 from .together import Batch, group_size, is_first, join_group, share
-from .watch import check_finite, content, mean_row, refuse_other_run, settings_of, warn_inactive
+from .watch import check_finite, images_digest, mean_row, refuse_other_run, settings_of, warn_inactive
 
 
 # %% ../nbs/method/15_training.ipynb #c5dc118c
@@ -137,7 +137,7 @@ def _identity(t, evaluations):
                **{k: v for k, v in asdict(t.o).items() if k != 'epochs'})
     out |= dict(device=where, processes=group_size(), threads=torch.get_num_threads() if where == 'cpu' else None)
     out |= {'initial weights': tensors_digest({k: v.detach().cpu() for k, v in t.plain.state_dict().items()}),
-            'dataset': data.digest, 'labelled images': content(data.train), 'images to test on': content(data.test),
+            'dataset': data.digest, 'labelled images': images_digest(data.train), 'images to test on': images_digest(data.test),
             'class names': data.class_names, 'image size': data.image_size, 'mirroring': data.flip,
             'smallest crop': data.crop, 'mean and deviation': [data.mean, data.std]}
     if t.kept: out['kept in evaluation mode'] = [k for k, m in t.plain.named_modules() if m in t.kept]

@@ -11,10 +11,12 @@ def test_every_method_trains(tmp_path):
         for name in {ABSENT}: sys.modules[name] = None  # importing it is an ImportError
         warnings.simplefilter('ignore')
         import lico.cams, lico.model, lico.rivals, lico.training
-        from lico.experiments import METHODS, Run, load_backbone, sweep
-        records = sweep([Run(labels=40, backbone='wrn_10_1', method=m, steps=1) for m in METHODS], progress=False)
-        assert [r['spec']['method'] for r in records] == list(METHODS) and all(r['tests'] == 1 for r in records)
-        print(len([load_backbone(r) for r in records]) == len(METHODS))
+        from lico.experiments import TRAINING_METHODS, Run, load_backbone, sweep
+        runs = [Run(labels=40, backbone='wrn_10_1', method=m, steps=1) for m in TRAINING_METHODS]
+        records = sweep(runs, progress=False)
+        assert [r['spec']['method'] for r in records] == list(TRAINING_METHODS)
+        assert all(r['tests'] == 1 for r in records)
+        print(len([load_backbone(r) for r in records]) == len(TRAINING_METHODS))
     ''')
     env = {**os.environ, 'LICO_ROOT': str(tmp_path)}
     p = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)

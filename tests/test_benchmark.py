@@ -6,7 +6,8 @@ import pandas as pd, pytest, torch
 
 from lico.config import parameters
 from lico.evidence import benchmark as b, passes
-from lico.evidence.timing import alternate, benchmark_table, best_forward, draw, exponent, missing, peak_memory, row
+from lico.evidence.timing import alternate, benchmark_table, best_forward, draw_benchmark, exponent, missing, \
+    peak_memory, row
 from lico.backbones import create_backbone
 from lico.losses import sinkhorn
 from test_notebooks import run
@@ -69,7 +70,7 @@ def test_what_cannot_be_measured_is_a_row_that_says_why(monkeypatch):
 def test_a_picture_of_rows_that_are_and_are_not_reached():
     df = pd.DataFrame([row(1, 'a', 'b', [2.], 1, '≥'), row(2, 'c', 'd', [2.], 1, '≤'),
                        row(10, 'e', 'f', [0.], 0.3, '≤'), missing(5, 'g', 'h', 'why')])
-    (ax,) = draw(df).axes
+    (ax,) = draw_benchmark(df).axes
     at = ax.collections[0].get_offsets()[:, 0].tolist()
     assert at == pytest.approx([2, 0.5, 10])
     assert [t.get_text() for t in ax.get_yticklabels()] == ['a / b', 'c / d', 'e / f']

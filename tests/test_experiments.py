@@ -6,7 +6,7 @@ import pandas as pd, pytest, torch
 
 from lico import config, experiments, runs
 from lico.backbones import create_backbone
-from lico.experiments import (METHODS, RIVALS, Run, estimate, frame, load_backbone, load_data, read_record, run, run_id,
+from lico.experiments import (RIVALS, TRAINING_METHODS, Run, estimate, frame, load_backbone, load_data, read_record, run, run_id,
                               run_of, runs_folder, spec, start, sweep)
 from lico.text import load_text_encoder
 
@@ -49,7 +49,7 @@ def test_a_rival_reads_its_own_options_only():
     for method, own in (('CGC', dict(cgc_temperature=0.1)), ('GCC', dict(gcc_weight=1))):
         assert key(method=method) == key(method=method, text_encoder='clip', preset='repaired',
                                          options=dict(alpha=3, tau='fixed')) != key(method=method, options=own)
-        for other in set(METHODS) - {method, 'LICO', 'CE+MM', 'CE+OT', 'LICO+CGC'}: assert key(method=other,
+        for other in set(TRAINING_METHODS) - {method, 'LICO', 'CE+MM', 'CE+OT', 'LICO+CGC'}: assert key(method=other,
             options=own) == key(method=other) != key(method=method)
     assert len({key(method='LICO+CGC', options=o)
                 for o in ({}, dict(alpha=3), dict(cgc_weight=2))}) == 3, 'both together read the options of both'

@@ -307,7 +307,7 @@ def test_every_value_of_every_option_is_in_a_case(place, monkeypatch):
 
 def test_every_method_and_metric_is_in_a_case():
     from lico import experiments, metrics, saliency
-    assert {fields.get('method', 'CE') for fields in RUNS.values()} == set(experiments.METHODS)
+    assert {fields.get('method', 'CE') for fields in RUNS.values()} == set(experiments.TRAINING_METHODS)
     assert set(MAPS_OF) == set(saliency.METHODS)
     assert set(METRICS) == set(metrics.__all__) - {'Curve', 'parameter_layers', 'randomised'}, "parts of the others"
 

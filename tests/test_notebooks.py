@@ -206,6 +206,17 @@ def test_notebooks_stand_in_the_order_of_imports():
                 and 'lico.evidence' in s], 'nothing in the method imports from the wing'
 
 
+def test_a_public_name_stands_for_one_thing():
+    "Of everything that modules define; what a module only hands on is the same thing."
+    where = {}
+    for path in NOTEBOOKS:
+        source = '\n'.join(c.source for c in nbformat.read(path, 4).cells
+                           if c.cell_type == 'code' and '#| export' in c.source)
+        for name in re.findall(r'^(?:def |class |(?=[A-Za-z]\w* = ))([A-Za-z]\w*)', source, re.M):
+            where.setdefault(name, set()).add(path.stem)
+    assert len(where) > 300 and not {name: of for name, of in where.items() if len(of) > 1}
+
+
 def test_links_lead_somewhere():
     for path in NOTEBOOKS + [TOP/'README.md']:
         text = (path.read_text(encoding='utf-8') if path.suffix == '.md'

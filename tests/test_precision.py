@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from lico import model as models, rivals, schedule, training
 from lico.backbones import create_backbone
 from lico.data import load
-from lico.experiments import METHODS, Run, frame, load_data, read_record, run, run_id, runs_folder, spec, start, sweep
+from lico.experiments import (TRAINING_METHODS, Run, frame, load_data, read_record, run, run_id,
+                              runs_folder, spec, start, sweep)
 from lico.losses import ot_alignment
 from lico.model import CrossEntropy, exact
 from lico.text import load_text_encoder
@@ -87,7 +88,7 @@ BESIDE_CE = {'CE': set(), 'CE+LS': set(), 'CE+SupCon': {'log_adjacency'}, 'CGC':
              'CE+MM': MM, 'CE+OT': OT, 'LICO': MM | OT, 'LICO+CGC': MM | OT}
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', TRAINING_METHODS)
 def test_networks_in_bfloat16_losses_not(method, able, monkeypatch):
     seen, networks, gradients, rows, data = {}, {}, {}, {}, load('digits', labels=40)
     watched = {F: ('cross_entropy',), models: ('mean_cosine', 'log_adjacency', 'kl_rows', 'ot_alignment'),
@@ -100,7 +101,7 @@ def test_networks_in_bfloat16_losses_not(method, able, monkeypatch):
         def note(name):
             return lambda module, args, out: networks.setdefault((name, module.training), set()).add(out.dtype)
         m.backbone.stem.register_forward_hook(note('stem'))
-        if text := METHODS[method] is not None:
+        if text := TRAINING_METHODS[method] is not None:
             linear = next(k for k in m.prompts.enc.modules() if isinstance(k, torch.nn.Linear))
             linear.register_forward_hook(note('text'))
             m.mapping.register_forward_hook(note('mapping'))

@@ -8,7 +8,8 @@ import numpy as np, pytest, torch
 from lico import experiments, runs
 from lico.backbones import create_backbone
 from lico.data import load
-from lico.experiments import METHODS, Run, encoder_name, frame, load_data, run, run_id, runs_folder, spec, start, sweep
+from lico.experiments import (TRAINING_METHODS, Run, encoder_name, frame, load_data, run, run_id,
+                              runs_folder, spec, start, sweep)
 from lico.losses import LossOptions
 from lico.model import LICO, CrossEntropy
 from lico.evidence import stats
@@ -27,7 +28,7 @@ RUNS = {'CE': TINY, 'CGC': replace(TINY, method='CGC'), 'GCC': replace(TINY, met
         'unrolled': replace(TINY, method='LICO', options=dict(ot_grad='unrolled', ot_value='regularised')),
         'cosine': replace(TINY, method='LICO', options=dict(distance='cosine')),
         'random': replace(TINY, method='LICO', options=dict(dropout=0.5, noise=0.1, ema=0.9)),
-        **{f'ViT {m}': replace(TINY, method=m, preset='repaired', **VIT) for m in METHODS}}
+        **{f'ViT {m}': replace(TINY, method=m, preset='repaired', **VIT) for m in TRAINING_METHODS}}
 
 
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ def wide_encoder():
                                          intermediate_size=384), add_pooling_layer=False), load_encoder().tokenizer)
 
 
-def test_methods_are_all_here(): assert {r.method for r in RUNS.values()} == set(METHODS)
+def test_methods_are_all_here(): assert {r.method for r in RUNS.values()} == set(TRAINING_METHODS)
 
 
 @pytest.mark.parametrize('n', [1, 2])

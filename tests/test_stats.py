@@ -5,7 +5,7 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from lico.evidence.stats import GRADES, METRICS, conditions, estimate, holm, paired, pairs, sign_flip, verdict
+from lico.evidence.stats import GRADES, METRICS, conditions, interval, holm, paired, pairs, sign_flip, verdict
 
 RNG = np.random.default_rng(0)
 DIFFERENCES = st.lists(st.floats(-50, 50).map(lambda x: round(x, 3)), min_size=5, max_size=20)
@@ -19,15 +19,15 @@ def rows(arm, values, metric='accuracy_last', text='minilm', method='LICO', pres
              id=[f'{arm}{preset}{options}{i}' for i in range(n)], classes=10, **{metric: values}) | more)
 
 
-def says(d, grade=GRADES[0], **more): return verdict(e := estimate(d), e.p(), .5, grade, **more)
+def says(d, grade=GRADES[0], **more): return verdict(e := interval(d), e.p(), .5, grade, **more)
 
 
 @given(DIFFERENCES)
 @settings(deadline=None)
 def test_the_interval_is_students(d):
-    e, ci = estimate(d), stats.ttest_1samp(d, 0).confidence_interval(0.95)
+    e, ci = interval(d), stats.ttest_1samp(d, 0).confidence_interval(0.95)
     np.testing.assert_allclose([e.mean - e.half_width, e.mean + e.half_width], [ci.low, ci.high], rtol=1e-6, atol=1e-6)
-    assert estimate([-x for x in d]).mean == -e.mean and estimate(d, d).mean == pytest.approx(e.mean)
+    assert interval([-x for x in d]).mean == -e.mean and interval(d, d).mean == pytest.approx(e.mean)
 
 
 @given(DIFFERENCES)
@@ -35,14 +35,14 @@ def test_the_interval_is_students(d):
 def test_verdicts_turn_round_with_the_sign(d):
     turned = dict(supported='contradicted', contradicted='supported')
     assert says(d) == turned.get(says([-x for x in d]), says([-x for x in d]))
-    e = estimate(d)
+    e = interval(d)
     if says(d) == 'supported': assert e.mean - e.half_width > -1e-9
     if says(d) == 'equivalent': assert abs(e.mean) < .5
 
 
 def test_settings_count_alike_whatever_their_seeds():
     few, many = RNG.normal(3, 1, 5), RNG.normal(1, 1, 50)
-    e = estimate(few, many)
+    e = interval(few, many)
     assert e.mean == pytest.approx((few.mean() + many.mean())/2) and e.n == 55 and e.least == 5
     welch = stats.ttest_ind(few, -many, equal_var=False)
     assert e.p() == pytest.approx(welch.pvalue) and e.df == pytest.approx(welch.df)
@@ -68,7 +68,7 @@ def test_holm(p):
 def test_equivalence_is_two_one_sided_tests():
     for d in (RNG.normal(0, .3, 10), RNG.normal(.3, .3, 10)):
         upper, lower = (stats.ttest_1samp(d, b, alternative=a).pvalue for b, a in ((.5, 'less'), (-.5, 'greater')))
-        assert estimate(d).p_within(.5) == pytest.approx(max(upper, lower))
+        assert interval(d).p_within(.5) == pytest.approx(max(upper, lower))
 
 
 def test_no_verdict_where_there_can_be_none():
@@ -115,7 +115,7 @@ def test_images_are_averaged_before_networks_are_compared():
     df = pd.concat([maps('CE', 0).assign(text_encoder=None), maps('LICO', 1)])
     c = paired(df[(df.arm != 'CE') | (df.image != '3')], ['insertion'], within='image').iloc[0]
     assert ((c.n, c.images, c.difference) == (3, 3, 2)
-            and c.half_width == pytest.approx(estimate([1., 2., 3.]).half_width))
+            and c.half_width == pytest.approx(interval([1., 2., 3.]).half_width))
 
 
 def test_conditions():

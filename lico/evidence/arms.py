@@ -23,7 +23,7 @@ from ..experiments import Run
 class Arm:
     "One way to train that a table compares, and where the paper prints it."
     label: str  # its name in our tables
-    method: str = 'LICO'  # a key of `lico.experiments.METHODS`
+    method: str = 'LICO'  # a key of `lico.experiments.TRAINING_METHODS`
     # options of the run that make the arm what it is; all arms of a table set the same ones
     options: dict = field(default_factory=dict)
     text_encoder: str = None  # its own; `None`: the notebook's

@@ -17,7 +17,7 @@ from .arms import (TABLES, arm_named, arm_of, columns_of, grade, grid, paper_dat
 from .printed import printed_numbers, results
 from .programme import ARMS, BLOCKS
 from .report import signed
-from .stats import GRADES, METRICS, conditions, estimate, holm, pairs, smallest_difference, verdict
+from .stats import GRADES, METRICS, conditions, interval, holm, pairs, smallest_difference, verdict
 from .store import read_results
 
 # %% ../../nbs/evidence/36_claims.ipynb #49eb0254
@@ -143,7 +143,7 @@ def _measured(claim):
 
 def _row(claim, preset, where, settings):
     "What one preset says of a claim on one grade of evidence."
-    e, rows = estimate(*(o['d'] for o in settings)), [o['row'] for o in settings]
+    e, rows = interval(*(o['d'] for o in settings)), [o['row'] for o in settings]
     gains = [g for g in (_printed(claim, r) for r in rows) if not math.isnan(g)]
     return dict(table=claim.table, claim=claim.says, metric=claim.metric, preset=preset, where=where,
                 settings=len(settings), seeds=min(len(o['d']) for o in settings), n=e.n,

@@ -19,7 +19,7 @@ from ..config import derive_seed, device, root, stamp
 from ..files import locked, python_command, read_sealed, sha256, write_sealed
 from ..data import test_batches
 from .report import dataset_title, in_markdown, in_picture
-from .stats import estimate
+from .stats import interval
 from ..experiments import MEASURING_PROTOCOL, TRAINING_PROTOCOL, Run, build, load_data, run_id, spec
 from ..losses import mean_cosine
 from ..text import load_text_encoder
@@ -184,7 +184,7 @@ def ends_table(
 def _ratio(part, a, b):
     "KL of view `a` over that of view `b` after training, paired on seeds, with its 95 % interval."
     end = part[part.step == part.step.max()].pivot(index='seed', columns='view', values='kl')
-    e = estimate(np.log(end[a]/end[b]))
+    e = interval(np.log(end[a]/end[b]))
     low, high = (math.exp(e.mean + s*e.half_width) if math.isfinite(e.half_width) else math.nan for s in (-1, 1))
     return f'{math.exp(e.mean):.3g} times' + ('' if math.isnan(low) else f' ({low:.3g} to {high:.3g})')
 

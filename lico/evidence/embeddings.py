@@ -16,7 +16,7 @@ from torch import nn
 from ..config import derive_seed
 from ..data import test_batches
 from .report import arm_label, dataset_title, in_markdown, in_picture, signed
-from .stats import estimate
+from .stats import interval
 from .store import read_points, read_results, rows_of, train, write_results
 from ..experiments import load_backbone, load_data, run_of
 from ..networks import undisturbed
@@ -206,7 +206,7 @@ def order_sentences(
     known = df.dropna(subset=['ordinal']) if 'ordinal' in df else df[:0]
     for (dataset, labels), rows in known.groupby(['dataset', 'labels'], sort=False):
         for arm, o in rows.groupby(list(map(arm_label, rows.itertuples())), sort=False):
-            e, seen = estimate(o.ordinal_0_as_10 - o.ordinal), o.ordinal_embedded
+            e, seen = interval(o.ordinal_0_as_10 - o.ordinal), o.ordinal_embedded
             said.append(f"* **{in_markdown(dataset_title(dataset))}, {labels} labels, {arm}**: "
                         f"the order's correlation is {o.ordinal.mean():.2f} in the features. "
                         f"With 0 taken as 10 it changes by {signed(e.mean, e.half_width)}. "

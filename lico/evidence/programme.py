@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..config import choose
 from .report import forest, signed
-from .stats import conditions, estimate, holm, pairs, smallest_difference, verdict
+from .stats import conditions, interval, holm, pairs, smallest_difference, verdict
 from .store import collect
 from ..experiments import Run
 
@@ -22,7 +22,7 @@ from ..experiments import Run
 @dataclass(frozen=True)
 class ProgrammeArm:
     "One way to train in the programme."
-    method: str  # a key of `lico.experiments.METHODS`
+    method: str  # a key of `lico.experiments.TRAINING_METHODS`
     preset: str = 'paper'  # how the paper is read
     class_text: str = 'names'  # or "shuffled": on the wrong classes, or "random": invented words
     says: str = ''  # what it is there for
@@ -134,7 +134,7 @@ def contrast_rows(
         found = {k: d for k, df in blocks.items() if (d := _differences(df, c, metric))}
         for where in [*found] if len(found) < 2 else ['all', *found]:
             groups = [found[k] for k in found if where in ('all', k)]
-            e, margin = estimate(*(g[0] for g in groups)), min(smallest(k) for k in found if where in ('all', k))
+            e, margin = interval(*(g[0] for g in groups)), min(smallest(k) for k in found if where in ('all', k))
             failed, active = (sum(g[i] for g in groups)/len(groups) for i in (1, 2))
             rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n,
                              difference=e.mean, half_width=e.half_width, p=e.p(),

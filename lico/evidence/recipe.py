@@ -18,7 +18,7 @@ from ..data import box_masks, test_batches
 from .cases import Cases, Network
 from .embeddings import pooled_features
 from .report import signed
-from .stats import Estimate, estimate
+from .stats import Estimate, interval
 from ..training import predict
 
 # %% ../../nbs/evidence/42_recipe.ipynb #bcacb24b
@@ -95,11 +95,11 @@ def over_images(
 ) -> Estimate:
     "The difference in accuracy a - b in points, and how sure it is for other images (Bonett and Price 2012)."
     d = np.atleast_2d(np.asarray(a, float) - np.asarray(b, float)).mean(0)
-    return estimate(100*np.append(d, [1., -1.]))
+    return interval(100*np.append(d, [1., -1.]))
 
 def over_seeds(a, b) -> Estimate:
     "The same for other seeds of training, images fixed; from three seeds on there is an interval."
-    return estimate(100*np.atleast_2d(np.asarray(a, float) - np.asarray(b, float)).mean(1))
+    return interval(100*np.atleast_2d(np.asarray(a, float) - np.asarray(b, float)).mean(1))
 
 # %% ../../nbs/evidence/42_recipe.ipynb #5ead8725
 def _wilson(right):

@@ -8,7 +8,7 @@ __all__ = ['SCHEMES', 'check_network', 'collect_sanity', 'compare_sanity', 'draw
 # %% ../../nbs/evidence/31_sanity.ipynb #3819f985
 import numpy as np, pandas as pd, torch
 
-from .pictures import (Shown, as_bytes, cases_of_kind, compare_maps, draw, name_of, original,
+from .pictures import (Shown, as_uint8, cases_of_kind, compare_maps, draw, name_of, original,
                                     read_shown, save_shown, scene_runs)
 from .report import arm_label, network_label, signed
 from .stats import SETTING
@@ -42,8 +42,8 @@ def check_network(
 def _shown(image, maps, rows, columns):
     "One image's maps [rows, columns, S, S], without boxes and curves."
     none = np.zeros((*maps.shape[:2], 0), np.float32)
-    return Shown(np.stack([as_bytes(image)]*len(maps)), np.full((len(maps), 0, 4), np.nan, np.float32),
-                 as_bytes(maps.cpu()), none, none, np.zeros(0, np.float32), np.array(rows), np.array(columns))
+    return Shown(np.stack([as_uint8(image)]*len(maps)), np.full((len(maps), 0, 4), np.nan, np.float32),
+                 as_uint8(maps.cpu()), none, none, np.zeros(0, np.float32), np.array(rows), np.array(columns))
 
 def _below(parts):
     "What is shown of several networks, below each other."
