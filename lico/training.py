@@ -137,7 +137,8 @@ def _identity(t, evaluations):
                **{k: v for k, v in asdict(t.o).items() if k != 'epochs'})
     out |= dict(device=where, processes=group_size(), threads=torch.get_num_threads() if where == 'cpu' else None)
     out |= {'initial weights': tensors_digest({k: v.detach().cpu() for k, v in t.plain.state_dict().items()}),
-            'dataset': data.digest, 'labelled images': images_digest(data.train), 'images to test on': images_digest(data.test),
+            'dataset': data.digest, 'labelled images': images_digest(data.train),
+            'images to test on': images_digest(data.test),
             'class names': data.class_names, 'image size': data.image_size, 'mirroring': data.flip,
             'smallest crop': data.crop, 'mean and deviation': [data.mean, data.std]}
     if t.kept: out['kept in evaluation mode'] = [k for k, m in t.plain.named_modules() if m in t.kept]

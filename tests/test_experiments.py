@@ -6,8 +6,8 @@ import pandas as pd, pytest, torch
 
 from lico import config, experiments, runs
 from lico.backbones import create_backbone
-from lico.experiments import (RIVALS, TRAINING_METHODS, Run, estimate, frame, load_backbone, load_data, read_record, run,
-                              run_id, run_of, runs_folder, spec, start, sweep)
+from lico.experiments import (RIVALS, TRAINING_METHODS, Run, estimate, frame, load_backbone, load_data, read_record,
+                              run, run_id, run_of, runs_folder, spec, start, sweep)
 from lico.text import load_text_encoder
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
