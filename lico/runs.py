@@ -54,6 +54,7 @@ class Run:
     steps: int = None  # or updates
     evaluations: int = 1  # tests on the test set, evenly spread
     image_size: int = None  # side in pixels; `None`: the dataset's own
+    output_stride: int = None  # 8 or 16: finer maps of a timm network by dilation; `None`: as designed
     validation: int = None  # test on so many held-out training images; `None`: on the test set
     flip: bool = None  # mirror half of the training images? `None`: as the dataset has it; a folder's images are
     options: tuple = ()  # options that replace the preset's, as a dictionary or as pairs
@@ -162,6 +163,7 @@ def spec(
                train=_told(o, [k for k in field_names(TrainOptions) if k != 'epochs']))
     if r.validation is not None: out['validation'] = r.validation
     if r.pretrained: out |= dict(pretrained=pretrained_weights(r.backbone), normalisation='weights')
+    if r.output_stride: out['output_stride'] = r.output_stride
     if r.threads != 1: out['threads'] = r.threads
     if r.flip is not None and load_data(replace(r, flip=None)).flip != r.flip: out['flip'] = r.flip
     rival = {name: o[name] for name in RIVALS[r.method][1].values()} if r.method in RIVALS else {}
@@ -180,7 +182,7 @@ def build(
     "The model of a run with its initial weights; the backbone starts from the same weights whatever the method."
     o = options_of(r)
     seed_everything(derive_seed(r.seed, 'backbone'))
-    net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size)
+    net = create_backbone(r.backbone, len(data.class_names), data.image_size, output_stride=r.output_stride)
     if TRAINING_METHODS[r.method] is None: return CrossEntropy(net)
     seed_everything(derive_seed(r.seed, 'text'))
     prompts = PromptLearner(encoder, data.class_names, **{k: o[k] for k in _prompt_options},
@@ -198,8 +200,7 @@ def start(
     model = build(r, data, encoder)
     if r.pretrained:
         seed_everything(derive_seed(r.seed, 'backbone'))
-        net = create_backbone(r.backbone, num_classes=len(data.class_names), image_size=data.image_size,
-                              pretrained=True)
+        net = create_backbone(r.backbone, len(data.class_names), data.image_size, True, r.output_stride)
         model.backbone.load_state_dict(net.state_dict())
     if r.method not in RIVALS: return model
     (name, options), o = RIVALS[r.method], options_of(r)

@@ -60,6 +60,26 @@ def test_making_a_backbone_leaves_no_trace():
     for a, b in zip(net.state_dict().values(), plain.state_dict().values()): assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize('name, first', [('resnet18', 0), ('tf_efficientnet_lite0', 1)])
+def test_output_stride_gives_finer_maps_of_the_same_weights(name, first):
+    """Every second position of the finer maps is a coarse one: from the first on, and from the second where images
+    are padded as TensorFlow does it, at their right and lower edges alone."""
+    torch.manual_seed(0)
+    coarse = create_backbone(name, 7, 128).eval()
+    fine = create_backbone(name, 7, 128, output_stride=16).eval()
+    fine.load_state_dict(coarse.state_dict())
+    assert fine.feature_shape == (coarse.feature_shape[0], 4*coarse.feature_shape[1])
+    x = torch.rand(1, 3, 128, 128)
+    with torch.no_grad(): a, b = coarse.forward_features(x), fine.forward_features(x)[..., first::2, first::2]
+    assert torch.allclose(a, b, atol=1e-4*a.abs().max().item())
+
+
+@pytest.mark.parametrize('name', ['wrn_10_1', 'vit_tiny_patch16_224', 'mobilenetv3_small_050'])
+def test_a_network_that_takes_no_output_stride_is_refused(name):
+    with pytest.raises(ValueError, match=f'{name} (has no output_stride|takes no output_stride=16): '):
+        create_backbone(name, 7, 224, output_stride=16)
+
+
 def test_pre_activation_resnet_18_has_its_size():
     "11.17 M parameters with ten classes, as public implementations for CIFAR-10 state."
     assert round(sum(p.numel() for p in create_backbone('parn_18').parameters())/1e6, 2) == 11.17

@@ -7,7 +7,8 @@ import pandas as pd, pytest, torch
 from lico import config, experiments, runs
 from lico.backbones import create_backbone
 from lico.experiments import (RIVALS, TRAINING_METHODS, Run, estimate, frame, load_backbone, load_data, read_record,
-                              run, run_id, run_of, runs_folder, spec, start, sweep)
+                              run, run_id, run_of, runs_folder, ship, spec, start, sweep)
+from lico.model import load_network
 from lico.text import load_text_encoder
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
@@ -108,6 +109,19 @@ def test_lico_and_cgc_together(lico_root):
     assert record['spec']['losses']['cgc_weight'] == 2 and record[
         'spec']['losses']['alpha'] == 1
     assert set(load_backbone(record).state_dict()) == set(create_backbone('wrn_10_1', 10, 16).state_dict())
+
+
+def test_finer_maps_are_in_the_record_and_in_what_is_shipped(tmp_path):
+    "As designed it stays out of the run's identity; otherwise the run, its network and the shipped one have it."
+    r = replace(TINY, backbone='resnet18', image_size=64, output_stride=16)
+    data = load_data(r)
+    assert 'output_stride' not in spec(replace(r, output_stride=None), data) and spec(r, data)['output_stride'] == 16
+    record, x = run(r, progress=False), torch.rand(2, 3, 64, 64)
+    net = load_backbone(record)
+    assert run_of(record) == r and net.feature_shape == (512, 16)
+    ship(record, tmp_path)
+    assert torch.equal(load_network(tmp_path).net(x), net(x))
+    with pytest.raises(ValueError, match='output_stride = 12: expected 8 or 16'): replace(r, output_stride=12)
 
 
 def pretend(monkeypatch, tmp_path, name, classes=1000):
