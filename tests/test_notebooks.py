@@ -118,6 +118,25 @@ def test_language_smoke(lico_root):
             and 'right names beat shuffled names' in (out/'table.md').read_text(encoding='utf-8'))
 
 
+@pytest.mark.slow
+def test_language_smoke_with_maps(lico_root, tmp_path):
+    "Block E on a folder with boxes: maps of every arm, its own metrics of Grad-CAM, all beside random maps."
+    import numpy as np
+    from PIL import Image
+    rng, boxes = np.random.default_rng(0), ['file,x0,y0,x1,y1']
+    for i in range(12):
+        path = f"{'train' if i < 8 else 'test'}/{'ab'[i % 2]}/{i}.png"
+        (tmp_path/path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path/path)
+        boxes.append(f'{path},0,0,40,40')
+    (tmp_path/'boxes.csv').write_text('\n'.join(boxes), encoding='utf-8')
+    out = smoke('language', lico_root, block='E', datasets=f'folder:{tmp_path}', seeds='0', steps=1, test_images=2,
+                saliency='grad-cam,random')
+    df = pd.read_csv(out/'results.csv')
+    assert df.arm.nunique() == 6 and len(df) == 12 and df.deletion_noise.notna().all() and df.energy.notna().all()
+    assert "own random map" in (out/'table.md').read_text(encoding='utf-8')
+
+
 def test_protocol_is_what_the_code_says(lico_root):
     "The declaration that was committed is the one that the code would write."
     run('protocol', out=str(lico_root/'out'))

@@ -17,7 +17,7 @@ from torch import nn
 from ..networks import folded
 from ..cams import imagenet_classifier
 from ..config import device, root
-from ..data import test_batches
+from ..data import box_masks, test_batches
 from ..folders import by_hash
 from ..pixels import read_image
 from ..experiments import load_backbone, load_data, run_of
@@ -80,17 +80,23 @@ def _in_turn(y, n):
     turns = [m[i] for i in range(max(map(len, members))) for m in members if i < len(m)]
     return torch.tensor(turns[:n])
 
+def _boxes(r, data, chosen):
+    "Masks of the boxes of test images, where their folder has them; a held-out training image has none."
+    try: return None if r.validation else tuple(box_masks(r.dataset, data, chosen))
+    except FileNotFoundError: return None
+
 def test_images(
     record: dict,  # from `run` or `sweep`
     images: int = 50,
 ) -> Cases:
-    "The network that a run left, on test images of its dataset with their labels."
-    data = load_data(run_of(record))
+    "The network that a run left, on test images of its dataset with their labels and, if it has them, boxes."
+    r = run_of(record)
+    data = load_data(r)
     if images > len(data.test): raise ValueError(f"images = {images}: {data.name} has {len(data.test)} test images")
     chosen = _in_turn(data.test.y, images)
     x = torch.cat(list(test_batches(data, data.test[chosen], 64)))
     return Cases(trained_network(record), x, data.test.y[chosen], tuple(map(str, chosen.tolist())),
-                 source=f'test_images(run({run_of(record)!r}), {images})')
+                 _boxes(r, data, chosen), source=f'test_images(run({r!r}), {images})')
 
 # %% ../../nbs/evidence/26_cases.ipynb #3d2a07ac
 PHOTOGRAPHS = 'chelsea', 'coffee', 'rocket', 'astronaut', 'camera'  # scikit-image's

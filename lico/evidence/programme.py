@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'BLOCKS', 'PRIMARY', 'SECONDARY', 'ProgrammeArm', 'Block', 'block_runs', 'arm_name', 'Contrast', 'smallest',
-           'contrast_rows', 'contrast_table', 'draw_contrasts', 'findings', 'collect_block']
+           'contrast_rows', 'contrast_table', 'draw_contrasts', 'findings', 'collect_block', 'above_random',
+           'map_table']
 
 # %% ../../nbs/evidence/34_programme.ipynb #d35fda54
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pandas as pd
 
 from ..config import choose
 from .report import forest, signed
-from .stats import conditions, interval, holm, pairs, smallest_difference, verdict
+from .stats import (METRICS, conditions, holm, interval, paired, pairs, smallest_difference,
+                                 verdict)
 from .store import collect
 from ..experiments import Run
 
@@ -52,6 +55,8 @@ class Block:
     saliency: tuple = ()  # methods whose maps are scored on each network
     images: int = 0  # test images whose maps are scored
     says: str = ''  # what it is for
+    how: dict = field(default_factory=dict)  # further fields of its runs
+    metrics: tuple = ('insertion', 'deletion')  # of its maps
 
 _all = tuple(a for a in ARMS if a != 'CGC')
 _few = ('CE', 'CE+SupCon', 'repaired', 'repaired-shuffled', 'semantic', 'semantic-shuffled')
@@ -63,7 +68,9 @@ BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smal
                      says='many labels'),
           'E': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None,
                      ('CE', 'paper', 'repaired', 'repaired-shuffled', 'semantic', 'CGC'), 5, _maps, 200,
-                     says="photographs, a network with ImageNet's weights, maps with boxes")}
+                     "photographs, a network with ImageNet's weights, maps with boxes",
+                     dict(pretrained=True, image_size=112, output_stride=16, epochs=10),
+                     ('insertion', 'deletion', 'pointing_game', 'energy'))}
 
 def block_runs(
     name: str,  # a key of `BLOCKS`
@@ -74,8 +81,10 @@ def block_runs(
     "The runs of a block, all arms of a seed together, so that a block that is stopped has whole seeds."
     b = BLOCKS[choose('block', name, BLOCKS)]
     options = lambda a: {} if a.class_text == 'names' else dict(class_text=a.class_text)
+    how = b.how | {k: v for k, v in fixed.items() if v is not None}
+    if fixed.get('steps'): how.pop('epochs', None)
     return [Run(dataset=dataset, labels=b.labels, backbone=b.backbone, method=ARMS[a].method, preset=ARMS[a].preset,
-                seed=s, options=options(ARMS[a]), **fixed)
+                seed=s, options=options(ARMS[a]), **how)
             for s in (range(b.seeds) if seeds is None else seeds) for a in b.arms]
 
 def arm_name(r: Run) -> str:
@@ -110,7 +119,7 @@ def smallest(block: str) -> float:
 def _differences(df, contrast, metric):
     """The paired differences of a contrast in the rows of one block; and the shares of the arm's runs whose
     training failed and whose matching was active."""
-    found = [o for o in pairs(conditions(df).dropna(subset=[metric]), contrast.reference)
+    found = [o for o in pairs(conditions(df.drop_duplicates('id')).dropna(subset=[metric]), contrast.reference)
              if o.arm.iloc[0] == contrast.arm]
     if not found: return None
     o = found[0]
@@ -132,9 +141,11 @@ def contrast_rows(
     rows = []
     for c in contrasts:
         found = {k: d for k, df in blocks.items() if (d := _differences(df, c, metric))}
-        for where in [*found] if len(found) < 2 else ['all', *found]:
-            groups = [found[k] for k in found if where in ('all', k)]
-            e, margin = interval(*(g[0] for g in groups)), min(smallest(k) for k in found if where in ('all', k))
+        pooled = [k for k in found if k != 'E']  # which is on other photographs, with another network
+        for where in [*found] if len(pooled) < 2 else ['all', *found]:
+            mine = pooled if where == 'all' else [where]
+            groups = [found[k] for k in mine]
+            e, margin = interval(*(g[0] for g in groups)), min(map(smallest, mine))
             failed, active = (sum(g[i] for g in groups)/len(groups) for i in (1, 2))
             rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n,
                              difference=e.mean, half_width=e.half_width, p=e.p(),
@@ -209,12 +220,42 @@ def findings(
     return '\n'.join(f'* {s}' for s in said)
 
 # %% ../../nbs/evidence/34_programme.ipynb #8725650f
+_baselines = tuple(f'{m}_{k}' for m in ('insertion', 'deletion') for k in ('mean', 'noise'))
+
 def collect_block(
-    p,  # with `block`, `datasets`, `seeds`, `text_encoder`, `evaluations`, `out`, `stored`, `workers`, `precision`
+    p,  # of `language`; `saliency` and `test_images` instead of the block's, saliency "none" for no maps
 ) -> pd.DataFrame:
-    "The rows of a block: run what is missing, write, read back."
-    seeds = p.seeds or None
-    runs = [] if p.stored == 'only' else block_runs(p.block, (p.datasets or [BLOCKS[p.block].dataset])[0], seeds,
-                                                    text_encoder=p.text_encoder, evaluations=p.evaluations,
-                                                    steps=p.steps, epochs=p.epochs)
-    return collect(p, runs, arm_name=arm_name)
+    "The rows of a block: run and score what is missing, write, read back."
+    b = BLOCKS[p.block]
+    asked = b.saliency if p.saliency is None else [s for s in p.saliency if s != 'none']
+    runs = [] if p.stored == 'only' else block_runs(p.block, (p.datasets or [b.dataset])[0], p.seeds or None,
+                                                    **{k: getattr(p, k) for k in ('text_encoder', 'evaluations',
+                                                                                  'steps', 'epochs')})
+    maps = dict(saliency=asked, metrics=b.metrics if asked else (), test_images=p.test_images or b.images,
+                also=dict.fromkeys(('grad-cam', 'random'), _baselines), saliency_options='rise.n_masks=500')
+    return collect(SimpleNamespace(**vars(p) | maps), runs, arm_name=arm_name)
+
+# %% ../../nbs/evidence/34_programme.ipynb #8bdf20f7
+def above_random(
+    rows: pd.DataFrame,  # of networks, a row a method of saliency, "random" among them
+) -> pd.DataFrame:
+    "The other methods' rows, their metrics less those of the same network's random map."
+    measured = [m for m, o in METRICS.items() if o.of_maps and m in rows and rows[m].notna().any()]
+    random, others = rows[rows.saliency == 'random'].set_index('id'), rows[rows.saliency != 'random'].copy()
+    others[measured] -= random.loc[others.id, measured].to_numpy()
+    return others
+
+def map_table(
+    rows: pd.DataFrame,  # of a block
+    contrasts=PRIMARY,
+) -> str:
+    "The contrasts in each metric of maps as Markdown: differences with the half-width of their 95 % interval."
+    lines = []
+    for c in contrasts:
+        own = rows[rows.arm.isin([c.arm, c.reference])]
+        measured = [m for m, o in METRICS.items() if o.of_maps and m in own and own[m].notna().any()]
+        df = paired(own, measured, c.reference)
+        for s, found in df.groupby('saliency', sort=False) if len(df) else ():
+            cells = {METRICS[r.metric].title: signed(r.difference, r.half_width) for r in found.itertuples()}
+            lines.append({'arm − reference': f'{c.arm} − {c.reference}', 'maps': s, 'pairs': found.n.max(), **cells})
+    return pd.DataFrame(lines).fillna('').to_markdown(index=False, disable_numparse=True)

@@ -262,7 +262,7 @@ def _of_maps(p, table, records, cases, others):
             yield from found if isinstance(found, list) else [found]
     options = saliency_options(getattr(p, 'saliency_options', ''))
     return score(every(), getattr(p, 'saliency', None) or TABLES[table].saliency, _metrics(p, table), options,
-                 p.batch_size)
+                 p.batch_size, also=getattr(p, 'also', {}))
 
 def collect(
     p,  # parameters of a notebook; `stored`: `None`, "add" (keep rows of other runs) or "only" (run nothing)
