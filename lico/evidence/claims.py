@@ -17,7 +17,8 @@ from .arms import (TABLES, arm_named, arm_of, columns_of, grade, grid, paper_dat
 from .printed import printed_numbers, results
 from .programme import ARMS, BLOCKS
 from .report import signed
-from .stats import GRADES, METRICS, conditions, interval, holm, pairs, smallest_difference, verdict
+from .stats import (GRADES, METRICS, conditions, differences, holm, interval, pairs, smallest_difference,
+                                 verdict)
 from .store import read_results
 
 # %% ../../nbs/evidence/36_claims.ipynb #49eb0254
@@ -92,9 +93,8 @@ def _rows(claim):
         yield f'language-{k}', own.assign(arm=own.method)
 
 # %% ../../nbs/evidence/36_claims.ipynb #64f6bfe3
-def _differences(claim, df):
-    """The paired differences in the direction of a claim, a dictionary {(preset, setting): differences and what is
-    known of them}."""
+def _settings(claim, df):
+    "{(preset, setting): the paired differences in the direction of a claim, and what is known of them}."
     if claim.metric not in df: return {}
     df = conditions(df[df.method != 'pretrained']).dropna(subset=[claim.metric])
     if claim.saliency: df = df[df.saliency == claim.saliency]
@@ -103,12 +103,10 @@ def _differences(claim, df):
     for o in pairs(df, claim.reference):
         r = o.iloc[0]
         if r.arm != claim.arm: continue
-        d = towards*(o[claim.metric] - o[f'{claim.metric}_base']).to_numpy(float).round(9)
         # the paper's data, of another table
         where = grade(r) if grade(r) != GRADES[0] or not math.isnan(_printed(claim, r)) else GRADES[1]
-        found[r.preset, r.dataset, r.labels, r.backbone] = dict(
-            d=d, grade=where, row=r, failed=float(o.failed.mean()),
-            active=1 - float(o.inactive.mean()) if r.method == 'LICO' else math.nan)
+        found[r.preset, r.dataset, r.labels, r.backbone] = dict(grade=where, row=r,
+                                                                **differences(o, claim.metric, towards))
     return found
 
 def _printed(claim, r):
@@ -135,7 +133,7 @@ def _measured(claim):
     "Everything stored of a claim, by preset and grade of evidence."
     found = {}
     for where, df in _rows(claim):
-        for (preset, *setting), o in _differences(claim, df).items():
+        for (preset, *setting), o in _settings(claim, df).items():
             known = found.setdefault((preset if o['row'].method not in ('CGC', 'GCC') else '—', o['grade']), {})
             if tuple(setting) not in known or len(o['d']) > len(known[tuple(setting)]['d']):
                 known[tuple(setting)] = o | dict(folder=where)

@@ -17,6 +17,7 @@ from ..config import check_value, choose, derive_seed, device, gathered, parse_v
 from ..files import locked, python_command, read_sealed, write_sealed
 from .cases import Cases
 from ..experiments import MEASURING_PROTOCOL
+from ..model import tensors_digest
 from ..metrics import blur, deletion, energy_pointing_game, insertion, mosu, pointing_game, random_affine, ses
 from ..saliency import METHODS, explain
 
@@ -107,7 +108,7 @@ def _sha(*parts):
 @functools.lru_cache(maxsize=4)
 def _weights(network):
     "A digest of a network's weights."
-    return _sha(*(o for k, v in sorted(network.net.state_dict().items()) for o in (k, v.cpu().numpy())))
+    return tensors_digest({k: v.cpu() for k, v in network.net.state_dict().items()})[:16]
 
 @functools.lru_cache(maxsize=4)
 def _contents(cases):

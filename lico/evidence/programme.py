@@ -16,8 +16,8 @@ import pandas as pd
 
 from ..config import choose
 from .report import forest, signed
-from .stats import (METRICS, conditions, holm, interval, paired, pairs, smallest_difference,
-                                 verdict)
+from .stats import (METRICS, conditions, differences, holm, interval, paired, pairs,
+                                 smallest_difference, verdict)
 from .store import collect
 from ..experiments import Run
 
@@ -116,15 +116,10 @@ def smallest(block: str) -> float:
     "The smallest difference in accuracy that matters in a block."
     return smallest_difference('accuracy_last', BLOCKS[block].labels)
 
-def _differences(df, contrast, metric):
-    """The paired differences of a contrast in the rows of one block; and the shares of the arm's runs whose
-    training failed and whose matching was active."""
-    found = [o for o in pairs(conditions(df.drop_duplicates('id')).dropna(subset=[metric]), contrast.reference)
-             if o.arm.iloc[0] == contrast.arm]
-    if not found: return None
-    o = found[0]
-    active = 1 - o.inactive.mean() if ARMS[contrast.arm].method == 'LICO' else math.nan
-    return (o[metric] - o[f'{metric}_base']).to_numpy(float).round(9), float(o.failed.mean()), float(active)
+def _found(df, contrast, metric):
+    "The `differences` of a contrast in the rows of one block, a row a map or a run; `None` where it has not both."
+    df = conditions(df.drop_duplicates('id')).dropna(subset=[metric])
+    return next((differences(o, metric) for o in pairs(df, contrast.reference) if o.arm.iloc[0] == contrast.arm), None)
 
 _columns = ['contrast', 'of', 'block', 'settings', 'n', 'difference', 'half_width', 'p', 'margin', 'failed', 'active',
             'differences', 'estimate']
@@ -140,17 +135,17 @@ def contrast_rows(
     of the pooled one."""
     rows = []
     for c in contrasts:
-        found = {k: d for k, df in blocks.items() if (d := _differences(df, c, metric))}
+        found = {k: d for k, df in blocks.items() if (d := _found(df, c, metric))}
         pooled = [k for k in found if k != 'E']  # which is on other photographs, with another network
         for where in [*found] if len(pooled) < 2 else ['all', *found]:
             mine = pooled if where == 'all' else [where]
             groups = [found[k] for k in mine]
-            e, margin = interval(*(g[0] for g in groups)), min(map(smallest, mine))
-            failed, active = (sum(g[i] for g in groups)/len(groups) for i in (1, 2))
+            e, margin = interval(*(g['d'] for g in groups)), min(map(smallest, mine))
+            failed, active = (sum(g[k] for g in groups)/len(groups) for k in ('failed', 'active'))
             rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n,
                              difference=e.mean, half_width=e.half_width, p=e.p(),
                              margin=margin, failed=failed, active=active,
-                             differences=[float(d) for g in groups for d in g[0]], estimate=e))
+                             differences=[float(d) for g in groups for d in g['d']], estimate=e))
     df = pd.DataFrame(rows, columns=_columns)
     return _with_verdicts(df) if family else df.drop(columns='estimate')
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'SETTING', 'TREATMENT', 'GRADES', 'Metric', 'smallest_difference', 'Estimate', 'interval', 'sign_flip',
-           'pairs', 'paired', 'holm', 'conditions', 'verdict']
+           'pairs', 'paired', 'holm', 'conditions', 'differences', 'verdict']
 
 # %% ../../nbs/evidence/24_stats.ipynb #9bd1d62e
 import math
@@ -191,6 +191,17 @@ def conditions(
     matching = column('entropy_image').notna()
     silent = [bool(m and inactive(r)) for m, r in zip(matching, df.to_dict('records'))]
     return df.assign(failed=failed, inactive=silent)
+
+def differences(
+    o: pd.DataFrame,  # one of `pairs`, of rows with their `conditions`
+    metric: str,  # a column
+    sign: int = 1,  # -1: a claim that the arm's is smaller
+) -> dict:
+    """The paired differences in a claim's direction, `d`, and the shares of the arm's runs whose training `failed`
+    and whose matching was `active` (no number where there is none)."""
+    d = sign*(o[metric] - o[f'{metric}_base']).to_numpy(float).round(9)
+    active = 1 - float(o.inactive.mean()) if o.method.iloc[0] == 'LICO' else math.nan
+    return dict(d=d, failed=float(o.failed.mean()), active=active)
 
 # %% ../../nbs/evidence/24_stats.ipynb #08d993f8
 GRADES = ("the paper's data", 'natural images', 'demonstration')
