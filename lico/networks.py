@@ -8,7 +8,7 @@ __all__ = ['FIRST', 'undisturbed', 'unwrapped', 'in_float32', 'rows_of_output', 
            'looking']
 
 # %% ../nbs/method/09_networks.ipynb #22b99dc4
-import contextlib, copy, difflib, re, threading, time
+import contextlib, copy, difflib, re, threading, time, weakref, zlib
 from collections.abc import Mapping
 from functools import partial
 
@@ -245,24 +245,44 @@ def folded(
     return net
 
 # %% ../nbs/method/09_networks.ipynb #6c39490c
+_first = lambda out: first_tensor(out).float()
+
+def _agree(net, fast, x):
+    "Does a copy answer as the network does?"
+    with torch.no_grad(): plain, new = _first(net(x)), _first(fast(x))
+    return torch.allclose(plain, new, rtol=1e-3, atol=1e-4*plain.abs().max().item())
+
 def _copied(net, x, fold):
     "A copy for looking, or `None` where it cannot be had or does not answer as the network does."
-    first = lambda out: first_tensor(out).float()
     try:
         fast = copy.deepcopy(net)
         if fold: fast = folded(fast, x)
         if sum(isinstance(m, nn.Conv2d) for m in fast.modules()) > 1: fast = fast.to(memory_format=torch.channels_last)
-        with torch.no_grad(): plain, new = first(net(x)), first(fast(x))
+        return fast if _agree(net, fast, x) else None
     except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError): return None
-    return fast if torch.allclose(plain, new, rtol=1e-3, atol=1e-4*plain.abs().max().item()) else None
+
+# %% ../nbs/method/09_networks.ipynb #305007db
+_copies = weakref.WeakKeyDictionary()  # network -> what its copy was made of, and the copy
+
+def _made_of(net, x):
+    "What a copy depends on: the images' shape and place, the modules, the weights to the bit."
+    plain = lambda t: t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    tensors = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    return (x.shape[1:], x.device, [(k, id(m)) for k, m in net.named_modules()],
+            [(k, t.dtype, t.shape, t.device, zlib.crc32(plain(t))) for k, t in tensors.items()])
 
 def prepared(
     net: nn.Module,  # within `undisturbed`
     x: torch.Tensor,  # images as it takes them; the first one is shown to it
 ) -> nn.Module:
     "A copy that gives the same numbers faster, in inference mode only; the network itself where there is none."
+    made_of, kept = _made_of(net, x), _copies.get(net)
+    if kept and kept[0] == made_of and _agree(net, kept[1], x[:1]): return kept[1]
     for fold in (True, False):
-        if (fast := _copied(net, x[:1], fold)) is not None: return fast
+        if (fast := _copied(net, x[:1], fold)) is not None:
+            if len(_copies) > 1: _copies.clear()
+            _copies[net] = made_of, fast
+            return fast
     return net
 
 # %% ../nbs/method/09_networks.ipynb #271aeded

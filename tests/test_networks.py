@@ -1,6 +1,6 @@
 """Any network through one door: maps against ones weighed by hand with hooks of this file's own, scores against plain
 loops, other libraries' networks, outputs of every kind, and that two threads do not disturb each other."""
-import threading, types
+import gc, threading, types
 from collections import OrderedDict
 
 import numpy as np, pytest, timm, torch, torchvision
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from lico import networks
 from lico.backbones import adapt, create_backbone, features
 from lico.networks import layout, rows_of_output, undisturbed
 from lico.cams import default_layer, to_unit
@@ -583,3 +584,28 @@ def test_no_family_is_missing():
     from timm.models._registry import _module_to_models
     known = {k for k, v in _module_to_models.items() if v & set(timm.list_models())}
     assert known - set(FAMILIES) == set(), 'new in timm: add the smallest network of each'
+
+
+def changed_weight(net): net.conv1.weight.data[0, 0, 0, 0] += 1e-6
+def changed_module(net): net.layer1[0].act2 = torch.nn.Sigmoid()
+def changed_number(net): net.layer1[0].forward = lambda x: 2*x
+
+
+@pytest.mark.parametrize('change', [changed_weight, changed_module, changed_number, lambda net: None])
+def test_a_kept_copy_answers_only_for_the_network_it_was_made_of(change, monkeypatch):
+    "Weights to the bit, modules, and what no list of parts shows; what has not changed is not copied again."
+    net, x = create_backbone('resnet18', 5, 64).eval(), pictures(2)
+    with torch.no_grad(): first = networks.prepared(net, x)
+    change(net)
+    with torch.no_grad(): again = networks.prepared(net, x)
+    assert (again is first) == (change.__name__ == '<lambda>')
+    with torch.no_grad(): assert torch.allclose(again(x), net(x), rtol=1e-3, atol=1e-4)
+
+
+def test_kept_copies_go_with_their_networks():
+    nets = [create_backbone('resnet18', 5, 64).eval() for _ in range(3)]
+    with torch.no_grad():
+        for net in nets: networks.prepared(net, pictures(2))
+    assert len(networks._copies) <= 2
+    del net; nets.clear(); gc.collect()
+    assert len(networks._copies) == 0
