@@ -143,6 +143,7 @@ def test_protocol_is_what_the_code_says(lico_root):
     assert (lico_root/'out'/'table.md').read_bytes() == (TOP/'figures'/'protocol'/'table.md').read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('folder', sorted(p.parent for p in (TOP/'figures').glob('*/results.csv')),
                          ids=lambda p: p.name)
 def test_committed_results_are_drawn_from_the_file_alone(lico_root, folder):
