@@ -121,7 +121,7 @@ def _found(df, contrast, metric):
     df = conditions(df.drop_duplicates('id')).dropna(subset=[metric])
     return next((differences(o, metric) for o in pairs(df, contrast.reference) if o.arm.iloc[0] == contrast.arm), None)
 
-_columns = ['contrast', 'of', 'block', 'settings', 'n', 'difference', 'half_width', 'p', 'margin', 'failed', 'active',
+_columns = ['contrast', 'of', 'block', 'settings', 'n', 'base', 'difference', 'half_width', 'p', 'margin', 'failed', 'active',
             'differences', 'estimate']
 
 # %% ../../nbs/evidence/34_programme.ipynb #550ab4b1
@@ -141,8 +141,8 @@ def contrast_rows(
             mine = pooled if where == 'all' else [where]
             groups = [found[k] for k in mine]
             e, margin = interval(*(g['d'] for g in groups)), min(map(smallest, mine))
-            failed, active = (sum(g[k] for g in groups)/len(groups) for k in ('failed', 'active'))
-            rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n,
+            base, failed, active = (sum(g[k] for g in groups)/len(groups) for k in ('base', 'failed', 'active'))
+            rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n, base=base,
                              difference=e.mean, half_width=e.half_width, p=e.p(),
                              margin=margin, failed=failed, active=active,
                              differences=[float(d) for g in groups for d in g['d']], estimate=e))
@@ -179,14 +179,27 @@ def draw_contrasts(
                               metric='accuracy_last', reference='the reference'), fig)
 
 # %% ../../nbs/evidence/34_programme.ipynb #533e4167
-_says = dict(supported='Yes', contradicted='No, the other way round', equivalent='No, no difference that matters',
+_says = dict(supported='Yes', contradicted='No, the other way round', equivalent='No difference that matters',
              inconclusive='Cannot tell')
 
-def _answer(rows):
+def _answer(*rows):
     "The verdicts of some contrasts in words, each once."
-    return '; '.join(dict.fromkeys(_says.get(v, v) for v in rows.verdict))
+    return '; '.join(dict.fromkeys(_says.get(r.verdict, r.verdict) for r in rows))
 
-def _points(r): return f'{signed(r.difference, r.half_width)} ({r.of})'
+def _points(r, name=''):
+    return signed(r.difference, r.half_width).replace('-', '−') + (f' (`{name}`)' if name else '')
+
+def _matching(active):
+    if active > 0: return f'; its matching had something to say in {active:.0%} of the runs'
+    return ', though its matching had nothing to say in any run'
+
+def _extent(rows):
+    "What was run of the programme, in words."
+    ran = sorted(set(rows.block) - {'all'})
+    each = (f"{rows[rows.block == k].n.max()} seeds of {BLOCKS[k].backbone} on {BLOCKS[k].dataset} with "
+            f"{BLOCKS[k].labels or 'all'} labels" for k in ran)
+    left = [k for k in BLOCKS if k not in ran]
+    return '; '.join(each) + (f"; of the declared blocks {', '.join(left)} are not run" if left else '')
 
 def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts and of the further ones
@@ -197,21 +210,15 @@ def findings(
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     contrast, smoothing, transport, _, _, shuffled = (whole[c.says] for c in SECONDARY)
-    answer = lambda *found: _answer(pd.DataFrame(found))
-    ran = sorted(set(rows.block) - {'all'})
-    said = [f"**Does LICO work?** {answer(repaired, semantic)}: accuracy changes by {_points(repaired)} and "
-            f"{_points(semantic)} points over {repaired.n} pairs.",
-            f"**Has language a part in it?** {answer(names_1, names_2)}: right names less the same names on wrong "
-            f"classes give {_points(names_1)} and {_points(names_2)} points.",
-            f"**Does the literal text work?** {answer(literal)}: {_points(literal)} points, "
-            f"with a matching that is active in {literal.active:.0%} of runs; "
-            f"transport alone gives {_points(transport)}.",
-            f"**What does the same effort give without right names?** Supervised contrast {_points(contrast)}, "
-            f"label smoothing {_points(smoothing)}, wrong names {_points(shuffled)} points.",
-            "**How far does this go?** " + '; '.join(f"block {k}: {BLOCKS[k].dataset}, {BLOCKS[k].backbone}, "
-                                                     f"{BLOCKS[k].labels or 'all'} labels, "
-                                                     f"{rows[rows.block == k].n.max()} seeds" for k in ran)
-            + f". Of the declared blocks {', '.join(BLOCKS)} the others have not been run."]
+    said = [f"**Does LICO work?** {_answer(repaired, semantic)}: over the {repaired.base:.1f} % of cross-entropy it gains "
+            f"{_points(repaired, 'repaired')} and {_points(semantic, 'semantic')} points.",
+            f"**Has language a part in it?** {_answer(names_1, names_2)}: right names less the same names on wrong "
+            f"classes give {_points(names_1, 'repaired')} and {_points(names_2, 'semantic')} points.",
+            f"**Does the literal text work?** {_answer(literal)}: {_points(literal, 'paper')} points"
+            f"{_matching(literal.active)}; transport alone gives {_points(transport)}.",
+            f"**What does the same effort give without right names?** Wrong names {_points(shuffled)}, label smoothing "
+            f"{_points(smoothing)}, supervised contrast {_points(contrast)} points.",
+            f"**How far does this go?** {_extent(rows)}."]
     return '\n'.join(f'* {s}' for s in said)
 
 # %% ../../nbs/evidence/34_programme.ipynb #8725650f

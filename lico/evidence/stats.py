@@ -197,11 +197,11 @@ def differences(
     metric: str,  # a column
     sign: int = 1,  # -1: a claim that the arm's is smaller
 ) -> dict:
-    """The paired differences in a claim's direction, `d`, and the shares of the arm's runs whose training `failed`
-    and whose matching was `active` (no number where there is none)."""
+    """The paired differences in a claim's direction, `d`; the reference's mean, `base`; and the shares of the arm's
+    runs whose training `failed` and whose matching was `active` (no number where there is none)."""
     d = sign*(o[metric] - o[f'{metric}_base']).to_numpy(float).round(9)
     active = 1 - float(o.inactive.mean()) if o.method.iloc[0] == 'LICO' else math.nan
-    return dict(d=d, failed=float(o.failed.mean()), active=active)
+    return dict(d=d, base=float(o[f'{metric}_base'].mean()), failed=float(o.failed.mean()), active=active)
 
 # %% ../../nbs/evidence/24_stats.ipynb #08d993f8
 GRADES = ("the paper's data", 'natural images', 'demonstration')
