@@ -16,7 +16,7 @@ import math, torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .backbones import create_backbone, feature_rows
+from .backbones import create_backbone, feature_rows, made_of
 from . import pixels
 from .files import SUMS, read_checked, read_sums, sha256, write_atomic, write_sums
 from .data import Files
@@ -311,9 +311,12 @@ def save_network(
     class_names,  # K names
     preprocessing: dict,  # from `preprocessing_of`
     backbone: str = '',  # what `create_backbone` calls it; '': nothing that it knows
+    **options,  # arguments of timm's model, beside those that its name tells
 ):
     "Write what is shipped: weights, class names, preprocessing and checksums, for everyone to read."
     folder, plain = Path(folder), copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format).eval()
+    backbone, found, _ = made_of(backbone)
+    if options := {**found, **options}: preprocessing = dict(preprocessing, arguments=options)
     about, files = dict(backbone=backbone, class_names=list(class_names), **preprocessing), {}
     write_atomic(folder/'network.json', json.dumps(about, indent=1, ensure_ascii=False))
     save_checkpoint(folder/'network.safetensors', plain.state_dict(), about)
@@ -361,7 +364,7 @@ def load_network(
     tensors, about = _opened((folder/'network.safetensors').read_bytes())
     backbone, names, size = about.pop('backbone'), tuple(about.pop('class_names')), about['image_size']
     if not backbone: return Shipped(torch.export.load(folder/'network.pt2').module(), names, about)
-    net = create_backbone(backbone, len(names), size)
+    net = create_backbone(backbone, len(names), size, **about.pop('arguments', {}))
     net.load_state_dict(tensors)
     return Shipped(net.eval(), names, about)
 
