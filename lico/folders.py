@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['as_text', 'as_bytes', 'on_disk', 'composed', 'readable', 'by_hash', 'some', 'image_endings', 'ending', 'is_hidden',
-           'stamp_of', 'Listing', 'look_into', 'part_of', 'is_wrapper', 'Tree', 'parts_in', 'spoken', 'image_tree']
+           'stamp_of', 'Listing', 'look_into', 'part_of', 'is_wrapper', 'Tree', 'parts_in', 'spoken', 'image_tree',
+           'named_file', 'table_of_files', 'in_either_form']
 
 # %% ../nbs/method/03_folders.ipynb #3bbe1b2c
-import functools, hashlib, os, re, stat, unicodedata
+import csv, functools, hashlib, io, os, re, stat, unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 # %% ../nbs/method/03_folders.ipynb #1766a86a
 def as_text(
@@ -311,3 +312,41 @@ def image_tree(
     said += _passed_over(tree, where, found, parts.get('val', ()) if len(parts) == 3 else ())
     if not parts: found = [dict(zip(found[0], part)) for part in zip(*(_split(o, at) for o in found[0].values()))]
     return *found, said
+
+# %% ../nbs/method/03_folders.ipynb #e13ac785
+def named_file(
+    table,  # which names it
+    name,  # of a file in it
+) -> str:
+    "The name, unless it leads out of the folder in which it is looked for."
+    path = PureWindowsPath(name if isinstance(name, str) else '')  # knows both kinds of slashes
+    if path.parts and not path.anchor and '..' not in path.parts: return name
+    raise ValueError(f"{readable(table)} names the file {name!r}, which leads out of its folder or is none: expected "
+                     "names of files below it")
+
+def table_of_files(
+    table: Path,  # a CSV file with a column `file`
+    *columns,  # which it needs besides
+) -> dict:
+    "{name of a file, composed: its row}; names that are there twice or lead out are refused."
+    try: text = table.read_bytes().decode('utf-8-sig')
+    except UnicodeDecodeError:
+        raise ValueError(f"{readable(table)} is not in UTF-8: save it as CSV in UTF-8") from None
+    rows = csv.DictReader(io.StringIO(text, newline=''))
+    if missing := sorted({'file', *columns} - set(rows.fieldnames or ())):
+        raise ValueError(f"{readable(table)} has no column {' and no '.join(missing)}: expected file, "
+                         f"{', '.join(columns)}, with commas between them")
+    found = {}
+    for row in rows:
+        if (name := composed(named_file(table, row['file']))) in found:
+            raise ValueError(f"{readable(table)} names the file {name!r} twice: expected one row a file")
+        found[name] = row
+    return found
+
+def in_either_form(
+    folder,  # where it is looked for
+    name: str,  # from a table
+) -> str:
+    "The name as it is on the disk, in whichever form of Unicode."
+    forms = name, composed(name), unicodedata.normalize('NFD', name)
+    return next((o for o in forms if os.path.exists(on_disk(folder, o))), name)
