@@ -119,7 +119,7 @@ class Tokens(nn.Module):
         super().__init__()
         self.patch, self.norm, self.fc = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16), nn.Linear(16, 5)
         self.register_parameter(named, nn.Parameter(torch.randn(1, more, 16)))
-        self.named, self.mix = named, nn.Linear(27 if more == 3 else 24 + more, 1)
+        self.named, self.mix = named, nn.Linear(24 + more, 1)
     def forward(self, x):
         t = self.patch(x).flatten(2).mT
         t = self.norm(torch.cat([getattr(self, self.named).expand(len(x), -1, -1), t], 1))
@@ -135,6 +135,13 @@ def test_what_cannot_be_settled_is_refused_by_name():
     torch.testing.assert_close(explain(seeded(Tokens, 1, 'cls_token'), x, 1), by_hand(
         net := seeded(Tokens, 1, 'cls_token'), net.norm, x, 1, tokens(4, 6, 1)), rtol=0, atol=2e-3)
     with pytest.raises(ValueError, match='reshape gives .*: expected maps'): explain(net, x, 1, reshape=lambda t: t[0])
+    for more, named in ((1, 'extra'), (3, 'extra'), (4, 'extra'), (16, 'extra'), (2, 'extra_token'), (3, 'positions')):
+        with pytest.raises(ValueError, match=rf"features \[1, {24 + more}, 16\], which are no grid .* or reshape="):
+            explain(seeded(Tokens, more, named), x, 1)
+    for more, named in ((1, 'cls'), (1, 'class_token'), (3, 'register_tokens'), (4, 'reg_token'), (2, 'dist_token_1')):
+        net = seeded(Tokens, more, named)
+        torch.testing.assert_close(explain(net, x, 1), by_hand(net, net.norm, x, 1, tokens(4, 6, more)), rtol=0,
+                                   atol=2e-3)
     for method in ('rise', 'smoothgrad', 'integrated-gradients', 'edges', 'random', 'guided-ig'):
         assert explain(seeded(Tokens, 20), x, 1, method, **FAST.get(method, {})).shape == (2, 16, 24), 'needs no layer'
 
