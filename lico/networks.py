@@ -137,14 +137,15 @@ def channel_axis(net, module, shape, size):
     return axes[0] if len(axes) == 1 else None
 
 # %% ../nbs/method/09_networks.ipynb #85600683
-_of_no_place = r'((?:^|.*[._])(?:cls|(?:cls|class|dist|distillation|reg|register)_?(?:tok|token|emb|embed|embedding)s?))'
+_of_no_place = (r'((?:^|.*[._])(?:cls|(?:cls|class|dist|distillation|reg|register)_?'
+                r'(?:tok|token|emb|embed|embedding)s?))(_?\d+)?')
 
 def _prefix_tokens(net, width):
     "How many tokens of a width stand for no place: what the network says, or what its parameters are called."
     if isinstance(told := getattr(net, 'num_prefix_tokens', None), int): return told
     found = {}  # of cls_token_0 and cls_token_1 each branch has one
     for name, p in net.named_parameters():
-        if (named := re.fullmatch(_of_no_place + r'(_?\d+)?', name)) and p.shape[-1] == width:
+        if (named := re.fullmatch(_of_no_place, name)) and p.shape[-1] == width:
             found[named[1]] = max(found.get(named[1], 0), p.numel()//width)
     return sum(found.values())
 
