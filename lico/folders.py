@@ -64,7 +64,7 @@ def image_endings() -> frozenset:
 def ending(path: str) -> str: return os.path.splitext(path)[1].lower()
 
 # %% ../nbs/method/03_folders.ipynb #0f89629e
-_of_systems = ('@eadir', '#recycle', '#snapshot', '@recycle', '@tmp', '$recycle.bin', 'recycler',
+_of_systems = ('@eadir', '#recycle', '#snapshot', '@recycle', '@tmp', '@__thumb', '@sharebin', '$recycle.bin', 'recycler',
                'system volume information',
                'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r', '__macosx', 'network trash folder',
                'temporary items', 'lost+found', '__pycache__')
@@ -266,10 +266,22 @@ def _check(tree, found, parts):
     if few:
         raise ValueError(f"class folders of {tree.folder} have fewer images than the {least} they need: {some(few)}; "
                          "add images or remove them")
-    read_as = Counter(map(spoken, train))
-    if twice := [name for name in train if read_as[spoken(name)] > 1]:
-        raise ValueError(f"class folders of {tree.folder} would have the same name with spaces for underscores: "
-                         f"{some(twice)}; rename them")
+    read_as = Counter(map(_seen, train))
+    if twice := [ascii(name) for name in train if read_as[_seen(name)] > 1]:
+        raise ValueError(f"class folders of {tree.folder} would have the same name with spaces for underscores and "
+                         f"without what nobody sees: {some(twice)}; rename them")
+
+def _seen(name):
+    "A class name as it looks: white space is one space, what has no width is not there."
+    return ' '.join(''.join(c for c in spoken(name) if unicodedata.category(c) != 'Cf').split())
+
+def _alike(tree, found):
+    "A sentence where class folders hold folders of the same names, as parts of a dataset do."
+    inner = {name: {f.rpartition('/')[0].rpartition('/')[2] for f in files} for name, files in found[0].items()}
+    names = set.union(*inner.values())
+    if len(found) > 1 or len(names) < 2 or any(o != names for o in inner.values()): return []
+    return [f"each of the class folders {some(sorted(inner))} holds the folders {some(sorted(names))}: if these are "
+            "the classes, call the outer ones train and test"]
 
 def spoken(name: str) -> str:
     "A class name as it is read: with spaces for underscores, if there is anything else in it."
@@ -309,7 +321,7 @@ def image_tree(
     where = [tree.inner(part, in_part=True) for part in where] if parts else where
     found = [_classes(tree, part) for part in where]
     _check(tree, found, where)
-    said += _passed_over(tree, where, found, parts.get('val', ()) if len(parts) == 3 else ())
+    said += _passed_over(tree, where, found, parts.get('val', ()) if len(parts) == 3 else ()) + _alike(tree, found)
     if not parts: found = [dict(zip(found[0], part)) for part in zip(*(_split(o, at) for o in found[0].values()))]
     return *found, said
 

@@ -318,6 +318,7 @@ def test_the_gpu_that_was_named(monkeypatch):
     class Named(Exception): pass
     def chosen(self, where): raise Named(where)
     monkeypatch.setattr(torch.cuda.device, '__init__', chosen)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('LICO_DEVICE', 'cuda:1')
     with pytest.raises(Named, match='cuda:1'): fit(CrossEntropy(network()), load('digits', labels=40), steps=1)
 
