@@ -78,6 +78,7 @@ def _watch(net, x, answer):
         if isinstance(m, nn.Linear): handles.append(listen_before(m, lambda *args: ends.append(args[0])))
     try: ends.append(answer(net(x)))
     finally: [h.remove() for h in handles]
+    if not seen: return []
     for end in reversed(ends[-2:]):  # a classifier may begin with zeros: then what it is given decides
         total = (end.flatten(1)*torch.linspace(1, 2, end[0].numel(), device=end.device)).sum()
         gradients = torch.autograd.grad(total, [t for *_, t in seen], retain_graph=True, allow_unused=True)
@@ -104,6 +105,14 @@ def find_layer(net, x, answer, reshape=None) -> tuple:
                      "reshape=, or use a method that needs no layer, such as rise or smoothgrad")
 
 # %% ../nbs/method/16_cams.ipynb #0887c6b2
+def _sums_to_one(row):
+    "Whether an answer is probabilities of several classes, and no logits."
+    return row.shape[1] > 1 and bool((row >= 0).all()) and abs(row.sum().item() - 1) < 1e-5
+
+def _no_gradient(net):
+    return ValueError(f"the answer of {type(net).__name__} has no gradient (it is detached, under no_grad, or of whole "
+                      "numbers, as quantised networks are): use a method that needs none, such as rise")
+
 class Probe:
     "A network within `undisturbed`, as the methods ask it: numbers for the classes, and maps of a layer."
     def __init__(self,
@@ -115,7 +124,7 @@ class Probe:
         self.net, self.score, self.layer, self.reshape, self.places = net, score, layer, reshape, None
         self.fast = None  # the copy that is asked where no gradient is wanted
         try:
-            with torch.no_grad(): row = self.scores(x[:1])
+            with torch.no_grad(): row = rows_of_output((score if callable(score) else lambda out: out)(net(x[:1])), 1)
         except (RuntimeError, AssertionError, TypeError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
             raise ValueError(f"images {list(x.shape)}: expected what {type(net).__name__} takes, which stops with: "
@@ -123,12 +132,13 @@ class Probe:
         if not row.isfinite().all():
             raise ValueError("the network's answer to image 0 is not finite: check the network's weights and that its "
                              "input is normalised as in training")
-        self.classes = row.shape[1]
+        self.classes = max(2, row.shape[1]) if score != 'logit' and not callable(score) else row.shape[1]
+        if score is None and _sums_to_one(row): self.score = lambda out: out
 
     def _rows(self, output, n, softmax):
-        if callable(self.score): return rows_of_output(self.score(output), n)
-        z = rows_of_output(output, n)
-        if self.score == 'logit': return z
+        z = rows_of_output(self.score(output) if callable(self.score) else output, n)
+        if torch.is_grad_enabled() and not softmax and not z.requires_grad: raise _no_gradient(self.net)
+        if self.score == 'logit' or callable(self.score): return z
         if z.shape[1] == 1: z = torch.cat([-z, z], 1)/2  # a sigmoid is the softmax of these
         return z.softmax(1) if softmax or self.score == 'softmax' else z
 
@@ -180,6 +190,9 @@ def settle(
 ):
     "Let the probe know its layer and how places lie there."
     if probe.places: return
+    if isinstance(probe.net, torch.jit.ScriptModule):
+        raise ValueError(f"{type(probe.net).__name__} is compiled by torch.jit, whose layers cannot be listened to: "
+                         "pass the network that it was made of, or use a method that needs no layer, such as rise")
     probe.layer, probe.places = _choose(probe, x)
     with torch.no_grad(): maps = probe.places(probe.hear(x[:1])[0])
     if not torch.is_tensor(maps) or maps.ndim != 4:

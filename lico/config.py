@@ -316,10 +316,18 @@ def seed_everything(seed: int):
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
 
 # %% ../nbs/method/00_config.ipynb #0182edf1
+def _named_device(name):
+    import torch
+    there = dict(cpu=1, cuda=torch.cuda.device_count(), mps=int(torch.backends.mps.is_available()))
+    kind, _, index = name.partition(':')
+    if kind in there and (index or '0').isdecimal() and int(index or 0) < there[kind]: return torch.device(name)
+    found = ', '.join(f'{k}:{i}' if k == 'cuda' else k for k, n in there.items() for i in range(n))
+    raise ValueError(f"LICO_DEVICE = {name!r}: this machine has {found}; give one of these, or leave it out")
+
 def device():
     "The device to compute on: `LICO_DEVICE` if set, else CUDA, Apple's MPS, or the CPU."
     import torch
-    if name := os.environ.get('LICO_DEVICE'): return torch.device(name)
+    if name := os.environ.get('LICO_DEVICE'): return _named_device(name)
     return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
 
 # %% ../nbs/method/00_config.ipynb #12da1208

@@ -7,12 +7,12 @@ __all__ = ['Images', 'Files', 'Data', 'refuse_path', 'dataset_name', 'load', 'te
            'training_batch', 'training_batches', 'test_batches', 'preprocessing']
 
 # %% ../nbs/method/06_data.ipynb #b05cf3c5
-import csv, dataclasses, functools, hashlib, json, numbers, os, sys
+import dataclasses, functools, hashlib, json, numbers, os, sys
 from pathlib import Path
 import numpy as np, torch
 from .config import derive_seed
 from .datasets import file_bytes, find, image_hashes, repeated_images
-from .folders import as_bytes, as_text, by_hash, composed, look_into, on_disk, readable
+from .folders import as_bytes, as_text, by_hash, composed, look_into, on_disk, readable, table_of_files
 from .pixels import (as_rgb, central_window, each_image, open_image, random_window, read_ahead, read_image, reason,
                          whole_square, window_source)
 
@@ -254,8 +254,7 @@ def test_boxes(
     source = find(*_place(name))
     if not source.folder or not (file := source.folder/'boxes.csv').is_file():
         raise FileNotFoundError(f"{name} has no boxes.csv: expected one there, with columns file, {', '.join(_box)}")
-    with open(file, newline='', encoding='utf-8') as f: rows = {composed(row.get('file') or ''): row
-        for row in csv.DictReader(f)}
+    rows = table_of_files(file, *_box)
     try: return torch.tensor([[int(rows[composed(path)][k]) for k in _box] for path in source.test.images])
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{file} has no box for every test image ({reason(e)}): "
@@ -275,6 +274,10 @@ def box_masks(
     for i in map(int, index):
         image = Image.new('RGB', read_image(source.folder, source.test.images[i]).size)
         x0, y0, x1, y1 = boxes[i].tolist()
+        if not (0 <= x0 <= x1 < image.width and 0 <= y0 <= y1 < image.height):
+            raise ValueError(f"boxes.csv of {name} has the box {x0}, {y0}, {x1}, {y1} for "
+                             f"{readable(source.test.images[i])}, which has {image.width} x {image.height} pixels: "
+                             "expected 0 <= x0 <= x1 < width, and so for y")
         image.paste((255,)*3, (x0, y0, x1 + 1, y1 + 1))
         masks.append(np.asarray(window(image, data.image_size))[None, ..., 0] > 127)
     return masks

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from .config import choose, root, settings
 from .files import write_atomic
-from .folders import Listing, as_text, by_hash, image_tree, look_into, on_disk, readable, spoken, stamp_of
+from .folders import (Listing, as_text, by_hash, image_tree, look_into, named_file, on_disk, readable, spoken,
+                          stamp_of)
 from .pixels import as_rgb, each_image, reason
 
 # %% ../nbs/method/05_datasets.ipynb #9f4b51a6
@@ -214,7 +215,8 @@ def _cub200():
                              if line.strip())
     try:
         names, paths, labels, train = map(read, ('classes', 'images', 'image_class_labels', 'train_test_split'))
-        rows = [(f'images/{paths[i]}', int(labels[i]) - 1, train[i].strip() == '1') for i in paths]
+        rows = [(f"images/{named_file('images.txt', paths[i])}", int(labels[i]) - 1, train[i].strip() == '1')
+                for i in paths]
         class_names = tuple(names[str(k + 1)].strip().partition('.')[2] for k in range(len(names)))
     except (OSError, KeyError, ValueError) as e:
         raise FileNotFoundError(f"cub200 is not in {folder} and no library downloads it ({reason(e)}): "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .backbones import create_backbone
+from .backbones import create_backbone, made_of, timm_source
 from .config import device, stamp
 from .files import python_command, read_checked, set_aside, sha256, sweep_temporaries, write_atomic
 from .model import load_checkpoint, preprocessing_of, save_checkpoint, save_network
@@ -92,6 +92,7 @@ def _write_record(r, s, data, folder, log):
                   stamp=dict(stamp(), threads=r.threads, processes=group_size()),
                   finished=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()),
                   command=python_command(f'from lico.experiments import *; run({r!r})'))
+    if timm_source(r.backbone)[0]: record['architecture'] = made_of(r.backbone)[:2]
     write_atomic(folder/'record.json',
                  json.dumps(dict(record, checksum=_seal(json.loads(json.dumps(record)))), indent=1))
 
@@ -147,11 +148,15 @@ def _weights_of(record):
     if run(r, progress=False)['id'] == record['id']: return _weights_of(record)
     raise FileNotFoundError(f"{path} was damaged, and {r} is another run by now: its data or the code changed")
 
+def _built(record):
+    "What `create_backbone` is to make, and with which arguments: of a model from elsewhere what the record tells."
+    name, options = record.get('architecture') or (record['run']['backbone'], {})
+    return name, options | run_of(record).arguments
+
 def load_backbone(record: dict):
     "The plain classifier that a run left, in evaluation mode; needs nothing but the run's folder."
-    weights = _weights_of(record)
-    net = create_backbone(record['run']['backbone'], record['classes'], record['spec']['image_size'],
-                          output_stride=record['spec'].get('output_stride'))
+    weights, (name, options) = _weights_of(record), _built(record)
+    net = create_backbone(name, record['classes'], record['spec']['image_size'], **options)
     net.load_state_dict({k.removeprefix('backbone.'): v for k, v in weights.items() if k.startswith('backbone.')})
     return net.eval()
 
@@ -163,8 +168,7 @@ def ship(
     if 'preprocessing' not in record:
         raise ValueError(f"the record {record['id']} is from before records held class names and preprocessing: "
                          f"use save_network with those of load_data({run_of(record)!r})")
-    save_network(load_backbone(record), folder, record['class_names'], record['preprocessing'],
-                 record['run']['backbone'])
+    save_network(load_backbone(record), folder, record['class_names'], record['preprocessing'], _built(record)[0])
 
 # %% ../nbs/method/22_experiments.ipynb #f58a36e9
 def _like(s):
@@ -342,7 +346,8 @@ _stamped = ('python', 'torch', 'hardware', 'instructions', 'threads', 'commit')
 def _row(r):
     """A record as a row: of a dataset that was recognised its name, else what was asked for; `data` and `training`
     are short hashes of the images and of how the training starts and goes on."""
-    flat = {**r['run'], **r['spec'], **r, 'labels': 'all' if r['spec']['split'] is None else r['spec']['images']}
+    flat = {**r['run'], **r['spec'], **r, 'backbone': r['run']['backbone'],
+            'labels': 'all' if r['spec']['split'] is None else r['spec']['images']}
     if r['dataset'].startswith('folder:'): flat['dataset'] = r['run']['dataset']
     starts = {k: v for k, v in r['spec'].items() if k in ('pretrained', 'normalisation', 'threads', 'flip')}
     flat.update(data=r['spec']['data'][:8], training=spec_hash({**r['spec']['train'], **starts})[:8])

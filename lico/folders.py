@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['as_text', 'as_bytes', 'on_disk', 'composed', 'readable', 'by_hash', 'some', 'image_endings', 'ending', 'is_hidden',
-           'stamp_of', 'Listing', 'look_into', 'part_of', 'is_wrapper', 'Tree', 'parts_in', 'spoken', 'image_tree']
+           'stamp_of', 'Listing', 'look_into', 'part_of', 'is_wrapper', 'Tree', 'parts_in', 'spoken', 'image_tree',
+           'named_file', 'table_of_files', 'in_either_form']
 
 # %% ../nbs/method/03_folders.ipynb #3bbe1b2c
-import functools, hashlib, os, re, stat, unicodedata
+import csv, functools, hashlib, io, os, re, stat, unicodedata
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 # %% ../nbs/method/03_folders.ipynb #1766a86a
 def as_text(
@@ -63,7 +64,7 @@ def image_endings() -> frozenset:
 def ending(path: str) -> str: return os.path.splitext(path)[1].lower()
 
 # %% ../nbs/method/03_folders.ipynb #0f89629e
-_of_systems = ('@eadir', '#recycle', '#snapshot', '@recycle', '@tmp', '$recycle.bin', 'recycler',
+_of_systems = ('@eadir', '#recycle', '#snapshot', '@recycle', '@tmp', '@__thumb', '@sharebin', '$recycle.bin', 'recycler',
                'system volume information',
                'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r', '__macosx', 'network trash folder',
                'temporary items', 'lost+found', '__pycache__')
@@ -265,10 +266,22 @@ def _check(tree, found, parts):
     if few:
         raise ValueError(f"class folders of {tree.folder} have fewer images than the {least} they need: {some(few)}; "
                          "add images or remove them")
-    read_as = Counter(map(spoken, train))
-    if twice := [name for name in train if read_as[spoken(name)] > 1]:
-        raise ValueError(f"class folders of {tree.folder} would have the same name with spaces for underscores: "
-                         f"{some(twice)}; rename them")
+    read_as = Counter(map(_seen, train))
+    if twice := [ascii(name) for name in train if read_as[_seen(name)] > 1]:
+        raise ValueError(f"class folders of {tree.folder} would have the same name with spaces for underscores and "
+                         f"without what nobody sees: {some(twice)}; rename them")
+
+def _seen(name):
+    "A class name as it looks: white space is one space, what has no width is not there."
+    return ' '.join(''.join(c for c in spoken(name) if unicodedata.category(c) != 'Cf').split())
+
+def _alike(tree, found):
+    "A sentence where class folders hold folders of the same names, as parts of a dataset do."
+    inner = {name: {f.rpartition('/')[0].rpartition('/')[2] for f in files} for name, files in found[0].items()}
+    names = set.union(*inner.values())
+    if len(found) > 1 or len(names) < 2 or any(o != names for o in inner.values()): return []
+    return [f"each of the class folders {some(sorted(inner))} holds the folders {some(sorted(names))}: if these are "
+            "the classes, call the outer ones train and test"]
 
 def spoken(name: str) -> str:
     "A class name as it is read: with spaces for underscores, if there is anything else in it."
@@ -308,6 +321,44 @@ def image_tree(
     where = [tree.inner(part, in_part=True) for part in where] if parts else where
     found = [_classes(tree, part) for part in where]
     _check(tree, found, where)
-    said += _passed_over(tree, where, found, parts.get('val', ()) if len(parts) == 3 else ())
+    said += _passed_over(tree, where, found, parts.get('val', ()) if len(parts) == 3 else ()) + _alike(tree, found)
     if not parts: found = [dict(zip(found[0], part)) for part in zip(*(_split(o, at) for o in found[0].values()))]
     return *found, said
+
+# %% ../nbs/method/03_folders.ipynb #e13ac785
+def named_file(
+    table,  # which names it
+    name,  # of a file in it
+) -> str:
+    "The name, unless it leads out of the folder in which it is looked for."
+    path = PureWindowsPath(name if isinstance(name, str) else '')  # knows both kinds of slashes
+    if path.parts and not path.anchor and '..' not in path.parts: return name
+    raise ValueError(f"{readable(table)} names the file {name!r}, which leads out of its folder or is none: expected "
+                     "names of files below it")
+
+def table_of_files(
+    table: Path,  # a CSV file with a column `file`
+    *columns,  # which it needs besides
+) -> dict:
+    "{name of a file, composed: its row}; names that are there twice or lead out are refused."
+    try: text = table.read_bytes().decode('utf-8-sig')
+    except UnicodeDecodeError:
+        raise ValueError(f"{readable(table)} is not in UTF-8: save it as CSV in UTF-8") from None
+    rows = csv.DictReader(io.StringIO(text, newline=''))
+    if missing := sorted({'file', *columns} - set(rows.fieldnames or ())):
+        raise ValueError(f"{readable(table)} has no column {' and no '.join(missing)}: expected file, "
+                         f"{', '.join(columns)}, with commas between them")
+    found = {}
+    for row in rows:
+        if (name := composed(named_file(table, row['file']))) in found:
+            raise ValueError(f"{readable(table)} names the file {name!r} twice: expected one row a file")
+        found[name] = row
+    return found
+
+def in_either_form(
+    folder,  # where it is looked for
+    name: str,  # from a table
+) -> str:
+    "The name as it is on the disk, in whichever form of Unicode."
+    forms = name, composed(name), unicodedata.normalize('NFD', name)
+    return next((o for o in forms if os.path.exists(on_disk(folder, o))), name)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from .networks import in_float32, undisturbed, unwrapped
 from .cams import Probe, looker
+from .saliency import refuse_batchwise
 from .config import choose, derive_seed
 
 # %% ../nbs/method/18_metrics.ipynb #e256075c
@@ -123,6 +124,7 @@ def _settings(net, score, batch_size):
     if not isinstance(net, nn.Module): raise ValueError(f"net is a {type(net).__name__}: expected a torch.nn.Module")
     if score is not None and not callable(score): choose('score', score, ('softmax', 'logit'))
     if batch_size is not None: _whole('batch_size', batch_size, 1, 10**6)
+    refuse_batchwise(net, batch_size)
 
 
 # %% ../nbs/method/18_metrics.ipynb #2fcd45d6

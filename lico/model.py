@@ -16,7 +16,7 @@ import math, torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 
-from .backbones import create_backbone, feature_rows
+from .backbones import create_backbone, feature_rows, made_of
 from . import pixels
 from .files import SUMS, read_checked, read_sums, sha256, write_atomic, write_sums
 from .data import Files
@@ -314,8 +314,9 @@ def save_network(
 ):
     "Write what is shipped: weights, class names, preprocessing and checksums, for everyone to read."
     folder, plain = Path(folder), copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format).eval()
-    about, files = dict(backbone=backbone, output_stride=getattr(net, 'output_stride', None),
-                        class_names=list(class_names), **preprocessing), {}
+    backbone, found, _ = made_of(backbone)
+    if options := {**found, **getattr(net, 'arguments', {})}: preprocessing = dict(preprocessing, arguments=options)
+    about, files = dict(backbone=backbone, class_names=list(class_names), **preprocessing), {}
     write_atomic(folder/'network.json', json.dumps(about, indent=1, ensure_ascii=False))
     save_checkpoint(folder/'network.safetensors', plain.state_dict(), about)
     torch.export.save(_exported(plain, about['image_size']), folder/'network.pt2')
@@ -361,9 +362,8 @@ def load_network(
     folder = Path(folder)
     tensors, about = _opened((folder/'network.safetensors').read_bytes())
     backbone, names, size = about.pop('backbone'), tuple(about.pop('class_names')), about['image_size']
-    stride = about.pop('output_stride', None)
     if not backbone: return Shipped(torch.export.load(folder/'network.pt2').module(), names, about)
-    net = create_backbone(backbone, len(names), size, output_stride=stride)
+    net = create_backbone(backbone, len(names), size, **about.pop('arguments', {}))
     net.load_state_dict(tensors)
     return Shipped(net.eval(), names, about)
 

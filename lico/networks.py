@@ -137,21 +137,27 @@ def channel_axis(net, module, shape, size):
     return axes[0] if len(axes) == 1 else None
 
 # %% ../nbs/method/09_networks.ipynb #85600683
-def _prefix_tokens(net):
-    "How many tokens stand for no place: what the network says, or what its parameters are called."
-    if isinstance(told := getattr(net, 'num_prefix_tokens', None), int): return told
-    named = r'(^|[._])(cls|class|dist|distillation|reg|register)_?(token|embedding)s?$'
-    return sum(p.numel()//p.shape[-1] for name, p in net.named_parameters() if re.search(named, name))
+_of_no_place = (r'((?:^|.*[._])(?:cls|(?:cls|class|dist|distillation|reg|register)_?'
+                r'(?:tok|token|emb|embed|embedding)s?))(_?\d+)?')
 
-def _token_grid(net, n, size, grids):
+def _prefix_tokens(net, width):
+    "How many tokens of a width stand for no place: what the network says, or what its parameters are called."
+    if isinstance(told := getattr(net, 'num_prefix_tokens', None), int): return told
+    found = {}  # of cls_token_0 and cls_token_1 each branch has one
+    for name, p in net.named_parameters():
+        if (named := re.fullmatch(_of_no_place, name)) and p.shape[-1] == width:
+            found[named[1]] = max(found.get(named[1], 0), p.numel()//width)
+    return sum(found.values())
+
+def _token_grid(net, n, width, size, grids):
     "(h, w, how many tokens precede) of n tokens; `None` where that cannot be told."
     H, W = size
     found = {(H//p, W//p) for p in range(1, min(size) + 1) if H % p == W % p == 0} | set(grids)
     if grid := getattr(getattr(net, 'patch_embed', None), 'grid_size', None): found.add(tuple(grid))
-    fits = {(h, w, n - h*w) for h, w in found if h*w > 1 and 0 <= n - h*w <= 16}
-    for prefix in (_prefix_tokens(net), 0):
-        if exact := [f for f in fits if f[2] == prefix]: return exact[0] if len(exact) == 1 else None
-    return fits.pop() if len(fits) == 1 else None
+    for prefix in (_prefix_tokens(net, width), 0):
+        if fits := [(h, w, prefix) for h, w in found if h*w > 1 and h*w == n - prefix]:
+            return fits[0] if len(fits) == 1 else None
+    return None
 
 # %% ../nbs/method/09_networks.ipynb #5d9c2bbe
 def layout(
@@ -165,7 +171,7 @@ def layout(
     if out.ndim == 4:
         axis = channel_axis(net, module, out.shape, size)
         return axis and (lambda t: t.movedim(axis, 1))
-    if out.ndim != 3 or (grid := _token_grid(net, out.shape[1], size, grids)) is None: return None
+    if out.ndim != 3 or (grid := _token_grid(net, *out.shape[1:], size, grids)) is None: return None
     h, w, prefix = grid
     return lambda t: t[:, prefix:].mT.unflatten(2, (h, w))
 

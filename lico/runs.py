@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np, torch
 
 from . import rivals
-from .backbones import create_backbone
+from .backbones import create_backbone, made_of, timm_source
 from .config import (FIELDS, check_options, check_value, choose, derive_seed, preset, root, seed_everything,
                          settings)
 from .data import load
+from .files import sha256
 from .folders import stamp_of
 from .losses import LossOptions
 from .model import LICO, CrossEntropy
@@ -75,6 +76,11 @@ class Run:
         return f"Run({', '.join(f'{f.name}={v!r}' for f in fields(self) if (v := getattr(self, f.name)) != f.default)})"
 
     @property
+    def arguments(self):
+        "Those of timm's model."
+        return dict(output_stride=self.output_stride) if self.output_stride else {}
+
+    @property
     def split(self): return self.seed if self.split_seed is None else self.split_seed
 
 # %% ../nbs/method/21_runs.ipynb #e530359f
@@ -120,16 +126,11 @@ def options_of(r: Run) -> dict:
     "All options of a run: its preset's, with its own in their place."
     return preset(r.preset, **{**dict(r.options), **({} if r.epochs is None else dict(epochs=r.epochs))})
 
-def _pretrained_cfg(backbone):
-    "What timm knows of a backbone's pretrained weights, `None` for none."
-    import timm
-    return timm.get_pretrained_cfg(backbone) if timm.is_model(backbone) else None
-
 def load_data(r: Run):
     "The data of a run; for a network that starts from pretrained weights as these are used to see images."
     data = load(r.dataset, labels=r.labels, shots=r.shots, seed=r.split, image_size=r.image_size,
                 validation=r.validation, flip=r.flip)
-    cfg = _pretrained_cfg(r.backbone) if r.pretrained else None
+    cfg = made_of(r.backbone)[2] if r.pretrained else None
     return replace(data, mean=tuple(cfg.mean), std=tuple(cfg.std)) if cfg else data
 
 def field_names(kind) -> list:
@@ -144,11 +145,18 @@ def _told(options, names):
     "The options of these names that a spec tells."
     return {k: options[k] for k in names if k not in _later or options[k] != _later[k]}
 
+@functools.lru_cache(maxsize=2)
+def _digest(folder, files): return sha256(b''.join((Path(folder)/name).read_bytes() for name, _ in files))[:12]
+
 def pretrained_weights(
     backbone: str,  # a name `create_backbone` knows
 ) -> str:
-    "The full name of timm's pretrained weights: which ones `resnet50` means depends on timm's version."
-    return f'{cfg.architecture}.{cfg.tag}' if (cfg := _pretrained_cfg(backbone)) else backbone
+    """The full name of timm's pretrained weights: which ones `resnet50` means depends on timm's version, and which a
+    place means on when it is looked at."""
+    source, where = timm_source(backbone)
+    if source == 'hf-hub': return f'{source}:{where}'
+    if source: return f'{source}@{_digest(where, _files(where))}'
+    return f'{cfg.architecture}.{cfg.tag}' if (cfg := made_of(backbone)[2]) else backbone
 
 def spec(
     r: Run,
@@ -158,7 +166,8 @@ def spec(
     o, n = options_of(r), len(data.train)
     steps = r.steps or o['epochs']*steps_per_epoch(n, o['batch_size'])
     out = dict(data=data.digest, images=n, split=None if r.labels is None and r.shots is None else r.split,
-               backbone=r.backbone, image_size=data.image_size,
+               backbone=pretrained_weights(r.backbone) if timm_source(r.backbone)[0] else r.backbone,
+               image_size=data.image_size,
                method=r.method, seed=r.seed, steps=steps, evaluations=r.evaluations,
                train=_told(o, [k for k in field_names(TrainOptions) if k != 'epochs']))
     if r.validation is not None: out['validation'] = r.validation
@@ -182,7 +191,7 @@ def build(
     "The model of a run with its initial weights; the backbone starts from the same weights whatever the method."
     o = options_of(r)
     seed_everything(derive_seed(r.seed, 'backbone'))
-    net = create_backbone(r.backbone, len(data.class_names), data.image_size, output_stride=r.output_stride)
+    net = create_backbone(r.backbone, len(data.class_names), data.image_size, **r.arguments)
     if TRAINING_METHODS[r.method] is None: return CrossEntropy(net)
     seed_everything(derive_seed(r.seed, 'text'))
     prompts = PromptLearner(encoder, data.class_names, **{k: o[k] for k in _prompt_options},
@@ -200,7 +209,7 @@ def start(
     model = build(r, data, encoder)
     if r.pretrained:
         seed_everything(derive_seed(r.seed, 'backbone'))
-        net = create_backbone(r.backbone, len(data.class_names), data.image_size, True, r.output_stride)
+        net = create_backbone(r.backbone, len(data.class_names), data.image_size, True, **r.arguments)
         model.backbone.load_state_dict(net.state_dict())
     if r.method not in RIVALS: return model
     (name, options), o = RIVALS[r.method], options_of(r)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CAMS', 'rise_masks', 'rise', 'input_gradient', 'guided_backprop', 'smoothgrad', 'integrated_gradients',
-           'guided_path_attribution', 'guided_ig', 'xrai', 'noise', 'edges', 'explain', 'overlay']
+           'guided_path_attribution', 'guided_ig', 'xrai', 'noise', 'edges', 'refuse_batchwise', 'explain', 'overlay']
 
 # %% ../nbs/method/17_saliency.ipynb #bcded3c9
 import inspect
@@ -131,6 +131,7 @@ def integrated_gradients(
 ):
     "Integrated gradients [B, H, W] from zero (Sundararajan et al. 2017); absolute values summed over the colours."
     from captum.attr import IntegratedGradients
+    if steps < 1: raise ValueError(f"integrated-gradients with steps = {steps}: expected at least 1")
     attribution = IntegratedGradients(net).attribute(x.clone().requires_grad_(), target=target, n_steps=steps,
                                                      internal_batch_size=batch_size or usual_batch(x))
     return attribution.detach().abs().sum(1)
@@ -190,6 +191,7 @@ def xrai(
     """XRAI maps [B, H, W] (Kapishnikov et al. 2019) from PAIR's `saliency`; integrated gradients enter by their
     largest value over the colours."""
     from saliency.core import INPUT_OUTPUT_GRADIENTS, XRAI, XRAIParameters
+    if steps < 1: raise ValueError(f"xrai with steps = {steps}: expected at least 1")
     flat = (x.amax((1, 2, 3)) == x.amin((1, 2, 3))).tolist()
     if any(flat): raise ValueError(f"xrai cannot cut image {flat.index(True)} into segments: all its values are equal")
 
@@ -227,6 +229,16 @@ METHODS = {'grad-cam': partial(cam, kind='grad-cam'), 'grad-cam++': partial(cam,
 
 CAMS = 'grad-cam', 'grad-cam++', 'score-cam', 'group-cam'  # those that look at a layer
 
+def _batchwise(net):
+    "Whether an image's answer depends on those beside it, also in eval mode."
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in net.modules())
+
+def refuse_batchwise(net, batch_size):
+    "Refuse to ask about several images at once where they change each other's answers."
+    if batch_size != 1 and _batchwise(net):
+        raise ValueError(f"{type(net).__name__} has a batch normalisation without running statistics, so that images "
+                         "asked together change each other's answers: pass batch_size=1")
+
 def _images(net, x, batch_size):
     "Refuse what are no images for this network."
     if not isinstance(net, nn.Module): raise ValueError(f"net is a {type(net).__name__}: expected a torch.nn.Module")
@@ -241,8 +253,9 @@ def _images(net, x, batch_size):
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}: expected at least 1, or None")
 
-def _check(net, x, method, batch_size, options):
+def _check(net, x, method, score, batch_size, options):
     "Refuse what cannot be explained; return the names of the arguments that the method takes."
+    if score is not None and not callable(score): choose('score', score, ('softmax', 'logit'))
     names = [n for n in inspect.signature(METHODS[choose('saliency method', method, METHODS)]).parameters
              if n not in ('net', 'x', 'target', 'kind')]
     own = [n for n in names if n not in ('batch_size', 'seed')]
@@ -250,13 +263,16 @@ def _check(net, x, method, batch_size, options):
         if name not in own:
             raise ValueError(f"{method} has no option {name!r}: its options are {', '.join(own) or 'none'}")
     _images(net, x, batch_size)
+    refuse_batchwise(net, batch_size)
     return names
 
 def _classes(probe, x, target, batch_size):
     "The target as class indices [B]: as given, checked, or predicted."
     if target is None:
         with torch.no_grad(): return torch.cat([probe(o).argmax(1) for o in x.split(batch_size)])
-    target = torch.as_tensor(target, device=x.device)
+    try: target = torch.as_tensor(target, device=x.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"target {target!r}: expected one class index, or one for each of {len(x)} images") from None
     if target.is_floating_point() or target.dtype == torch.bool or target.shape not in ((), (len(x),)):
         raise ValueError(f"target is {target.dtype} of shape {list(target.shape)}: expected one class index, "
                          f"or one for each of {len(x)} images")
@@ -303,11 +319,11 @@ def explain(
     reshape     for layers whose layout cannot be told: a function from what the layer gives to [B, channels, h, w].
     score       a function from the network's output to one number a class for each image, [B, K], such as
                 torch.sigmoid for many labels; or "softmax", or "logit". None: logits where gradients are taken,
-                their softmax where pictures are hidden. One column means a sigmoid and two classes. An output with
-                .logits is unwrapped.
+                their softmax where pictures are hidden; what is probabilities already is left as it is. One column
+                means a sigmoid and two classes. An output with .logits is unwrapped.
     batch_size  images per pass; bounds the memory. None: as many as are fast.
     seed        of rise, smoothgrad and random."""
-    names, net, size = _check(net, x, method, batch_size, options), unwrapped(net), batch_size or usual_batch(x)
+    names, net, size = _check(net, x, method, score, batch_size, options), unwrapped(net), batch_size or usual_batch(x)
     if layer is not None and layer is not FEATURES: layer = module_name(net, layer)
     shared = {k: v for k, v in (('batch_size', batch_size), ('seed', seed)) if k in names}
     with undisturbed(net, x.device):

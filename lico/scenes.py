@@ -14,7 +14,7 @@ import numpy as np, torch
 from filelock import FileLock
 from .config import choose, derive_seed, root
 from .data import load
-from .folders import as_text
+from .folders import in_either_form, named_file
 from .pixels import read_image
 
 # %% ../nbs/method/19_scenes.ipynb #1fa50023
@@ -195,19 +195,19 @@ def _square(image, size, method):
     from PIL import Image, ImageOps
     return np.array(ImageOps.fit(image, (size, size), getattr(Image.Resampling, method)))
 
-def _annotated(path, size, height, width, objects):
+def _annotated(folder, name, size, height, width, objects):
     "The scene of one file; `objects` are (label, segmentation, crowd)."
     from PIL import Image
-    image = read_image(path.parent, as_text(path.name))
+    image = read_image(folder, in_either_form(folder, name))
     if image.size != (width, height):
-        raise ValueError(f"{path.name} has {image.width} x {image.height} pixels and its annotation says {width} x "
+        raise ValueError(f"{name} has {image.width} x {image.height} pixels and its annotation says {width} x "
                          f"{height}: they do not belong together")
     picture = torch.from_numpy(_square(image, size, 'BICUBIC')).permute(2, 0, 1)
     masks = [torch.from_numpy(_square(Image.fromarray(_mask(s, height, width)), size, 'NEAREST'))
              for _, s, _ in objects]
     kept = [(label, mask, crowd) for (label, _, crowd), mask in zip(objects, masks) if mask.any()]
     labels, masks, crowd = zip(*kept) if kept else ((), (torch.zeros(0, size, size, dtype=torch.bool),), ())
-    return _scene(picture, labels, torch.stack(masks) if kept else masks[0], crowd, path.name)
+    return _scene(picture, labels, torch.stack(masks) if kept else masks[0], crowd, name)
 
 # %% ../nbs/method/19_scenes.ipynb #eb329ff1
 def _instances(file):
@@ -220,6 +220,10 @@ def _instances(file):
     missing = [k for k in ('images', 'annotations', 'categories')
                if k not in (content if isinstance(content, dict) else ())]
     if missing: raise ValueError(f"{file} has no {' and no '.join(missing)}: expected COCO's instance annotations")
+    for image in content['images']:
+        if lacks := [k for k in ('id', 'file_name', 'height', 'width') if k not in image]:
+            raise ValueError(f"{file}: an image has no {' and no '.join(lacks)}: expected COCO's instance annotations")
+        named_file(file, image['file_name'])
     return content
 
 def _objects(content, labels, file):
@@ -248,11 +252,12 @@ def coco_scenes(
     categories = sorted(content['categories'], key=lambda c: c['id'])
     objects = _objects(content, {c['id']: i for i, c in enumerate(categories)}, file)
     listed = sorted(content['images'], key=lambda image: image['id'])
-    missing = [image['file_name'] for image in listed if not (folder/images/image['file_name']).is_file()]
+    where = folder/images
+    missing = [o['file_name'] for o in listed if not (where/in_either_form(where, o['file_name'])).is_file()]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(listed)} images are not in {folder/images}, "
+        raise FileNotFoundError(f"{len(missing)} of {len(listed)} images are not in {where}, "
                                 f"first {missing[0]}: put them there, or name the folder with images=")
-    read = lambda i: _annotated(folder/images/(o := listed[i])['file_name'], image_size, o['height'], o['width'],
+    read = lambda i: _annotated(where, (o := listed[i])['file_name'], image_size, o['height'], o['width'],
                                 objects[o['id']])
     return Scenes(tuple(c['name'] for c in categories), tuple(o['file_name'] for o in listed), read)
 

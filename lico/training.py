@@ -90,7 +90,7 @@ class _Trainer:
 
 # %% ../nbs/method/15_training.ipynb #008c2b5c
 def _advance(t, x, y):
-    "One step on this process's share of a batch; its numbers."
+    "One step on this process's share of a batch; its numbers, and how many images the batch has."
     torch.manual_seed(derive_seed(t.seed, 'step', t.step))
     for group in t.optimiser.param_groups: group['lr'] = learning_rate(t.step, t.steps, t.per_epoch, t.o)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=t.o.precision == 'bf16'): out = t.model(x, y)
@@ -105,7 +105,7 @@ def _advance(t, x, y):
     t.optimiser.step()
     if t.average: t.average.update(t.plain.backbone)
     t.step += 1
-    return row
+    return row, len(right)
 
 def _test(t, progress):
     "Predict the test set, each process its share, with the averaged weights where there are some; the accuracy."
@@ -118,15 +118,16 @@ def _test(t, progress):
 # %% ../nbs/method/15_training.ipynb #006d44d9
 def _epoch(t, batches, bar):
     "One pass over the labelled images, or what is left of the steps; its row of the log."
-    began, rows = time.perf_counter(), []
+    began, rows, images = time.perf_counter(), [], []
     t.train_mode()
     for x, y in batches:
-        rows.append(_advance(t, x, y))
+        row, n = _advance(t, x, y)
+        rows.append(row); images.append(n)
         bar.update()
-        bar.set_postfix({k: f"{v:.3g}" for k, v in rows[-1].items()
+        bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()
                          if k in ('ce', 'mm', 'ot', 'tau') and not math.isnan(v)}, refresh=False)
         if t.step % t.per_epoch == 0 or t.step == t.steps: break
-    return dict(epoch=len(t.log) + 1, step=t.step, lr=t.optimiser.param_groups[0]['lr'], **mean_row(rows),
+    return dict(epoch=len(t.log) + 1, step=t.step, lr=t.optimiser.param_groups[0]['lr'], **mean_row(rows, images),
                 seconds=time.perf_counter() - began)
 
 # %% ../nbs/method/15_training.ipynb #8c050467

@@ -17,10 +17,14 @@ from .together import is_first
 # %% ../nbs/method/14_watch.ipynb #8f1e7328
 def mean_row(
     rows: list,  # the numbers of each step, by name
+    images: list,  # how many each step had
 ) -> dict:
-    "Their means over the steps that have a value; what no step has is left out."
-    values = {k: [r[k] for r in rows if not math.isnan(r[k])] for k in rows[0]}
-    return {k: math.fsum(v)/len(v) for k, v in values.items() if v}
+    "Their means over the images of the steps that have a value; what no step has is left out."
+    out, shares = {}, [n/max(images) for n in images]  # 1 for every full batch
+    for k in rows[0]:
+        told = [(r[k], share) for r, share in zip(rows, shares) if not math.isnan(r[k])]
+        if told: out[k] = math.fsum(v*share for v, share in told)/math.fsum(share for _, share in told)
+    return out
 
 # %% ../nbs/method/14_watch.ipynb #616207a4
 class InactiveMatchingWarning(UserWarning):

@@ -6,11 +6,11 @@ from PIL import Image
 
 from lico.networks import folded
 from lico.cams import imagenet_classifier
-from lico.evidence.cases import coco_in, imagenet_cases, of_kind, scene_cases
+from lico.evidence.cases import coco, coco_in, imagenet_cases, of_kind, scene_cases
 from lico.evidence.cases import test_images as cases_of_test_images
 from lico.evidence.map_scores import score
 from lico.experiments import Run, run
-from lico.scenes import coco_to_imagenet, digit_scenes
+from lico.scenes import coco_scenes, coco_to_imagenet, digit_scenes
 
 
 @pytest.fixture(scope='module')
@@ -106,3 +106,73 @@ def test_a_network_of_a_thousand_classes_on_coco(record, tmp_path):
                                          "network knows"): scene_cases(thousand, kind='one', folder=folder)
     with pytest.raises(ValueError, match="digits has 10 classes: COCO's categories are found among ImageNet's 1,000"):
         scene_cases(record, folder=folder)
+
+
+def labelled(folder, rows, pictures=(), header='file,class_index', encoding='utf-8'):
+    (folder/'images').mkdir(parents=True)
+    for name, colour in pictures:
+        (folder/'images'/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (9, 9), colour).save(folder/'images'/name)
+    (folder/'labels.csv').write_bytes('\n'.join([header, *rows]).encode(encoding))
+    return str(folder)
+
+
+def test_two_pictures_of_one_name_stay_two(tmp_path, monkeypatch):
+    "In folders below one, and in two folders of one last name, of which a copy elsewhere is the same."
+    monkeypatch.setenv('LICO_ROOT', str(tmp_path))
+    both = labelled(tmp_path/'a'/'mine', ['x/1.png,3', 'y/1.png,4'], [('x/1.png', 'red'), ('y/1.png', 'blue')])
+    cases = imagenet_cases(both, 2)
+    assert dict(zip(cases.names, cases.target.tolist())) == {'x/1.png': 3, 'y/1.png': 4}
+    assert imagenet_cases(both, 1).network.id == cases.network.id
+    other = labelled(tmp_path/'b'/'mine', ['x/1.png,3', 'y/1.png,4'], [('x/1.png', 'red'), ('y/1.png', 'lime')])
+    ids = [imagenet_cases(o, 2).network.id for o in (both, other, labelled(
+        tmp_path/'c'/'mine', ['y/1.png,4', 'x/1.png,3'], [('x/1.png', 'red'), ('y/1.png', 'blue')]))]
+    assert ids[0] == ids[2] != ids[1] and cases.network.about['dataset'] == 'mine'
+    a, b = coco_like(tmp_path/'a'/'coco'), coco_like(tmp_path/'b'/'coco')
+    assert coco(str(a)).network.id == coco(str(b)).network.id
+    Image.new('RGB', (64, 64)).save(b/'val2017'/'0.jpg')
+    assert coco(str(a)).network.id != coco(str(b)).network.id
+    file = a/'annotations'/'instances_val2017.json'
+    content = json.loads(file.read_text(encoding='utf-8'))
+    for i in (0, 1):
+        (a/'val2017'/f'{i}').mkdir()
+        (a/'val2017'/f'{i}.jpg').rename(a/'val2017'/f'{i}'/'same.jpg')
+        content['images'][i]['file_name'] = f'{i}/same.jpg'
+    file.write_text(json.dumps(content), encoding='utf-8')
+    names = [s.name for s in coco_scenes(a, 32, 'annotations/instances_val2017.json', 'val2017')]
+    assert names == ['0/same.jpg', '1/same.jpg', '2.jpg']
+
+
+@pytest.mark.parametrize('name', ['../../outside.jpg', '/etc/passwd', 'a/../../x.jpg', r'..\x.jpg', r'C:\x.jpg', '', '.',
+                                  None, 3])
+def test_annotations_stay_below_their_folder(tmp_path, name):
+    folder = coco_like(tmp_path/'coco')
+    Image.new('RGB', (64, 64)).save(tmp_path/'outside.jpg')
+    file = folder/'annotations'/'instances_val2017.json'
+    content = json.loads(file.read_text(encoding='utf-8'))
+    content['images'][1]['file_name'] = name
+    file.write_text(json.dumps(content), encoding='utf-8')
+    with pytest.raises(ValueError, match='leads out of its folder or is none: expected names of files below it') as e:
+        coco_scenes(folder, 32, 'annotations/instances_val2017.json', 'val2017')
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('rows, header, encoding, sentence', [
+    (['a.png,3', 'a.png,4'], 'file,class_index', 'utf-8', "names the file 'a.png' twice"),
+    (['a.png,3.7'], 'file,class_index', 'utf-8', "has class_index '3.7' for a.png: expected a class of ImageNet-1k, 0 to"),
+    (['a.png,1000'], 'file,class_index', 'utf-8', "has class_index '1000' for a.png"),
+    (['a.png,-1'], 'file,class_index', 'utf-8', "has class_index '-1' for a.png"),
+    (['a.png'], 'file,class_index', 'utf-8', 'has class_index None for a.png'),
+    (['a.png;3'], 'file;class_index', 'utf-8', 'has no column class_index and no file: .* commas between'),
+    (['ä.png,3'], 'file,class_index', 'cp1252', 'is not in UTF-8: save it as CSV in UTF-8'),
+    (['b.png,3'], 'file,class_index', 'utf-8', 'cannot be read: b.png .*No such file')])
+def test_labels_that_mean_nothing_are_refused(tmp_path, rows, header, encoding, sentence):
+    folder = labelled(tmp_path/'mine', rows, [('a.png', 'red')], header, encoding)
+    with pytest.raises(ValueError, match=sentence) as e: imagenet_cases(folder, 1)
+    assert '\n' not in str(e.value)
+
+
+def test_labels_as_excel_and_a_mac_write_them(tmp_path):
+    "With a byte order mark, and letters in another form than the file's."
+    folder = labelled(tmp_path/'mine', ['A\u0308.png,3'], [('\u00c4.png', 'red')], encoding='utf-8-sig')
+    assert imagenet_cases(folder, 1).target.tolist() == [3]

@@ -163,3 +163,16 @@ def test_threads_do_not_share_a_temporary_file(tmp_path):
         list(pool.map(lambda i: files.write_atomic(tmp_path/'x', str(i)*99), range(80)))
     assert [p.name for p in tmp_path.iterdir()] == ['x'] and len((tmp_path/'x').read_text(encoding='utf-8')) in (99,
         198)
+
+
+@pytest.mark.parametrize('name', ['cuda:1', 'cuda', 'gpu', 'cuda:x', 'mps', 'cpu:1', 'CPU'])
+def test_a_device_that_is_not_there_is_said(monkeypatch, name):
+    import torch
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    monkeypatch.setenv('LICO_DEVICE', name)
+    with pytest.raises(ValueError, match=f"LICO_DEVICE = '{name}': this machine has cpu; give one of these") as e:
+        config.device()
+    assert '\n' not in str(e.value)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    if name.startswith('cuda') and name != 'cuda:x': assert config.device() == torch.device(name)

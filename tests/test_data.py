@@ -259,14 +259,27 @@ def test_boxes_are_refused_by_name(tree):
         return str(e.value)
     assert 'has no boxes.csv: expected one there' in said(FileNotFoundError)
     with pytest.raises(FileNotFoundError, match='digits has no boxes.csv'): data_module.test_boxes('digits')
-    for content in ('', 'file,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4', 'file,x0,y0,x1\n',
-                    'path,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4'):
+    for content, sentence in (
+            ('file,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4', 'has no box for every test image ('),
+            ('', 'has no column file and no x0 and no x1'), ('file,x0,y0,x1\n', 'has no column y1: expected file, x0'),
+            ('path,x0,y0,x1,y1\ntest/cat/0.png,1,2,3,4', 'has no column file: '),
+            ('file,x0,y0,x1,y1\n../cat/0.png,1,2,3,4', "names the file '../cat/0.png', which leads out of its folder"),
+            ('file,x0,y0,x1,y1\na.png,1,2,3,4\na.png,1,2,3,5', "names the file 'a.png' twice")):
         (tree/'boxes.csv').write_text(content, encoding='utf-8')
-        assert 'has no box for every test image (' in (message := said(ValueError)) and 'test/cat/0.png' in message
+        assert sentence in said(ValueError)
     (tree/'boxes.csv').write_text('\n'.join(
         ['file,x0,y0,x1,y1', *(f'{p.relative_to(tree).as_posix()},1,2,3,x' for p in tree.glob('test/*/*'))]),
         encoding='utf-8')
     assert "'x'" in said(ValueError)
+
+@pytest.mark.parametrize('box', ['1,2,8,3', '1,2,3,8', '-1,2,3,4', '4,2,3,4', '1,4,3,3'])
+def test_boxes_outside_of_their_image_are_refused(tree, box):
+    (tree/'boxes.csv').write_text('\n'.join(
+        ['file,x0,y0,x1,y1', *(f'{p.relative_to(tree).as_posix()},{box}' for p in tree.glob('test/*/*'))]),
+        encoding='utf-8')
+    with pytest.raises(ValueError, match='which has 8 x 8 pixels: expected 0 <= x0 <= x1 < width') as e:
+        data_module.box_masks(f'folder:{tree}', load(f'folder:{tree}'), [0])
+    assert '\n' not in str(e.value)
 
 # augmentation
 

@@ -1,14 +1,15 @@
-import json
+import json, shutil
 from concurrent.futures import BrokenExecutor, Future
 from dataclasses import replace
 
 import pandas as pd, pytest, torch
 
 from lico import config, experiments, runs
-from lico.backbones import create_backbone
+from lico.backbones import _at_commit, create_backbone
+from lico.evidence.recipe import starting_network
 from lico.experiments import (RIVALS, TRAINING_METHODS, Run, estimate, frame, load_backbone, load_data, read_record,
                               run, run_id, run_of, runs_folder, ship, spec, start, sweep)
-from lico.model import load_network
+from lico.model import load_network, preprocessing_of, save_network
 from lico.text import load_text_encoder
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
@@ -310,3 +311,91 @@ def test_flip_came_later_and_counts_only_where_it_changes_something(tmp_path):
     assert Run(flip=False) == eval(repr(Run(flip=False))) and 'flip' not in repr(TINY)
     with pytest.raises(ValueError, match="unknown value of flip: 'no': choose one of True, False"):
         Run(flip='no')
+
+
+def a_model(folder, **args):
+    "A tiny model as timm writes it for others, with arguments and statistics that its architecture does not have."
+    import timm
+    torch.manual_seed(7)
+    net = timm.create_model('test_vit', num_classes=10, **args)
+    net.pretrained_cfg.update(mean=(.1, .2, .3), std=(.4, .5, .6))
+    timm.models.save_for_hf(net, folder, model_args=dict(args, num_classes=10, img_size=160), safe_serialization=True)
+    return net
+
+
+def on_the_hub(tmp_path, monkeypatch, commit='c0ffee'.zfill(40), **args):
+    "The same in Hugging Face's cache, where there is no network."
+    from huggingface_hub import constants
+    folder = tmp_path/'hub'/'models--me--tiny.mine'
+    (folder/'refs').mkdir(parents=True, exist_ok=True)
+    (folder/'refs'/'main').write_text(commit, encoding='utf-8')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path/'hub'))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    _at_commit.cache_clear()
+    return a_model(folder/'snapshots'/commit, **args)
+
+
+@pytest.mark.parametrize('place', ['hf-hub', 'local-dir'])
+def test_models_from_elsewhere(lico_root, monkeypatch, tmp_path, place):
+    "Weights, arguments, mean and std are those of the place; what was trained is built again without it."
+    source = on_the_hub(tmp_path, monkeypatch, embed_dim=48, num_heads=3).state_dict()
+    local = tmp_path/'hub'/'models--me--tiny.mine'/'snapshots'/'c0ffee'.zfill(40)
+    name = 'hf-hub:me/tiny.mine' if place == 'hf-hub' else f'local-dir:{local}'
+    r = replace(TINY, backbone=name, image_size=160, pretrained=True)
+    data = load_data(r)
+    assert (data.mean, data.std) == ((.1, .2, .3), (.4, .5, .6))
+    net = start(r, data).backbone
+    assert net.state_dict().keys() == source.keys() and net.embed_dim == 48
+    assert all(torch.equal(v, source[k]) for k, v in net.state_dict().items())
+    plain = start(replace(r, pretrained=False), data).backbone.state_dict()
+    assert not torch.equal(plain['blocks.0.attn.qkv.weight'], source['blocks.0.attn.qkv.weight'])
+    assert starting_network(name, data)[1].mean == (.1, .2, .3)
+    record = run(r, progress=False)
+    told = f"hf-hub:me/tiny.mine@{'c0ffee'.zfill(40)}" if place == 'hf-hub' else record['spec']['pretrained']
+    assert record['spec']['backbone'] == record['spec']['pretrained'] == told and record['run']['backbone'] == name
+    assert len(told.partition('@')[2]) in (40, 12) and frame([record]).backbone.tolist() == [name]
+    trained = load_backbone(record).state_dict()
+    if place == 'hf-hub': ship(record, tmp_path/'shipped')
+    else: save_network(load_backbone(record), tmp_path/'shipped', data.class_names, preprocessing_of(data), name)
+    if place == 'local-dir': (local/'model.safetensors').write_bytes((local/'model.safetensors').read_bytes()[:-1])
+    else: on_the_hub(tmp_path, monkeypatch, 'deadbeef'.zfill(40), embed_dim=48, num_heads=3)
+    assert run_id(r) != record['id'], 'other content is another run'
+    shutil.rmtree(tmp_path/'hub')
+    _at_commit.cache_clear()
+    for again in (load_backbone(record), load_network(tmp_path/'shipped').net):
+        assert all(torch.equal(v, trained[k]) for k, v in again.state_dict().items()) and again.embed_dim == 48
+    with pytest.raises(FileNotFoundError if place == 'hf-hub' else ValueError, match=f'{name}.*config.json') as e: run(r)
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('name, sentence', [
+    ('hf-hub:timm/resnet18.a1_in1k', "timm found no config.json of it in Hugging Face's cache .*fetch it where there"),
+    ('hf-hub:a/b/c', 'no model hf-hub:a/b/c: .*Repo id must'), ('hf-hub:a@b@c', 'no model hf-hub:a@b@c: .*only contain'),
+    ('local-dir:/nowhere', 'is no model of timm.*Config file not found: /nowhere/config.json.*save_for_hf'),
+    ('timm/resnet18', "looks like a Hugging Face Hub repo id or a local path. Use 'hf-hub:timm/resnet18'"),
+    ('zip:resnet18', "Unknown model source 'zip'"), ('hf-hub:', 'no model id')])
+@pytest.mark.parametrize('pretrained', [True, False])
+def test_models_from_elsewhere_that_are_not_there(lico_root, monkeypatch, tmp_path, name, sentence, pretrained):
+    "One sentence, before anything is trained."
+    on_the_hub(tmp_path, monkeypatch)
+    monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
+    for call in (lambda: create_backbone(name, pretrained=pretrained),
+                 lambda: sweep([replace(TINY, backbone=name, pretrained=pretrained)], progress=False)):
+        with pytest.raises((FileNotFoundError, ValueError), match=sentence) as e: call()
+        assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('content, sentence', [
+    ('{"architecture": "resnet_of_mine"}', "timm has no architecture 'resnet_of_mine'"), ('{', 'JSONDecodeError'),
+    ('{"architectures": ["ViTForImageClassification"]}', "KeyError: 'architecture'"),
+    ('{"architecture": "test_vit", "pretrained_cfg": {"colour": 3}}', "colour")])
+def test_folders_that_are_no_models_of_timm(tmp_path, content, sentence):
+    (tmp_path/'config.json').write_text(content, encoding='utf-8')
+    with pytest.raises(ValueError, match=f"is no model of timm's .*{sentence}.*: expected a config.json") as e:
+        create_backbone(f'local-dir:{tmp_path}')
+    assert '\n' not in str(e.value)
+
+
+def test_own_networks_take_no_arguments_of_timm_s():
+    with pytest.raises(ValueError, match='wrn_16_1 has no drop_rate'): create_backbone('wrn_16_1', drop_rate=.5)
+    assert len(create_backbone('test_vit', 10, 32, depth=1).blocks) == 1

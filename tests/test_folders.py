@@ -7,7 +7,7 @@ from PIL import Image
 from lico import data as data_module
 from lico.config import dataset_settings
 from lico.data import load
-from lico.folders import image_endings, look_into, part_of, readable, stamp_of
+from lico.folders import image_endings, image_tree, look_into, part_of, readable, stamp_of
 
 def fill(folder, *paths, n=3, red=0):
     "Images of which no two are alike, but for those of two calls with the same `red`."
@@ -315,3 +315,36 @@ def test_flip_is_a_parameter(bare):
     assert load(f'folder:{bare}').flip is True and load(f'folder:{bare}', flip=False).flip is False
     assert load('digits').flip is False and load('digits', flip=True).flip is True
     with pytest.raises(ValueError, match="flip = 'no': expected True, False or None"): load('digits', flip='no')
+
+
+def touched(folder, *paths):
+    "Empty files: names are all that the walker goes by."
+    for path in paths:
+        (folder/path).parent.mkdir(parents=True, exist_ok=True)
+        (folder/path).touch()
+
+
+@pytest.mark.parametrize('twins', [('cat', 'cat '), ('cat', 'ca\u200bt'), ('a cat', 'a  cat'), ('a\nb', 'a b')])
+def test_classes_that_look_alike_are_refused(tmp_path, twins):
+    "They would be one prompt, and one row of a table."
+    touched(tmp_path, *(f'{c}/{i}.png' for c in twins for i in range(3)))
+    with pytest.raises(ValueError, match='would have the same name .*; rename them') as e:
+        image_tree(tmp_path, look_into(tmp_path))
+    assert '\n' not in str(e.value)
+
+
+def test_parts_of_unknown_names_are_told(tmp_path):
+    "Folders that hold the same folders may be parts; whoever means classes is only told."
+    touched(tmp_path, *(f'{p}/{c}/{i}.png' for p in ('trn', 'tst') for c in ('cat', 'dog') for i in range(3)))
+    *_, said = image_tree(tmp_path, look_into(tmp_path))
+    assert said == ['each of the class folders trn, tst holds the folders cat, dog: if these are the classes, call the '
+                    'outer ones train and test']
+    touched(tmp_path, 'trn/9.png')
+    assert image_tree(tmp_path, look_into(tmp_path))[2] == []
+
+
+@pytest.mark.parametrize('name', ['@__thumb', '@SHAREBIN', '@eaDir', '$RECYCLE.BIN', '.AppleDouble', '#snapshot'])
+def test_folders_of_systems_are_no_classes(tmp_path, name):
+    touched(tmp_path, *(f'{c}/{i}.png' for c in ('cat', 'dog', name, f'cat/{name}') for i in range(3)))
+    train, test, said = image_tree(tmp_path, look_into(tmp_path))
+    assert list(train) == ['cat', 'dog'] and sum(map(len, [*train.values(), *test.values()])) == 6 and said == []

@@ -120,7 +120,7 @@ class Tokens(nn.Module):
         super().__init__()
         self.patch, self.norm, self.fc = nn.Conv2d(3, 16, 4, 4), nn.LayerNorm(16), nn.Linear(16, 5)
         self.register_parameter(named, nn.Parameter(torch.randn(1, more, 16)))
-        self.named, self.mix = named, nn.Linear(27 if more == 3 else 24 + more, 1)
+        self.named, self.mix = named, nn.Linear(24 + more, 1)
     def forward(self, x):
         t = self.patch(x).flatten(2).mT
         t = self.norm(torch.cat([getattr(self, self.named).expand(len(x), -1, -1), t], 1))
@@ -136,6 +136,13 @@ def test_what_cannot_be_settled_is_refused_by_name():
     torch.testing.assert_close(explain(seeded(Tokens, 1, 'cls_token'), x, 1), by_hand(
         net := seeded(Tokens, 1, 'cls_token'), net.norm, x, 1, tokens(4, 6, 1)), rtol=0, atol=2e-3)
     with pytest.raises(ValueError, match='reshape gives .*: expected maps'): explain(net, x, 1, reshape=lambda t: t[0])
+    for more, named in ((1, 'extra'), (3, 'extra'), (4, 'extra'), (16, 'extra'), (2, 'extra_token'), (3, 'positions')):
+        with pytest.raises(ValueError, match=rf"features \[1, {24 + more}, 16\], which are no grid .* or reshape="):
+            explain(seeded(Tokens, more, named), x, 1)
+    for more, named in ((1, 'cls'), (1, 'class_token'), (3, 'register_tokens'), (4, 'reg_token'), (2, 'dist_token_1')):
+        net = seeded(Tokens, more, named)
+        torch.testing.assert_close(explain(net, x, 1), by_hand(net, net.norm, x, 1, tokens(4, 6, more)), rtol=0,
+                                   atol=2e-3)
     for method in ('rise', 'smoothgrad', 'integrated-gradients', 'edges', 'random', 'guided-ig'):
         assert explain(seeded(Tokens, 20), x, 1, method, **FAST.get(method, {})).shape == (2, 16, 24), 'needs no layer'
 
@@ -195,6 +202,63 @@ def test_outputs_that_are_not_clear_are_refused(dress, what):
         torch.testing.assert_close(explain(net, x, 1, 'rise', score=score, n_masks=20), explain(bare, x, 1, 'rise',
                                                                                                 n_masks=20))
         torch.testing.assert_close(explain(net, x, 1, score=score), explain(bare, x, 1, score='softmax'))
+
+
+@pytest.mark.parametrize('dress', [lambda z: z.detach(), torch.no_grad()(lambda z: z*1), torch.inference_mode()(
+    lambda z: z*1)])
+@pytest.mark.parametrize('method', ['grad-cam', 'group-cam', 'smoothgrad', 'integrated-gradients', 'guided-backprop'])
+def test_an_answer_without_a_gradient_is_said(dress, method):
+    net, x = seeded(Plain, dress=dress), pictures(2)
+    with pytest.raises(ValueError, match='the answer of Plain has no gradient .*: use a method that needs none') as e:
+        explain(net, x, 1, method)
+    assert '\n' not in str(e.value) and explain(net, x, 1, 'rise', n_masks=20).std() > 0
+
+
+@pytest.mark.parametrize('compiled', [torch.jit.script, lambda net: torch.jit.trace(net, pictures(1, 64, 64))])
+@pytest.mark.filterwarnings('ignore')
+def test_networks_compiled_by_jit(compiled):
+    "Where no layer can be listened to, this is said; the rest is as without."
+    net, x = seeded(tv.resnet18, num_classes=5), pictures(2, 64, 64)
+    for o in (dict(method='rise', n_masks=20), dict(method='integrated-gradients', steps=3)):
+        torch.testing.assert_close(explain(compiled(net), x, 1, **o), explain(net, x, 1, **o), rtol=0, atol=1e-4)
+    for layer in (None, 'layer4'):
+        with pytest.raises(ValueError, match='is compiled by torch.jit, whose layers cannot be listened to: pass') as e:
+            explain(compiled(net), x, 1, layer=layer)
+        assert '\n' not in str(e.value)
+
+
+def test_probabilities_are_left_as_they_are():
+    "A network that ends in a softmax has the curves of the one without."
+    bare, ended, x = seeded(Plain), seeded(Plain, dress=lambda z: dict(out=z.softmax(1))), pictures(2)
+    maps = explain(bare, x, 1)
+    for metric in (insertion, deletion):
+        torch.testing.assert_close(metric(ended, x, maps, 1).curve, metric(bare, x, maps, 1).curve)
+    torch.testing.assert_close(explain(ended, x, 1, 'rise', n_masks=20), explain(bare, x, 1, 'rise', n_masks=20))
+    torch.testing.assert_close(explain(ended, x, 1), explain(bare, x, 1, score='softmax'))
+
+
+def test_images_that_change_each_other_s_answers():
+    "A normalisation by the batch gives each image the map that it has alone, or a sentence."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    x, maps = pictures(3), torch.rand(3, 16, 16)
+    for ask in (lambda x, **o: explain(net, x, 1, **o), lambda x, **o: explain(net, x, 1, 'rise', n_masks=9, **o),
+                lambda x, **o: insertion(net, x, maps[:len(x)], 1, **o).curve):
+        with pytest.raises(ValueError, match="without running statistics, .*: pass batch_size=1"): ask(x)
+        with pytest.raises(ValueError, match="without running statistics"): ask(x, batch_size=2)
+    torch.testing.assert_close(explain(net, x, 1, batch_size=1), torch.cat(
+        [explain(net, o[None], 1, batch_size=1) for o in x]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('given, sentence', [
+    (dict(score='sigmoid'), "unknown score 'sigmoid': choose one of softmax, logit"),
+    (dict(target='cat'), "target 'cat': expected one class index"), (dict(target=[1, [2]]), 'expected one class index'),
+    (dict(method='integrated-gradients', steps=0), 'integrated-gradients with steps = 0: expected at least 1'),
+    (dict(method='xrai', steps=0), 'xrai with steps = 0: expected at least 1')])
+def test_arguments_that_mean_nothing(given, sentence):
+    with pytest.raises(ValueError, match=sentence) as e: explain(seeded(Plain), pictures(2), **{'target': 1, **given})
+    assert '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('dress', [lambda z: z, lambda z: z[:, 0], lambda z: z.squeeze()])

@@ -182,14 +182,34 @@ def test_no_batch_of_one_image(monkeypatch, n, sizes):
 
 
 def test_a_step_without_a_value_does_not_empty_the_log(monkeypatch):
-    "A row is the mean over those that have one; here what each step says is replaced."
+    "A row is the mean over the images of those that have one; here what each step says is replaced."
     said, advance = iter([1., 2., 6.]), training._advance
-    def told(t, x, y): return dict(advance(t, x, y), ce=next(said), cosine=math.nan if len(x) == 8 else 0.5)
+    def told(t, x, y):
+        row, n = advance(t, x, y)
+        return dict(row, ce=next(said), cosine=math.nan if len(x) == 8 else 0.5), n
     monkeypatch.setattr(training, '_advance', told)
     data = load('digits', labels=60)
     data = replace(data, train=data.train[:48])
     [row] = fit(CrossEntropy(network()), data, epochs=1, batch_size=20, progress=False)
-    assert row['ce'] == 3 and row['cosine'] == 0.5
+    assert row['ce'] == pytest.approx((20*1 + 20*2 + 8*6)/48) and row['cosine'] == 0.5
+
+
+@pytest.mark.parametrize('batch_size', [7, 8, 20, 46, 48])
+def test_every_image_of_a_pass_counts_once_in_its_row(monkeypatch, batch_size):
+    "Against the sum over images; the share of right answers is a whole number of images."
+    steps, advance = [], training._advance
+    def told(t, x, y):
+        row, n = advance(t, x, y)
+        steps.append((len(x), row))
+        return row, n
+    monkeypatch.setattr(training, '_advance', told)
+    data = load('digits', labels=60)
+    [row] = fit(CrossEntropy(network()), replace(data, train=data.train[:48]), epochs=1, batch_size=batch_size,
+                progress=False)
+    assert sum(n for n, _ in steps) == 48 and row['train_accuracy']*48/100 == pytest.approx(
+        round(row['train_accuracy']*48/100), abs=1e-6)
+    for k in ('loss', 'ce', 'cosine', 'grad_norm', 'train_accuracy'):
+        assert row[k] == pytest.approx(sum(n*o[k] for n, o in steps)/48, rel=1e-12), k
 
 
 @pytest.mark.parametrize('n', [40, 41, 42])
@@ -298,6 +318,7 @@ def test_the_gpu_that_was_named(monkeypatch):
     class Named(Exception): pass
     def chosen(self, where): raise Named(where)
     monkeypatch.setattr(torch.cuda.device, '__init__', chosen)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setenv('LICO_DEVICE', 'cuda:1')
     with pytest.raises(Named, match='cuda:1'): fit(CrossEntropy(network()), load('digits', labels=40), steps=1)
 

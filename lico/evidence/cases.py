@@ -9,16 +9,18 @@ __all__ = ['PHOTOGRAPHS', 'Network', 'Cases', 'trained_network', 'imagenet_netwo
 # %% ../../nbs/evidence/26_cases.ipynb #dedd1f2b
 import functools, hashlib
 from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
-import pandas as pd, torch
+import torch
 from torch import nn
 
 from ..networks import folded
 from ..cams import imagenet_classifier
 from ..config import device, root
 from ..data import box_masks, test_batches
-from ..folders import by_hash
+from ..datasets import file_bytes, image_hashes
+from ..files import sha256
+from ..folders import by_hash, in_either_form, table_of_files
 from ..pixels import read_image
 from ..experiments import load_backbone, load_data, run_of
 from ..scenes import Scenes, coco_scenes, coco_to_imagenet, unseen_scenes
@@ -107,24 +109,26 @@ def photograph(name: str):
     from skimage import data
     return Image.fromarray(getattr(data, name)()).convert('RGB')
 
-def _refuse_outside(file, name):
-    "Refuse a name that leads out of the folder where it is looked for."
-    path = PureWindowsPath(str(name))  # knows both kinds of slashes
-    if path.anchor or '..' in path.parts:
-        raise ValueError(f"{file} names {name!r}, which leads out of its folder: expected files below images/")
+def _class_of(table, row):
+    if (text := (row['class_index'] or '').strip()).isdecimal() and int(text) < 1000: return int(text)
+    raise ValueError(f"{table} has class_index {row['class_index']!r} for {row['file']}: expected a class of "
+                     "ImageNet-1k, 0 to 999")
+
+def _labelled(folder):
+    "{name of a picture: its class} of a folder with `labels.csv`, and what tells its content from that of others."
+    if not (table := folder/'labels.csv').is_file():
+        raise FileNotFoundError(f"no {table}: expected a table with the columns file and class_index, "
+                                f"and the files in {folder/'images'}")
+    rows = table_of_files(table, 'class_index')
+    labels = {in_either_form(folder/'images', row['file']): _class_of(table, row) for row in rows.values()}
+    shas = image_hashes(folder/'images', list(labels), file_bytes)
+    return labels, sha256(''.join(sorted(f'{c}/{sha}' for c, sha in zip(labels.values(), shas))))[:8]
 
 def _labelled_pictures(folder, n):
-    "(name, PIL image, class) of `n` pictures of a folder with `labels.csv`."
-    if not (folder/'labels.csv').is_file():
-        raise FileNotFoundError(f"no {folder/'labels.csv'}: expected a table with the columns file and class_index, "
-                                f"and the files in {folder/'images'}")
-    labels = pd.read_csv(folder/'labels.csv', dtype=dict(file=str), keep_default_na=False)
-    if missing := {'file', 'class_index'} - set(labels):
-        raise ValueError(f"{folder/'labels.csv'} has no column {' and no '.join(sorted(missing))}")
-    for name in labels.file: _refuse_outside(folder/'labels.csv', name)
+    "(name, PIL image, class) of `n` pictures of a folder with `labels.csv`, and what the folder is called in an id."
+    labels, content = _labelled(folder)
     if n > len(labels): raise ValueError(f"images = {n}: {folder} has {len(labels)} pictures")
-    chosen = labels.set_index('file').class_index.loc[by_hash(labels.file)[:n]]
-    return [(name, read_image(folder/'images', name), int(c)) for name, c in chosen.items()]
+    return [(name, read_image(folder/'images', name), labels[name]) for name in by_hash(labels)[:n]], content
 
 def imagenet_cases(
     where: str = 'photographs',  # scikit-image's, or a folder with `labels.csv` and `images/`
@@ -132,19 +136,19 @@ def imagenet_cases(
 ) -> Cases:
     "The ImageNet classifier, on photographs."
     network, preprocess = imagenet_network(), imagenet_classifier()[1]
-    if where == 'photographs': found = [(name, photograph(name), None) for name in PHOTOGRAPHS[:images]]
-    else: found = _labelled_pictures(Path(where).expanduser(), images)
+    if where == 'photographs': found, content = [(name, photograph(name), None) for name in PHOTOGRAPHS[:images]], ''
+    else: found, content = _labelled_pictures(Path(where).expanduser(), images)
     names, opened, classes = zip(*found)
     x = torch.stack([preprocess(image) for image in opened])
     with torch.no_grad():
         target = torch.tensor(classes) if None not in classes else network.net(x.to(device())).argmax(1).cpu()
     title = where if where == 'photographs' else Path(where).expanduser().resolve().name
-    return Cases(_of_pictures(network, title), x, target, names, source=f'imagenet_cases({where!r}, {images})')
+    return Cases(_of_pictures(network, title, content), x, target, names, source=f'imagenet_cases({where!r}, {images})')
 
-def _of_pictures(network, title):
-    """The network with the pictures' name in its columns and in its id: what it is asked about is all that its rows
-    differ in."""
-    return Network(f'{network.id}-{title}', network.net, network.normalise, network.class_names, network.image_size,
+def _of_pictures(network, title, content=''):
+    """The network with the pictures' name in its columns, and with their content in its id: what it is asked about is
+    all that its rows differ in, and two folders may have one name."""
+    return Network(f'{network.id}-{title}' + f'@{content}'*bool(content), network.net, network.normalise, network.class_names, network.image_size,
                    network.about | dict(dataset=title), network.source)
 
 # %% ../../nbs/evidence/26_cases.ipynb #be05e54e
@@ -195,11 +199,15 @@ def of_kind(scenes, kind: str):
     kept = [i for i, (n, k) in enumerate(counted) if fits(n, k)]
     return Scenes(scenes.class_names, tuple(scenes.names[i] for i in kept), lambda i: scenes[kept[i]])
 
+def _layout(folder):
+    "Where annotations and images lie: in COCO's own layout of 2017, or in ours."
+    if (folder/'val2017').is_dir(): return 'annotations/instances_val2017.json', 'val2017'
+    return 'annotations/instances.json', 'images'
+
 @functools.lru_cache(maxsize=4)
 # what kind they are is seen in the masks: all 5,000 are read, once for all networks
 def _coco(folder, image_size, kind):
-    layout = ('annotations/instances_val2017.json', 'val2017') if (folder/'val2017').is_dir() else ()
-    return of_kind(coco_scenes(folder, image_size, *layout), kind)
+    return of_kind(coco_scenes(folder, image_size, *_layout(folder)), kind)
 
 def coco_in(
     folder,  # as seen from the working folder, else from the project's root
@@ -215,8 +223,11 @@ def coco(
 ) -> Cases:
     "The ImageNet classifier, on COCO's images of the categories that both know."
     folder = _found(folder)
-    return on_scenes(_of_pictures(imagenet_network(), folder.name), coco_in(folder), coco_to_imagenet(), images,
-                     source=f'coco({str(folder)!r}, {images})')
+    scenes, (annotations, where) = coco_in(folder), _layout(folder)
+    names = [in_either_form(folder/where, o) for o in scenes.names]
+    content = [sha256((folder/annotations).read_bytes()), *sorted(image_hashes(folder/where, names, file_bytes))]
+    network = _of_pictures(imagenet_network(), folder.name, sha256(''.join(content))[:8])
+    return on_scenes(network, scenes, coco_to_imagenet(), images, source=f'coco({str(folder)!r}, {images})')
 
 def scene_cases(
     record: dict,  # of a run on `lico.scenes.scene_dataset()` or on ImageNet-1k

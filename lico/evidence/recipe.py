@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np, pandas as pd, torch
 from torch import nn
 
-from ..backbones import create_backbone
+from ..backbones import create_backbone, made_of
 from ..data import box_masks, test_batches
 from .cases import Cases, Network
 from .embeddings import pooled_features
@@ -30,7 +30,7 @@ def starting_network(
     "A network for the classes of the data, and the data as it is to see them: normalised as its weights expect."
     import timm
     torch.manual_seed(seed)
-    pretrained = timm.is_model(backbone)
+    pretrained = timm.is_model(made_of(backbone)[0])
     net = create_backbone(backbone, len(data.class_names), data.image_size, pretrained)
     if net.feature_shape[1] < 16 and len(net.feature_shape) == 2:
         raise ValueError(f"{backbone} has feature maps of {net.feature_shape[1]} positions at {data.image_size} "
