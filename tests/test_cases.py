@@ -143,7 +143,8 @@ def test_two_pictures_of_one_name_stay_two(tmp_path, monkeypatch):
     assert names == ['0/same.jpg', '1/same.jpg', '2.jpg']
 
 
-@pytest.mark.parametrize('name', ['../../outside.jpg', '/etc/passwd', 'a/../../x.jpg', r'..\x.jpg', r'C:\x.jpg', '', '.',
+@pytest.mark.parametrize('name', ['../../outside.jpg', '/etc/passwd', 'a/../../x.jpg', r'..\x.jpg', r'C:\x.jpg', '',
+                                  '.',
                                   None, 3])
 def test_annotations_stay_below_their_folder(tmp_path, name):
     folder = coco_like(tmp_path/'coco')
@@ -159,7 +160,8 @@ def test_annotations_stay_below_their_folder(tmp_path, name):
 
 @pytest.mark.parametrize('rows, header, encoding, sentence', [
     (['a.png,3', 'a.png,4'], 'file,class_index', 'utf-8', "names the file 'a.png' twice"),
-    (['a.png,3.7'], 'file,class_index', 'utf-8', "has class_index '3.7' for a.png: expected a class of ImageNet-1k, 0 to"),
+    (['a.png,3.7'], 'file,class_index', 'utf-8',
+     "has class_index '3.7' for a.png: expected a class of ImageNet-1k, 0 to"),
     (['a.png,1000'], 'file,class_index', 'utf-8', "has class_index '1000' for a.png"),
     (['a.png,-1'], 'file,class_index', 'utf-8', "has class_index '-1' for a.png"),
     (['a.png'], 'file,class_index', 'utf-8', 'has class_index None for a.png'),

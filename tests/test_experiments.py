@@ -364,13 +364,15 @@ def test_models_from_elsewhere(lico_root, monkeypatch, tmp_path, place):
     _at_commit.cache_clear()
     for again in (load_backbone(record), load_network(tmp_path/'shipped').net):
         assert all(torch.equal(v, trained[k]) for k, v in again.state_dict().items()) and again.embed_dim == 48
-    with pytest.raises(FileNotFoundError if place == 'hf-hub' else ValueError, match=f'{name}.*config.json') as e: run(r)
+    with pytest.raises(FileNotFoundError if place == 'hf-hub' else ValueError,
+                       match=f'{name}.*config.json') as e: run(r)
     assert '\n' not in str(e.value)
 
 
 @pytest.mark.parametrize('name, sentence', [
     ('hf-hub:timm/resnet18.a1_in1k', "timm found no config.json of it in Hugging Face's cache .*fetch it where there"),
-    ('hf-hub:a/b/c', 'no model hf-hub:a/b/c: .*Repo id must'), ('hf-hub:a@b@c', 'no model hf-hub:a@b@c: .*only contain'),
+    ('hf-hub:a/b/c', 'no model hf-hub:a/b/c: .*Repo id must'),
+    ('hf-hub:a@b@c', 'no model hf-hub:a@b@c: .*only contain'),
     ('local-dir:/nowhere', 'is no model of timm.*Config file not found: /nowhere/config.json.*save_for_hf'),
     ('timm/resnet18', "looks like a Hugging Face Hub repo id or a local path. Use 'hf-hub:timm/resnet18'"),
     ('zip:resnet18', "Unknown model source 'zip'"), ('hf-hub:', 'no model id')])

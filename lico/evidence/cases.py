@@ -148,7 +148,8 @@ def imagenet_cases(
 def _of_pictures(network, title, content=''):
     """The network with the pictures' name in its columns, and with their content in its id: what it is asked about is
     all that its rows differ in, and two folders may have one name."""
-    return Network(f'{network.id}-{title}' + f'@{content}'*bool(content), network.net, network.normalise, network.class_names, network.image_size,
+    return Network(f'{network.id}-{title}' + f'@{content}'*bool(content), network.net, network.normalise,
+                   network.class_names, network.image_size,
                    network.about | dict(dataset=title), network.source)
 
 # %% ../../nbs/evidence/26_cases.ipynb #be05e54e

@@ -121,7 +121,8 @@ def _found(df, contrast, metric):
     df = conditions(df.drop_duplicates('id')).dropna(subset=[metric])
     return next((differences(o, metric) for o in pairs(df, contrast.reference) if o.arm.iloc[0] == contrast.arm), None)
 
-_columns = ['contrast', 'of', 'block', 'settings', 'n', 'base', 'difference', 'half_width', 'p', 'margin', 'failed', 'active',
+_columns = ['contrast', 'of', 'block', 'settings', 'n', 'base', 'difference', 'half_width', 'p', 'margin', 'failed',
+            'active',
             'differences', 'estimate']
 
 # %% ../../nbs/evidence/34_programme.ipynb #550ab4b1
@@ -142,7 +143,8 @@ def contrast_rows(
             groups = [found[k] for k in mine]
             e, margin = interval(*(g['d'] for g in groups)), min(map(smallest, mine))
             base, failed, active = (sum(g[k] for g in groups)/len(groups) for k in ('base', 'failed', 'active'))
-            rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n, base=base,
+            rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n,
+                             base=base,
                              difference=e.mean, half_width=e.half_width, p=e.p(),
                              margin=margin, failed=failed, active=active,
                              differences=[float(d) for g in groups for d in g['d']], estimate=e))
@@ -210,7 +212,8 @@ def findings(
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     contrast, smoothing, transport, _, _, shuffled = (whole[c.says] for c in SECONDARY)
-    said = [f"**Does LICO work?** {_answer(repaired, semantic)}: over the {repaired.base:.1f} % of cross-entropy it gains "
+    said = [f"**Does LICO work?** {_answer(repaired, semantic)}: over the {repaired.base:.1f} % of cross-entropy it "
+            f"gains "
             f"{_points(repaired, 'repaired')} and {_points(semantic, 'semantic')} points.",
             f"**Has language a part in it?** {_answer(names_1, names_2)}: right names less the same names on wrong "
             f"classes give {_points(names_1, 'repaired')} and {_points(names_2, 'semantic')} points.",
