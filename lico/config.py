@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'FIELDS', 'PARAMETERS', 'choose', 'root', 'settings', 'check_value', 'check_option', 'gathered',
            'check_options', 'parse_value', 'preset', 'dataset_settings', 'datasets_of_the_paper', 'profile_settings',
-           'parameters', 'derive_seed', 'seed_everything', 'device', 'stamp']
+           'parameters', 'derive_seed', 'seed_everything', 'device', 'hardware', 'stamp']
 
 # %% ../nbs/method/00_config.ipynb #dc1872af
 import configparser, functools, hashlib, importlib.metadata, math, numbers, os, platform, random
@@ -348,13 +348,24 @@ def _processor():
     return next((o.split(':', 1)[1].strip() for o in lines if o.startswith('model name')),
                 platform.processor() or platform.machine())
 
+def hardware(
+    where=None,  # a torch.device; `None`: that of `device()`
+) -> str:
+    "What computes there, by its name: a GPU, or the processor with its cores."
+    import torch
+    where = where or device()
+    if where.type == 'cuda': return torch.cuda.get_device_name(where)
+    return f"{_processor()}, {f'{os.cpu_count()} cores' if where.type == 'cpu' else where.type}"
+
 # %% ../nbs/method/00_config.ipynb #77a8a26e
 @functools.lru_cache
+def _software():
+    return dict(python=platform.python_version(), **{name: v for name in _libraries if (v := _version(name))}
+                ), _git('rev-parse', '--short=12', 'HEAD') or None
+
 def stamp() -> dict:
-    "Versions, hardware and commit of this process, for every record and figure."
+    "Versions, hardware and commit of what this process computes now, for every record and figure."
     import torch
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions = {name: v for name in _libraries if (v := _version(name))}
-    return dict(python=platform.python_version(), **versions, hardware=gpu or f'{_processor()}, {os.cpu_count()} cores',
-                instructions=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads(),
-                commit=_git('rev-parse', '--short=12', 'HEAD') or None)
+    versions, commit = _software()
+    return dict(**versions, hardware=hardware(), instructions=torch.backends.cpu.get_cpu_capability(),
+                threads=torch.get_num_threads(), commit=commit)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SUMS', 'write_atomic', 'sweep_temporaries', 'locked', 'set_aside', 'read_checked', 'sha256', 'write_sealed',
-           'read_sealed', 'write_sums', 'read_sums', 'python_command']
+           'read_sealed', 'write_sums', 'read_sums', 'read_summed', 'write_summed', 'python_command']
 
 # %% ../nbs/method/02_files.ipynb #9e0b6db8
 import contextlib, hashlib, itertools, os, platform, re, shlex, time, warnings
@@ -14,6 +14,11 @@ from pathlib import Path
 _host, _counter = platform.node().replace('.', '-'), itertools.count()
 
 def _own_name(): return f'{_host}.{os.getpid()}.{next(_counter)}'  # nobody else's
+
+def _bytes(data):
+    "Text as UTF-8; a path of another locale may have bytes in it that are none."
+    if not isinstance(data, str): return data
+    return data.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace').encode('utf-8')
 
 def write_atomic(
     path,  # the file to write
@@ -25,9 +30,7 @@ def write_atomic(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as f:
-            # a path of another locale may have bytes in it that are no UTF-8
-            f.write(data.encode('utf-8', 'surrogateescape').decode('utf-8', 'backslashreplace').encode('utf-8')
-                    if isinstance(data, str) else data)
+            f.write(_bytes(data))
             f.flush(); os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:
@@ -97,7 +100,7 @@ _misfit = "its checksum does not fit its content"
 def sha256(
     content,  # text or bytes
 ) -> str:
-    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()
+    return hashlib.sha256(_bytes(content)).hexdigest()
 
 def write_sealed(
     path,  # the file to write
@@ -134,6 +137,54 @@ def read_sums(
     path = Path(folder)/SUMS
     text = path.read_bytes().decode(errors='replace') if path.exists() else ''
     return {name: seal for seal, name in re.findall(r'^([0-9a-f]{64})  (.+)$', text, re.M)}
+
+# %% ../nbs/method/02_files.ipynb #2a04a1ef
+def _fits(path, seal):
+    "The bytes of a file if they have that checksum, under its own name or that of a file still to be renamed."
+    for o in (path, path.with_name(f'.{path.name}.new')):
+        try: content = o.read_bytes()
+        except FileNotFoundError: continue
+        if sha256(content) == seal: return content
+
+def read_summed(
+    path,  # the file to read
+    needed: bool = True,  # refuse that there is none, which else is `None`
+) -> bytes:
+    "The content of a file whose checksum stands beside it; a damaged one is refused."
+    path = Path(path)
+    for _ in range(20):  # another process may be renaming
+        if (seal := read_sums(path.parent).get(path.name)) is None:
+            if path.exists(): return path.read_bytes()
+            if not needed: return None
+            raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder of its results "
+                                    "with -p out")
+        if (content := _fits(path, seal)) is not None: return content
+    raise ValueError(f"{path} is damaged, changed or gone (it does not fit its checksum in {SUMS}): restore it, or "
+                     f"run the notebook without `stored`; if the change was meant, remove its line from {SUMS}")
+
+# %% ../nbs/method/02_files.ipynb #0d6141f6
+def _recover(folder):
+    "Put in place what a killed process had decided on, and drop what it had not."
+    for name, seal in read_sums(folder).items():
+        new = folder/f'.{name}.new'
+        if new.exists() and sha256(new.read_bytes()) == seal: os.replace(new, folder/name)
+    for new in folder.glob('.*.new'): new.unlink()
+
+def write_summed(
+    folder,  # where to put them
+    make,  # called when nobody else writes there -> {name of a file: its text or bytes}
+):
+    "Write files with their checksums beside them, as one: all of them, or none. Damaged ones are set aside first."
+    folder = Path(folder)
+    with locked(folder/'.lock'):
+        _recover(folder)
+        contents = make()
+        new, sums = {k: folder/f'.{k}.new' for k in contents}, read_sums(folder)
+        for k, path in new.items():
+            if k in sums and _fits(folder/k, sums[k]) is None: set_aside(folder/k, _misfit)
+            write_atomic(path, contents[k])
+        write_sums(folder, sums | {k: sha256(v) for k, v in contents.items()})
+        for k, path in new.items(): os.replace(path, folder/k)
 
 # %% ../nbs/method/02_files.ipynb #39a71018
 def python_command(

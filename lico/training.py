@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from .networks import looking, undisturbed
-from .config import choose, derive_seed, device, preset as read_preset
+from .config import choose, derive_seed, device, hardware, preset as read_preset
 from .data import test_batches, training_batches
 from .model import load_checkpoint, save_checkpoint, tensors_digest
 from .schedule import (Average, TrainOptions, deal, full_float32, learning_rate, options_from, refuse_precision,
                            steps_per_epoch)
-from .together import Batch, group_size, is_first, join_group, share
+from .together import Batch, all_of, group_size, is_first, join_group, share
 from .watch import check_finite, images_digest, mean_row, refuse_other_run, settings_of, warn_inactive
 
 
@@ -74,6 +74,7 @@ class _Trainer:
         optimiser = torch.optim.SGD(trained, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
         self.model, self.optimiser = self.accelerator.prepare(model, optimiser)
         self.average = Average(model.backbone, o.ema) if o.ema else None
+        self.hardware = list(dict.fromkeys(all_of(hardware(self.accelerator.device))))
 
     def train_mode(self):
         "Everything in training mode but what stays as it is."
@@ -169,6 +170,7 @@ def _resume(t, path):
         t.average.count = state['step']
         for k, v in _strip(tensors, 'average.').items(): t.average.sums[k].copy_(v)
     t.step, t.log, t.predicted = state['step'], state['log'], tensors.get('predicted')
+    t.hardware = list(dict.fromkeys([*state.get('hardware', ['unknown']), *t.hardware]))
 
 # %% ../nbs/method/15_training.ipynb #d04c16e4
 def _refuse_number(name, value):
@@ -253,5 +255,5 @@ def _loop(t, path, evaluations, checkpoint_seconds, progress):
             warn_inactive(row, t.log)
             t.log.append(row)
             if path and main and (t.step == t.steps or time.perf_counter() - saved >= checkpoint_seconds):
-                save_checkpoint(path, _tensors(t), dict(run=t.run, step=t.step, log=t.log))
+                save_checkpoint(path, _tensors(t), dict(run=t.run, step=t.step, log=t.log, hardware=t.hardware))
                 saved = time.perf_counter()

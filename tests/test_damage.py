@@ -4,13 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 
 from lico import config, experiments, files
 from lico.files import read_checked, read_sealed, set_aside, write_atomic, write_sealed
 from lico.evidence import divergence, map_scores
 from lico.evidence.cases import imagenet_cases, test_images as cases_of_test_images
-from lico.evidence.store import _before, _recovered, read_results, read_scores, top5, write_results
+from lico.evidence.pictures import Shown, read_shown, save_shown
+from lico.evidence.store import read_results, read_scores, read_table, top5, write_results, write_table
 from lico.experiments import Run, load_backbone, read_record, run, run_of, runs_folder, ship
 from lico.model import load_checkpoint, load_network, loading_lines, save_checkpoint, save_network
 
@@ -195,9 +196,30 @@ def test_tables_without_sums_are_read_strictly(tmp_path, damage):
     with pytest.raises(ValueError, match='results.csv is damaged'): read_results(tmp_path)
 
 
-def test_committed_tables_are_whole():
-    for path in (Path(__file__).parents[1]/'figures').glob('*/results.csv'):
-        if path.parent.name != 'paper': assert len(read_results(path.parent)) and read_scores(path.parent) is not None
+def test_a_bit_of_a_table_or_a_picture_s_maps(tmp_path):
+    "Of those that stand beside the results: refused, and set aside by who writes them anew."
+    n = np.zeros((1, 2), np.float32)
+    table, shown = pd.DataFrame(dict(a=[1.5], differences=['[1, 2]'])), Shown(n, n, n, n, n, n, n, n)
+    for name, write, read in (('a b.csv', lambda path: write_table(path, table), read_table),
+                              ('maps.npz', lambda path: save_shown(shown, path), read_shown)):
+        write(path := tmp_path/name)
+        read(path)
+        for i, changed in flips(content := path.read_bytes()):
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=f'{name} is damaged, changed or gone'): read(path)
+        with pytest.warns(RuntimeWarning, match=f'{name} is damaged'): write(path)
+        assert path.read_bytes() == content and next(tmp_path.glob(f'{name}.damaged-*')).read_bytes() == changed
+        with pytest.raises(FileNotFoundError, match='run the notebook without `stored`'): read(tmp_path/'none'/name)
+    assert read_table(tmp_path/'a b.csv').differences.tolist() == [[1, 2]]
+
+
+def test_committed_results_are_whole():
+    "All that is read again has a checksum, and it fits."
+    figures = Path(__file__).parents[1]/'figures'
+    for path in [*figures.glob('*/*.csv'), *figures.glob('*/*.npz')]:
+        assert path.name in files.read_sums(path.parent), path
+        assert files.read_summed(path)
+        if path.name == 'results.csv' and path.parent.name != 'paper': assert len(read_results(path.parent))
 
 
 def test_a_damaged_file_is_set_aside_once(tmp_path):

@@ -7,6 +7,7 @@ import pandas as pd, pytest, torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lico import training
 from lico.data import training_batch
 from lico.experiments import Run, load_data, read_record, run, runs_folder, start
 from lico.text import load_text_encoder
@@ -189,9 +190,12 @@ def test_run_in_several_processes(lico_root):
     one = run(TINY, progress=False)
     (lico_root/'group').mkdir()
     os.environ['LICO_ROOT'] = str(lico_root/'group')
-    def work(): return [run(TINY, progress=False) for _ in range(2)]
+    def work():
+        training.hardware = lambda where: f'machine {share().start or 0}'
+        return [run(TINY, progress=False) for _ in range(2)]
     (a, b), (c, d) = in_group(2, work, lico_root)
     assert a == b == c == d and a['stamp']['processes'] == 2 and one['stamp']['processes'] == 1
+    assert a['stamp']['hardware'] == 'machine 0 and machine 1'
     assert a['id'] == one['id'] and a['ce'] == pytest.approx(one['ce'], rel=1e-4)
     assert read_record(runs_folder()/a['id']) and not list(lico_root.rglob('*.tmp'))
 

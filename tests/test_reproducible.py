@@ -1,11 +1,13 @@
 "The same run gives the same result: with one thread and with two, whatever ran before, in whichever process."
-import contextlib, functools, hashlib, random, shutil, warnings
-from concurrent.futures import ThreadPoolExecutor
+import contextlib, functools, hashlib, os, random, shutil, warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 
 import numpy as np, pytest, torch
+from joblib.externals import loky
 
-from lico import experiments, runs
+from lico import config, experiments, runs, training
 from lico.backbones import create_backbone
 from lico.data import load
 from lico.experiments import (TRAINING_METHODS, Run, encoder_name, frame, load_data, run, run_id,
@@ -159,11 +161,37 @@ def test_generators_and_threads_are_left_as_they_were(lico_root):
         assert drawn() == expected
 
 
-def test_threads_of_one_process_are_refused(lico_root, monkeypatch):
+class OwnPool(ProcessPoolExecutor): pass
+
+
+@pytest.mark.parametrize('kind, why', [
+    (ThreadPoolExecutor, 'whose threads share'), (ProcessPoolExecutor, 'whose workers stay for ever'),
+    (OwnPool, 'whose workers stay for ever'), (loky.ProcessPoolExecutor, 'whose workers stay for ever'),
+    (ThreadPool, 'which has no `submit`'), (int, 'which has no `submit`')])
+def test_executors_that_mix_runs_or_outlive_who_started_them_are_refused(lico_root, monkeypatch, kind, why):
     monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="executor is a ThreadPoolExecutor, .*: "
-                                                                        "use a ProcessPoolExecutor"):
-        sweep([TINY], progress=False, executor=pool)
+    with pytest.raises(ValueError, match=rf"executor is a {kind.__name__}, {why}.*: use Workers\(n\)"):
+        sweep([TINY], progress=False, executor=kind(1))
+
+
+def test_a_record_says_what_its_run_was_trained_on(lico_root, monkeypatch):
+    "Not the first GPU that the machine has; and both, where a run went on elsewhere."
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda where: f'GPU {where.index}')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for name, expected in (('cuda:1', 'GPU 1'), ('cuda', 'GPU None'), ('cpu', f'{os.cpu_count()} cores')):
+        monkeypatch.setenv('LICO_DEVICE', name)
+        assert config.stamp()['hardware'].endswith(expected)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    save, machines = training.save_checkpoint, ['slow', 'fast', 'fast']
+    monkeypatch.setattr(training, 'hardware', lambda where: machines.pop(0))
+    monkeypatch.setattr(experiments, 'fit', functools.partial(training.fit, checkpoint_seconds=0))
+    def killed(*a): save(*a); raise KeyboardInterrupt
+    monkeypatch.setattr(training, 'save_checkpoint', killed)
+    of_two_epochs = replace(TINY, labels=40)
+    with pytest.raises(KeyboardInterrupt): run(of_two_epochs, progress=False)
+    monkeypatch.setattr(training, 'save_checkpoint', save)
+    records = [run(r, progress=False) for r in (of_two_epochs, TINY)]
+    assert frame(records).hardware.tolist() == ['slow and fast', 'fast']
 
 
 @pytest.fixture

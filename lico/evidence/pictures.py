@@ -17,7 +17,7 @@ import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 
 from ..config import device
-from ..files import write_atomic
+from ..files import read_summed, write_summed
 from .arms import grid
 from .cases import Cases, scene_cases, test_images
 from .map_scores import blurred, boxes_of, saliency_options
@@ -43,17 +43,14 @@ class Shown:
     columns: np.ndarray  # c names
 
 def save_shown(shown: Shown, path):
-    "Write it as `.npz`."
+    "Write it as `.npz`, with its checksum beside it."
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{f.name: getattr(shown, f.name) for f in fields(Shown)})
-    write_atomic(path, buffer.getvalue())
+    write_summed(Path(path).parent, lambda: {Path(path).name: buffer.getvalue()})
 
 def read_shown(path) -> Shown:
     "What `save_shown` wrote."
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder of its results with "
-                                "-p out")
-    with np.load(path) as f: return Shown(**{k.name: f[k.name] for k in fields(Shown)})
+    with np.load(io.BytesIO(read_summed(path))) as f: return Shown(**{k.name: f[k.name] for k in fields(Shown)})
 
 # %% ../../nbs/evidence/30_pictures.ipynb #6fffa365
 def as_uint8(z) -> np.ndarray:
