@@ -112,6 +112,7 @@ def _train(r, data, folder, progress):
     write_atomic(folder/'log.csv', pd.DataFrame(log).to_csv(index=False))
     _write_record(r, s, data, folder, log, kept[1].get('hardware', ['unknown']))
     (folder/'checkpoint.safetensors').unlink(missing_ok=True)
+    sweep_temporaries(folder)  # of one that was just being killed when this one began
 
 # %% ../nbs/method/22_experiments.ipynb #c88ef896
 def run(

@@ -45,7 +45,8 @@ def _is_running(host, pid):
     try: os.kill(int(pid), 0)
     except ProcessLookupError: return False
     except (OSError, OverflowError): pass
-    return True
+    try: return Path(f'/proc/{pid}/stat').read_bytes().rpartition(b') ')[2][:1] not in b'ZX'  # killed, not yet missed
+    except OSError: return True
 
 def sweep_temporaries(
     folder,  # where killed writes may have left something

@@ -238,6 +238,17 @@ def test_a_damaged_file_is_set_aside_once(tmp_path):
     assert read_checked(tmp_path/'y', mended) is None and (tmp_path/'y').read_text(encoding='utf-8') == 'mended'
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='looks at /proc')
+def test_what_a_killed_writer_left_is_swept_before_its_parent_has_missed_it(tmp_path):
+    if not (pid := os.fork()): os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # ended, and still in the list of processes
+    (left := tmp_path/f'.x.{files._host}.{pid}.0.tmp').touch()
+    (under_way := tmp_path/f'.x.{files._host}.{os.getpid()}.0.tmp').touch()
+    files.sweep_temporaries(tmp_path)
+    os.waitpid(pid, 0)
+    assert not left.exists() and under_way.exists()
+
+
 def elsewhere(code, **more):
     return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             **more)
@@ -349,7 +360,7 @@ def test_commands_survive_a_shell(tmp_path, name):
     env = dict(os.environ, PATH=f"{tmp_path}:{os.environ['PATH']}")
     subprocess.run(['bash', '-c', command], cwd=tmp_path, env=env, check=True)
     assert not (tmp_path/'executed').exists()
-    option, code = (tmp_path/'called').read_text(encoding='utf-8').rstrip('\n').split('\n', 1)
+    option, code = os.fsdecode((tmp_path/'called').read_bytes()).rstrip('\n').split('\n', 1)
     assert option == '-c' and eval(code.split('run(', 1)[1][:-1]) == r
 
 
@@ -359,8 +370,8 @@ def test_a_record_stands_alone(tmp_path, monkeypatch):
     from PIL import Image
     monkeypatch.setenv('LICO_ROOT', str(tmp_path))
     rng, folder = np.random.default_rng(0), tmp_path/'pets'
-    for path in (folder/part/name/f'{i}.png' for part in ('train', 'test') for name in ('cat', 'dög')
-                 for i in range(3)):
+    for path in (folder/part/os.fsdecode(name.encode())/f'{i}.png' for part in ('train', 'test')
+                 for name in ('cat', 'dög') for i in range(3)):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (20, 16, 3), np.uint8)).save(path)
     r = replace(TINY, dataset=f'folder:{folder}', labels=4, image_size=16)

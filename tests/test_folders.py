@@ -9,9 +9,11 @@ from lico.config import dataset_settings
 from lico.data import load
 from lico.folders import image_endings, image_tree, look_into, part_of, readable, stamp_of
 
+def utf8(name): return os.fsdecode(name.encode())  # as it is called here, whatever the locale
+
 def fill(folder, *paths, n=3, red=0):
     "Images of which no two are alike, but for those of two calls with the same `red`."
-    for k, path in enumerate(paths):
+    for k, path in enumerate(map(utf8, paths)):
         (folder/path).mkdir(parents=True, exist_ok=True)
         for i in range(n): Image.new('RGB', (8, 8), (red + k, i, 7)).save(folder/path/f'{i}.png')
     return folder
@@ -247,8 +249,8 @@ IN_C = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '
 def test_another_locale_reads_the_same(tmp_path):
     """Class names, the folder itself, a known dataset's files, and a file whose name is no text; `settings.ini` on
     the way."""
-    here = fill(tmp_path/'Obst für alle', 'Äpfel', '梨', n=10)
-    os.rename(os.fsencode(here/'梨'/'0.png'), os.fsencode(here/'梨') + b'/caf\xe9.png')
+    here = fill(tmp_path/utf8('Obst für alle'), 'Äpfel', '梨', n=10)
+    os.rename(os.fsencode(here/utf8('梨')/'0.png'), os.fsencode(here/utf8('梨')) + b'/caf\xe9.png')
     (here/'boxes.csv').write_text('file,x0,y0,x1,y1\n' + ''.join(f'{p},0,0,1,1\n' for p, _ in look_into(here).images
                                                                  if '\udce9' not in p), encoding='utf-8')
     code = """import os, sys
@@ -270,7 +272,7 @@ except FileNotFoundError as e: print(e, file=sys.stderr)"""
         return p.stdout, p.stderr, (tmp_path/'out.txt').read_bytes()
     (ours, _, name), (theirs, said, same) = there({**os.environ, 'PYTHONUTF8': '1'}), there(IN_C)
     assert b"'ascii'" in theirs and ours.split(b',', 1)[1].splitlines()[0] == theirs.split(b',', 1)[1].splitlines()[0]
-    assert name == same == f'folder:{here}'.encode() and b'lle/\\xc4pfel: expected' in said
+    assert name == same == b'folder:' + os.fsencode(here) and b'lle/\\xc4pfel: expected' in said
 
 # the same image twice
 

@@ -1,20 +1,19 @@
 """Sweeps killed at random times, in one process, in workers, on submitit's executor and under papermill, end as if
-nothing had happened. `LICO_KILLS=500 pytest -m slow tests/test_kills.py` kills 500 times; the first three of each kind
-while whole programs start, the others in programs that are forked from this one, which has imported all they need."""
+nothing had happened. `LICO_KILLS=500 pytest -m slow tests/test_kills.py` kills 500 times; the first few of each kind
+in whole programs, the others in programs that are forked from this one, which has imported all they need."""
 import contextlib, functools, os, random, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 
 import nbformat, pandas as pd, pytest, torch
 
 from lico.experiments import Run, find_encoder, load_data
+from lico.text import load_text_encoder
 from lico.training import load_checkpoint
 from test_processes import JOB, gone
 from warm import warm
 
 PROGRAMS = ['papermill.cli', 'ipykernel.kernelapp', 'submitit.core._submit', 'lico.evidence.store']
 KILLS = int(os.environ.get('LICO_KILLS', 20))
-RUNS = [Run(labels=20, validation=20, backbone='wrn_10_1', method=method, seed=1, steps=8, evaluations=2, options=dict(
-    n_context=2, ema=0.9, batch_size=10)) for method in ('CE', 'LICO')]
 SETUP = textwrap.dedent('''
     import functools, os, sys, warnings
     warnings.simplefilter('ignore')
@@ -22,7 +21,7 @@ SETUP = textwrap.dedent('''
     from lico.experiments import *
     from lico.together import Workers
     experiments.fit = functools.partial(training.fit, checkpoint_seconds=0)
-    runs = [Run(**{**vars(r), 'threads': THREADS}) for r in RUNS]
+    runs = RUNS
 ''')
 SWEEP = dict(
     process='sweep(runs, progress=False)',
@@ -35,9 +34,22 @@ SWEEP = dict(
               'with processes(1): sweep(runs, progress=False)')
 
 
-def begin(kind, threads, folder):
+@functools.cache
+def runs_of(threads, folder):
+    "A baseline and LICO with a small text encoder in that folder; four epochs, after each of which it is saved."
+    from transformers import BertConfig, BertModel
+    if not folder.exists():
+        BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
+                  add_pooling_layer=False).save_pretrained(folder)
+        load_text_encoder('minilm').tokenizer.save_pretrained(folder)
+    return tuple(Run(labels=20, validation=20, backbone='wrn_10_1', method=method, seed=1, steps=8, evaluations=2,
+                     threads=threads, text_encoder=str(folder), options=dict(n_context=2, ema=0.9, batch_size=10))
+                 for method in ('CE', 'LICO'))
+
+
+def begin(kind, runs, folder):
     "Start a sweep in a folder."
-    code = SETUP.replace('THREADS', str(threads)).replace('RUNS', repr(RUNS)) + SWEEP[kind]
+    code = SETUP.replace('RUNS', repr(runs)) + SWEEP[kind]
     (folder/'job.py').write_text(JOB.replace('time.sleep(0.3)', ''), encoding='utf-8')
     (folder/'sweep.py').write_text(code, encoding='utf-8')
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)], metadata=dict(kernelspec=dict(
@@ -48,8 +60,9 @@ def begin(kind, threads, folder):
                                 stdout=log, stderr=log)
 
 
-def outcome(folder):
-    "Weights, predictions and logs of all runs; nothing else is left in their folders."
+def finish(kind, runs, folder):
+    "Let a sweep end; weights, predictions and logs of all runs, beside which nothing is left in their folders."
+    assert begin(kind, runs, folder).wait() == 0, (folder/'log').read_text(encoding='utf-8')[-3000:]
     out = {}
     for run in sorted(folder.glob('data/runs/*')):
         assert {o.name for o in run.iterdir()} == {'lock', 'log.csv', 'model.safetensors', 'predictions.safetensors',
@@ -57,23 +70,20 @@ def outcome(folder):
         tensors = {f'{name} {k}': v for name in ('model', 'predictions')
                    for k, v in load_checkpoint(run/f'{name}.safetensors')[0].items()}
         out[run.name] = tensors, pd.read_csv(run/'log.csv').drop(columns='seconds')
+    assert len(out) == len(runs) and not [*folder.rglob('*.tmp')]
     return out
 
 
-def whole(kind, threads, folder):
-    "The outcome of a sweep that nobody disturbs, and its seconds."
+@functools.cache
+def undisturbed(kind, runs, folder, programs):
+    "The outcome of a sweep that nobody kills, and its seconds."
     began = time.time()
     folder.mkdir()
-    assert begin(kind, threads, folder).wait() == 0, (folder/'log').read_text(encoding='utf-8')[-3000:]
-    return outcome(folder), time.time() - began
-
-
-@functools.cache
-def reference(threads, folder): return whole('process', threads, Path(f'{folder}/reference-{threads}'))
+    with programs(): return finish(kind, runs, folder), time.time() - began
 
 
 def compare(expected, found):
-    assert found.keys() == expected.keys() and len(found) == len(RUNS)
+    assert found.keys() == expected.keys()
     for (tensors, log), (other, other_log) in zip(expected.values(), found.values()):
         assert tensors.keys() == other.keys() and all(torch.equal(tensors[k], other[k]) for k in tensors)
         pd.testing.assert_frame_equal(log, other_log, check_exact=True)
@@ -88,13 +98,14 @@ def inside(folder):
     return found
 
 
-def kill_at_random(kind, threads, folder, chance, seconds):
-    "Three times any process of a sweep, at any time; then it may end. How many were killed."
+def kill_at_random(kind, runs, folder, chance, seconds):
+    """Three times any process of a sweep, at any time, and the sweep itself if it then goes on for long; the kills, and
+    the seconds, fewer if it ended before."""
     killed = 0
     for _ in range(3):
-        p = begin(kind, threads, folder)
+        p = begin(kind, runs, folder)
         time.sleep(chance.uniform(0, 1.2*seconds))
-        if p.poll() is not None: break
+        if p.poll() is not None: return killed, seconds if killed else 0.7*seconds
         with contextlib.suppress(ProcessLookupError, IndexError):  # it has just ended, or is not yet there
             os.kill(chance.choice(inside(folder)), signal.SIGKILL)
             killed += 1
@@ -102,8 +113,7 @@ def kill_at_random(kind, threads, folder, chance, seconds):
         except subprocess.TimeoutExpired:
             p.kill(), p.wait()
             killed += 1
-    assert begin(kind, threads, folder).wait() == 0, (folder/'log').read_text(encoding='utf-8')[-3000:]
-    return killed
+    return killed, seconds
 
 
 @pytest.mark.slow
@@ -112,16 +122,17 @@ def kill_at_random(kind, threads, folder, chance, seconds):
 def test_killed_at_random(kind, threads, tmp_path, tmp_path_factory):
     "Again and again until enough were killed; nothing is left alive, and nothing but the results."
     for module in PROGRAMS: pytest.importorskip(module)
-    find_encoder('minilm'), load_data(RUNS[0])  # for programs that are forked
-    expected, seconds = reference(threads, tmp_path_factory.getbasetemp())
+    base, programs = tmp_path_factory.getbasetemp(), contextlib.nullcontext if threads == 1 else warm
+    runs = runs_of(threads, base/'encoder')
+    load_data(runs[0]), find_encoder(str(base/'encoder'))  # for programs that are forked
+    expected, seconds = undisturbed('process', runs, base/f'reference-{threads}', programs)
     chance, killed = random.Random(f'{kind} {threads}'), []
     while sum(killed) < max(1, KILLS//8):
-        with warm() if killed else contextlib.nullcontext():
-            if len(killed) == 1:
-                found, seconds = whole(kind, threads, tmp_path/'whole')
-                compare(expected, found)
-            (folder := tmp_path/f'after-{sum(killed)}').mkdir(exist_ok=True)
-            killed.append(kill_at_random(kind, threads, folder, chance, seconds))
-        compare(expected, outcome(folder))
-        assert gone(inside(folder), 60) and not [*folder.rglob('*.tmp')]
+        with programs():
+            (folder := tmp_path/str(len(killed))).mkdir()
+            n, seconds = kill_at_random(kind, runs, folder, chance, seconds)
+            killed.append(n)
+            compare(expected, finish(kind, runs, folder))
+        assert gone(inside(folder), 60)
         print(f'{kind}, {threads} threads: {sum(killed)} killed', flush=True)
+        if len(killed) % 8 == 1: seconds = undisturbed(kind, runs, tmp_path/f'whole-{len(killed)}', programs := warm)[1]

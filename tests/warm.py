@@ -1,9 +1,13 @@
 """A Python that has imported everything already: programs of this interpreter are forked from this process in place of
 being started, a tenth of a second each. Only for tests, and only where this process has one thread."""
-import asyncio, faulthandler, gc, os, runpy, signal, subprocess, sys, traceback
+import asyncio, faulthandler, gc, os, runpy, signal, subprocess, sys, threading, traceback
 from contextlib import contextmanager
 from multiprocessing import get_context
 
+from tqdm import tqdm
+
+# else the lock of its bars is one for all that are forked, and stays with who was killed while it had it
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 _fork_exec = getattr(subprocess, '_fork_exec', None)
 
 
@@ -34,7 +38,8 @@ def _become(args, cwd, env, streams, own_session):
     if env is not None:
         os.environ.clear()
         os.environ.update(o.split('=', 1) for o in map(os.fsdecode, env))
-    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, 'w', closefd=False), open(2, 'w', closefd=False)
+    sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, encoding='utf-8', closefd=False)
+                                         for fd, mode in enumerate('rww'))
     code = _run(args)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
