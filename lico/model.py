@@ -69,8 +69,8 @@ def refuse_no_backbone(
 ):
     "Refuse a network that lacks some of it. (Calls of `refuse…` are no training code to records.)"
     if not (missing := [f"{k} ({BACKBONE_NEEDS[k]})" for k in needed if not hasattr(net, k)]): return
-    raise ValueError(f"{type(net).__name__} lacks what is needed of a backbone: {', '.join(missing)}; lico.backbones has "
-                     "adapt(net, layer, num_classes, image_size), which gives all of it to any classifier, and "
+    raise ValueError(f"{type(net).__name__} lacks what is needed of a backbone: {', '.join(missing)}; lico.backbones "
+                     "has adapt(net, layer, num_classes, image_size), which gives all of it to any classifier, and "
                      "create_backbone(name, num_classes, image_size) for the networks of timm")
 
 # %% ../nbs/method/12_model.ipynb #c4a3d95d
@@ -153,8 +153,8 @@ def _unfit(backbone, K, options):
     return wrong
 
 def refuse_unfit(backbone, prompts, options):
-    """Refuse parts of the wrong kind or that do not fit each other, and feature maps of one position, on which transport
-    has no gradient. (Calls of `refuse…` are no training code to records.)"""
+    """Refuse parts of the wrong kind or that do not fit each other, and feature maps of one position, on which
+    transport has no gradient. (Calls of `refuse…` are no training code to records.)"""
     if not isinstance(options, LossOptions):
         raise ValueError(f"options is {type(options).__name__}: expected LossOptions(...)")
     if not hasattr(prompts, 'class_names'):

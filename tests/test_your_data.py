@@ -81,5 +81,5 @@ def test_guide_refuses_maps_of_few_positions(tmp_path):
     "Before anything is trained."
     corners(tmp_path/'mine', (('train', 4), ('test', 2)))
     p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'), '-p', 'image_size', '64')
-    assert (p.returncode and '4 positions at 64 pixels' in p.stderr and 'such as -p image_size 128' in p.stderr
+    assert (p.returncode and 'maps of 2 x 2 places at 64 pixels' in p.stderr and 'such as -p image_size 128' in p.stderr
             and not (tmp_path/'data'/'your_data'/'log.csv').exists())
