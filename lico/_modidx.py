@@ -568,7 +568,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lico/evidence/recipe.py'),
                                       'lico.evidence.recipe.grid_side': ('evidence/recipe.html#grid_side', 'lico/evidence/recipe.py'),
                                       'lico.evidence.recipe.hold_out': ('evidence/recipe.html#hold_out', 'lico/evidence/recipe.py'),
-                                      'lico.evidence.recipe.in_pairs': ('evidence/recipe.html#in_pairs', 'lico/evidence/recipe.py'),
+                                      'lico.evidence.recipe.in_turn': ('evidence/recipe.html#in_turn', 'lico/evidence/recipe.py'),
                                       'lico.evidence.recipe.mcnemar_p': ('evidence/recipe.html#mcnemar_p', 'lico/evidence/recipe.py'),
                                       'lico.evidence.recipe.over_images': ('evidence/recipe.html#over_images', 'lico/evidence/recipe.py'),
                                       'lico.evidence.recipe.over_seeds': ('evidence/recipe.html#over_seeds', 'lico/evidence/recipe.py'),
