@@ -41,7 +41,7 @@ def hold_out(
         held[by_hash(members)[:min(max(1, round(share*n)), n - 2)]] = True
     return replace(data, train=data.train[~held], test=data.train[held])
 
-# %% ../../nbs/evidence/42_recipe.ipynb #bcacb24b
+# %% ../../nbs/evidence/42_recipe.ipynb #03068d13
 @torch.no_grad()
 def grid_side(
     net: nn.Module,  # from `create_backbone` or `adapt`
@@ -58,6 +58,7 @@ def refuse_coarse(net, name):
                      "on which a map shows nothing: give a larger size, such as "
                      f"-p image_size {-(-4*net.image_size//side)}")
 
+# %% ../../nbs/evidence/42_recipe.ipynb #bcacb24b
 def has_weights(backbone: str) -> bool:
     "Whether a network of that name comes with pretrained weights: timm's do."
     import timm
