@@ -201,7 +201,8 @@ def test_all_that_a_foreign_network_lacks_is_said_at_once(has):
     assert [k for k in NEEDED if f'{k} (' in listed] == [k for k in NEEDED if k not in has]
     assert who.startswith('adapt(net, layer, num_classes, image_size)') and '\n' not in str(e.value)
     if 'forward_head' not in has:
-        with pytest.raises(ValueError, match=r'forward_features \(.*forward_head \(.*adapt'): CrossEntropy(Foreign(**has))
+        with pytest.raises(ValueError, match=r'forward_features \(.*forward_head \(.*adapt'):
+            CrossEntropy(Foreign(**has))
 
 
 def test_adapt_gives_all_that_it_lacks():
