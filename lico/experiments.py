@@ -97,7 +97,6 @@ def _write_record(r, s, data, folder, log, hardware):
 
 def _train(r, data, folder, progress):
     "Train and test a run, and write what is left of it; the record last."
-    import pandas as pd
     if is_first(): sweep_temporaries(folder)
     model, s = _start(r, data), spec(r, data)
     if is_first(): write_atomic(folder/'spec.json', json.dumps(s, indent=1))
@@ -109,7 +108,6 @@ def _train(r, data, folder, progress):
     if not (kept := load_checkpoint(folder/'checkpoint.safetensors')): return _train(r, data, folder, progress)
     save_checkpoint(folder/'model.safetensors', model.state_dict(), dict(id=folder.name))
     save_checkpoint(folder/'predictions.safetensors', dict(predicted=kept[0]['predicted']), dict(id=folder.name))
-    write_atomic(folder/'log.csv', pd.DataFrame(log).to_csv(index=False))
     _write_record(r, s, data, folder, log, kept[1].get('hardware', ['unknown']))
     (folder/'checkpoint.safetensors').unlink(missing_ok=True)
     sweep_temporaries(folder)  # of one that was just being killed when this one began

@@ -22,8 +22,8 @@ from .model import load_checkpoint, save_checkpoint, tensors_digest
 from .schedule import (Average, TrainOptions, deal, full_float32, learning_rate, options_from, refuse_precision,
                            steps_per_epoch)
 from .together import Batch, all_of, group_size, is_first, join_group, share
-from .watch import check_finite, images_digest, mean_row, refuse_other_run, settings_of, warn_inactive
-
+from .watch import (LogFile, check_finite, images_digest, mean_row, refuse_other_run, settings_of, warn_extended,
+                        warn_inactive)
 
 # %% ../nbs/method/15_training.ipynb #c5dc118c
 def predict(
@@ -66,6 +66,7 @@ class _Trainer:
     def __init__(self, model, data, o, steps, seed):
         self.accelerator, self.plain, self.data, self.o = _accelerator(), model, data, o
         self.steps, self.seed, self.step, self.log, self.predicted = steps, seed, 0, [], None
+        self.extended_at = None  # the step at which a longer run went on from a shorter one
         self.kept, self.per_epoch = _kept(model.backbone), steps_per_epoch(len(data.train), o.batch_size)
         for m in model.backbone.modules():
             if isinstance(m, _BatchNorm): m.momentum = o.bn_momentum
@@ -117,6 +118,12 @@ def _test(t, progress):
     return accuracy(t.predicted, t.data.test.y)
 
 # %% ../nbs/method/15_training.ipynb #006d44d9
+def _shown(t, rows):
+    "What stands beside the bar: terms of the newest step, the accuracy of this epoch's batches and of the last test."
+    out = {k: f"{v:.3g}" for k, v in rows[-1].items() if k in ('ce', 'mm', 'ot', 'tau') and not math.isnan(v)}
+    out['train'] = f"{sum(r['train_accuracy'] for r in rows)/len(rows):.0f}%"
+    return out if t.predicted is None else out | dict(test=f'{accuracy(t.predicted, t.data.test.y):.1f}%')
+
 def _epoch(t, batches, bar):
     "One pass over the labelled images, or what is left of the steps; its row of the log."
     began, rows, images = time.perf_counter(), [], []
@@ -125,11 +132,11 @@ def _epoch(t, batches, bar):
         row, n = _advance(t, x, y)
         rows.append(row); images.append(n)
         bar.update()
-        bar.set_postfix({k: f"{v:.3g}" for k, v in row.items()
-                         if k in ('ce', 'mm', 'ot', 'tau') and not math.isnan(v)}, refresh=False)
+        bar.set_postfix(_shown(t, rows), refresh=False)
         if t.step % t.per_epoch == 0 or t.step == t.steps: break
-    return dict(epoch=len(t.log) + 1, step=t.step, lr=t.optimiser.param_groups[0]['lr'], **mean_row(rows, images),
-                seconds=time.perf_counter() - began)
+    extended = {} if t.extended_at is None else dict(extended_at=t.extended_at)
+    return dict(epoch=len(t.log) + 1, step=t.step, lr=t.optimiser.param_groups[0]['lr'],
+                **mean_row(rows, images), **extended, seconds=time.perf_counter() - began)
 
 # %% ../nbs/method/15_training.ipynb #8c050467
 def _identity(t, evaluations):
@@ -158,11 +165,28 @@ def _tensors(t):
 
 def _strip(tensors, prefix): return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
 
+def _left(t, tensors, state):
+    "The digest of the weights that a run leaves in its model at such a checkpoint: averaged where it averages."
+    weights, count = _strip(tensors, 'model.'), state['step']
+    if t.average: weights |= {f'backbone.{k}': s/(1 - t.o.ema**count) for k, s in _strip(tensors, 'average.').items()}
+    return tensors_digest(weights)
+
+def _may_go_on(t, path, tensors, state):
+    "Refuse another run's checkpoint. A run may get longer, and it may be gone on with by the model that it left."
+    there = state['run']
+    if t.run['initial weights'] != there['initial weights'] and t.run['initial weights'] == _left(t, tensors, state):
+        t.run['initial weights'] = there['initial weights']
+    refuse_other_run(path, {**there, 'steps': max(there['steps'], t.steps)}, t.run)
+    t.extended_at = state['log'][-1].get('extended_at')
+    if there['steps'] < t.steps and t.o.schedule != 'constant':
+        t.extended_at = state['step']
+        warn_extended(state['step'], there['steps'], t.steps, t.o.schedule)
+
 def _resume(t, path):
     "Go on from a checkpoint, if there is one."
     if (found := load_checkpoint(path)) is None: return
     tensors, state = found
-    refuse_other_run(path, state['run'], t.run)
+    _may_go_on(t, path, tensors, state)
     t.plain.load_state_dict(_strip(tensors, 'model.'))
     for i, p in enumerate(t.optimiser.param_groups[0]['params']):
         if f'momentum.{i}' in tensors: t.optimiser.state[p]['momentum_buffer'] = tensors[f'momentum.{i}'].to(p.device)
@@ -220,13 +244,15 @@ def fit(
     preset: str = 'paper',  # where the options of the optimiser come from
     seed: int = 0,  # decides order, crops, noise, shuffles and dropout, but not the initial weights
     evaluations: int = 1,  # tests on the whole test set, evenly spread, the last at the end
-    folder=None,  # for `checkpoint.safetensors` and the predictions; goes on from its own, refuses another run's
+    folder=None,  # for `checkpoint.safetensors`, which a run goes on from, and `log.csv`; another run's is refused
     checkpoint_seconds: float = 30.,  # at most this much work is lost to a kill (or one epoch, where that is longer)
     progress: bool = True,
+    on_epoch=None,  # called with each new row of the log, a dict of numbers by name, when it is in the files
     **options,  # fields of `TrainOptions` that replace the preset's, e.g. lr=0.1
 ) -> list:
     """Train `model.backbone` in place (Algorithm 1); one row per epoch. With an average, the backbone ends with the
-    averaged weights."""
+    averaged weights. More epochs in the same folder extend a run; unless the schedule is `constant`, the learning rate
+    then jumps to that of the longer run, which is warned of and in the log as `extended_at`."""
     refuse_bad_call(model, data, dict(epochs=epochs, steps=steps, evaluations=evaluations), options)
     if epochs and steps: raise ValueError(f"epochs={epochs} and steps={steps}: give one of them")
     o = options_from(TrainOptions, read_preset(preset, **options, **(dict(epochs=epochs) if epochs else {})))
@@ -234,19 +260,19 @@ def fit(
     steps = steps or o.epochs*steps_per_epoch(len(data.train), o.batch_size)
     with _own_state():
         t = _Trainer(model, data, o, steps, seed)
-        path = Path(folder)/'checkpoint.safetensors' if folder else None
-        if path:
+        if folder:
             t.run = _identity(t, evaluations)
-            _resume(t, path)
-        _loop(t, path, evaluations, checkpoint_seconds, progress)
+            _resume(t, Path(folder)/'checkpoint.safetensors')
+        _loop(t, folder, evaluations, checkpoint_seconds, progress, on_epoch)
         t.train_mode()
     if t.average: model.backbone.load_state_dict(t.average.weights(), strict=False)
     return t.log
 
 # %% ../nbs/method/15_training.ipynb #cb8028f6
-def _loop(t, path, evaluations, checkpoint_seconds, progress):
+def _loop(t, folder, evaluations, checkpoint_seconds, progress, on_epoch):
     "Epoch after epoch until the steps are done."
     saved, main, batches = time.perf_counter(), is_first(), t.batches()
+    table = LogFile(Path(folder)/'log.csv', t.log) if folder and main else None
     with tqdm(total=t.steps, initial=t.step, desc='training', unit='step', leave=False,
               disable=not (progress and main)) as bar:
         while t.step < t.steps:
@@ -254,6 +280,9 @@ def _loop(t, path, evaluations, checkpoint_seconds, progress):
             _evaluate(t, row, evaluations, progress and main)
             warn_inactive(row, t.log)
             t.log.append(row)
-            if path and main and (t.step == t.steps or time.perf_counter() - saved >= checkpoint_seconds):
-                save_checkpoint(path, _tensors(t), dict(run=t.run, step=t.step, log=t.log, hardware=t.hardware))
+            if table: table.write() if t.step == t.steps else table.add_newest()
+            if table and (t.step == t.steps or time.perf_counter() - saved >= checkpoint_seconds):
+                save_checkpoint(Path(folder)/'checkpoint.safetensors', _tensors(t),
+                                dict(run=t.run, step=t.step, log=t.log, hardware=t.hardware))
                 saved = time.perf_counter()
+            if on_epoch and main: on_epoch(dict(row))

@@ -3,8 +3,9 @@ import json, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from torch import nn
+from lico.backbones import adapt, create_backbone
 from lico.losses import LossOptions, calibrated_taus, log_adjacency, manifold_matching, row_entropy
-from lico.model import LICO
+from lico.model import LICO, CrossEntropy
 
 torch.set_num_threads(1)
 K, M, d = 5, 3, 6
@@ -176,3 +177,41 @@ def test_two_processes_calibrate_alike(tmp_path):
     alone = lico(tau='calibrated')
     alone(*map(torch.cat, zip(batch(seed=0), batch(seed=1))))  # of the batch of both together
     assert said[0] == said[1] and json.loads(said[0]) == pytest.approx(alone.tau.value.tolist(), rel=1e-5)
+
+
+class Foreign(nn.Module):
+    "A classifier that knows nothing of protocols, but for what it is given."
+    def __init__(self, **more):
+        super().__init__()
+        self.body, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, K)
+        for k, v in more.items(): setattr(self, k, v)
+
+    def forward(self, x): return self.fc(self.body(x).relu().mean((2, 3)))
+
+
+NEEDED = ('forward_features', 'forward_head', 'num_classes', 'image_size', 'feature_shape')
+
+
+@pytest.mark.parametrize('has', [{}, dict(num_classes=K), dict(forward_features=len, forward_head=len, num_classes=3),
+                                 dict(forward_features=len, forward_head=len, num_classes=K, feature_shape=(8, 64))])
+def test_all_that_a_foreign_network_lacks_is_said_at_once(has):
+    "And who gives it; what it has is not listed."
+    with pytest.raises(ValueError) as e: LICO(Foreign(**has), Prompts())
+    listed, who = str(e.value).split('of a backbone: ')[1].split('; lico.backbones has ')
+    assert [k for k in NEEDED if f'{k} (' in listed] == [k for k in NEEDED if k not in has]
+    assert who.startswith('adapt(net, layer, num_classes, image_size)') and '\n' not in str(e.value)
+    if 'forward_head' not in has:
+        with pytest.raises(ValueError, match=r'forward_features \(.*forward_head \(.*adapt'):
+            CrossEntropy(Foreign(**has))
+
+
+def test_adapt_gives_all_that_it_lacks():
+    model = LICO(adapt(Foreign(), 'body', K, 16), Prompts())
+    model(torch.rand(4, 3, 16, 16), torch.arange(4)).loss.backward()
+    assert all(p.grad is not None for p in model.backbone.parameters())
+
+
+def test_two_misfits_are_said_at_once():
+    with pytest.raises(ValueError, match=f'the backbone has 10 classes and the prompts {K}: .*; the feature maps have '
+                                         'one position at 32 pixels'):
+        LICO(create_backbone('resnet18', 10, 32), Prompts())

@@ -86,7 +86,7 @@ def test_full_disk_while_training(tmp_path):
         fsync, written = os.fsync, []
         def full(fd):
             written.append(fd)
-            if len(written) > 2: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if len(written) > 3: raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             fsync(fd)
         os.fsync = full
         run({run!r}'''))
@@ -332,3 +332,98 @@ def test_nothing_is_left_at_inference():
         with FlopCounterMode(display=False) as counter, torch.no_grad(): net(data.normalise(data.test.x[:2]))
         costs.append((sum(p.numel() for p in net.parameters()), counter.get_total_flops()))
     assert costs[0] == costs[1] and costs[0][1] > 0
+
+
+def small(seed=0):
+    torch.manual_seed(seed)
+    return CrossEntropy(create_backbone('wrn_10_1', num_classes=10, image_size=16))
+
+
+def same(a, b): return all(torch.equal(o, p) for o, p in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def test_each_row_is_told_when_it_is_in_the_files(tmp_path):
+    "And a callback that draws random numbers, changes modes and the row it is given changes no result."
+    data, seen, model, alone = load('digits', labels=100), [], small(), small()
+    def told(row):
+        pd.testing.assert_frame_equal(pd.read_csv(tmp_path/'log.csv'), pd.DataFrame([*seen, row]), check_exact=True)
+        assert load_checkpoint(tmp_path/'checkpoint.safetensors')[1]['log'] == [*seen, row]
+        seen.append(dict(row))
+        row.clear(), model.eval(), torch.manual_seed(99), torch.rand(5)
+    log = fit(model, data, steps=7, evaluations=2, folder=tmp_path, checkpoint_seconds=0, on_epoch=told, progress=False)
+    assert log == seen and len(log) == 4 and [('test_accuracy' in r) for r in log] == [False, True, False, True]
+    fit(alone, data, steps=7, evaluations=2, progress=False)
+    assert same(model, alone)
+
+
+def test_a_log_goes_on_without_the_rows_that_a_kill_took(tmp_path):
+    "Three epochs are in the log, the checkpoint is of none; and a line cut short by a full disk does not stay."
+    data, whole = load('digits', labels=100), small()
+    def stop(row):
+        if row['epoch'] == 3: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(small(), data, epochs=5, folder=tmp_path, on_epoch=stop, progress=False)
+    assert pd.read_csv(tmp_path/'log.csv').epoch.tolist() == [1, 2, 3] and not (
+        tmp_path/'checkpoint.safetensors').exists()
+    with open(tmp_path/'log.csv', 'a', encoding='utf-8') as f: f.write('4,8,0.0')
+    log = fit(whole, data, epochs=5, folder=tmp_path, progress=False)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/'log.csv'), pd.DataFrame(log), check_exact=True)
+    (tmp_path/'log.csv').unlink()
+    assert fit(small(), data, epochs=5, folder=tmp_path, progress=False) == log
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path/'log.csv'), pd.DataFrame(log), check_exact=True)
+
+
+def test_a_log_grows_row_by_row(tmp_path, monkeypatch):
+    "Not written anew for every row: thousands of epochs of one step are usual with few labels."
+    written, write = [], training.LogFile.write
+    monkeypatch.setattr(training.LogFile, 'write', lambda self: (written.append(len(self.log)), write(self)))
+    fit(small(), load('digits', labels=40), steps=8, folder=tmp_path, progress=False)
+    assert written == [1, 8]
+
+
+@pytest.mark.parametrize('schedule, ema', [('constant', 0.), ('constant', .9), ('cos7/16', .9), ('cosine', 0.)])
+@pytest.mark.parametrize('new', [False, True])  # another object with the same initial weights, or the trained model
+def test_more_epochs_extend_a_run(schedule, ema, new, tmp_path, recwarn):
+    "With a constant learning rate to the longer run's weights; else it is said and logged."
+    data, more, model, straight = load('digits', labels=100), dict(schedule=schedule, ema=ema), small(), small()
+    fit(model, data, epochs=2, folder=tmp_path, progress=False, **more)
+    if new: model = small()
+    log = fit(model, data, epochs=5, folder=tmp_path, progress=False, **more)
+    other = fit(straight, data, epochs=5, progress=False, **more)
+    table = pd.read_csv(tmp_path/'log.csv')
+    assert table.epoch.tolist() == [1, 2, 3, 4, 5]
+    told = [str(w.message) for w in recwarn if 'goes on from step 4 of 4 up to step 10' in str(w.message)]
+    if schedule == 'constant':
+        assert same(model, straight) and [r['ce'] for r in log] == [r['ce'] for r in other] and not told
+        assert 'extended_at' not in table
+    else:
+        assert not same(model, straight) and len(told) == 1 and table.extended_at.tolist()[2:] == [4, 4, 4]
+        assert table.extended_at.isna().tolist()[:2] == [True, True] and log[2]['lr'] > log[1]['lr']
+
+
+def test_an_extended_run_goes_on_as_itself(tmp_path):
+    "Killed, extended again, asked for once more; not as a shorter run, and not as another one."
+    data = load('digits', labels=100)
+    def stop(row):
+        if row['epoch'] == 4: raise KeyboardInterrupt
+    fit(small(), data, epochs=2, folder=tmp_path, progress=False)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match='goes on from step 4 of 4 up to step 12'):
+        fit(small(), data, epochs=6, folder=tmp_path, checkpoint_seconds=0, on_epoch=stop, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        log = fit(small(), data, epochs=6, folder=tmp_path, progress=False)
+        assert fit(small(), data, epochs=6, folder=tmp_path, progress=False) == log
+    assert [r.get('extended_at') for r in log] == [None, None, 4, 4, 4, 4]
+    with pytest.raises(ValueError, match=r'differs in steps \(12 there, 4 here\)'):
+        fit(small(), data, epochs=2, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r'differs in lr \(0.03 there, 0.1 here\)'):
+        fit(small(), data, epochs=9, lr=.1, folder=tmp_path, progress=False)
+    with pytest.warns(UserWarning, match='goes on from step 12 of 12 up to step 14'):
+        log = fit(small(), data, epochs=7, folder=tmp_path, progress=False)
+    assert [r.get('extended_at') for r in log] == [None, None, 4, 4, 4, 4, 12]
+
+
+def test_the_bar_shows_accuracy(capsys):
+    "Of the batches of the epoch, and of the last test."
+    fit(small(), load('digits', labels=100), epochs=3, evaluations=3)
+    shown = capsys.readouterr().err
+    assert 'ce=' in shown and 'train=' in shown and 'test=' in shown and '%' in shown.split('test=')[-1][:6]

@@ -5,8 +5,17 @@ from pathlib import Path
 import nbformat, numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
-from lico.config import root
-from lico.model import load_network
+from lico.backbones import create_backbone
+from lico.config import preset, root
+from lico.data import load
+from lico.evidence.recipe import (accuracy_table, cases_by_answer, decide, fit_last_layer, grid_side, hold_out,
+                                  set_temperatures, starting_network)
+from lico.losses import LossOptions
+from lico.model import LICO, load_network
+from lico.saliency import explain
+from lico.schedule import options_from
+from lico.text import PromptLearner, load_text_encoder
+from lico.training import fit, predict
 
 TOP = root()
 
@@ -81,5 +90,70 @@ def test_guide_refuses_maps_of_few_positions(tmp_path):
     "Before anything is trained."
     corners(tmp_path/'mine', (('train', 4), ('test', 2)))
     p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'), '-p', 'image_size', '64')
-    assert (p.returncode and '4 positions at 64 pixels' in p.stderr and 'such as -p image_size 128' in p.stderr
+    assert (p.returncode and 'maps of 2 x 2 places at 64 pixels' in p.stderr and 'such as -p image_size 128' in p.stderr
             and not (tmp_path/'data'/'your_data'/'log.csv').exists())
+
+
+def folder_of(top, counts, parts=('train', 'test'), size=(48, 64), mode='RGB', names=('red', 'green', 'blue')):
+    "Classes of so many images in each part, told apart by a colour at the border."
+    rng = np.random.default_rng(0)
+    for part in parts:
+        for c, (name, n) in enumerate(zip(names, counts)):
+            (top/part/name).mkdir(parents=True)
+            for i in range(n):
+                image = rng.integers(0, 120, (*size, 3), np.uint8)
+                image[:, :size[1]//4, c] += 100
+                Image.fromarray(image).convert(mode).save(top/part/name/f'{i:02}.png')
+    return f'folder:{top}'
+
+
+@pytest.mark.parametrize('made', [
+    dict(counts=(40, 3, 3)), dict(counts=(3, 3, 3)), dict(counts=(12, 12, 12), mode='L'),
+    dict(counts=(8, 8), mode='LA'),
+    dict(counts=(12, 12, 12), size=(16, 16)), dict(counts=(9, 9), names=('my  cat', 'a b c')),
+    dict(counts=(9, 5, 4), parts=('',))],
+    ids=['unequal', 'three each', 'grey', 'grey and alpha', 'tiny', 'blanks', 'no parts'])
+def test_the_recipe_on_awkward_folders(made, tmp_path):
+    "From the folder to a decision; each class is trained on twice and held out once at least."
+    whole = load(folder_of(tmp_path, **made), image_size=32, flip=False)
+    kept, K = hold_out(whole), len(whole.class_names)
+    assert kept.train.y.bincount().min() >= 2 and kept.test.y.bincount(minlength=K).min() >= 1
+    assert (kept.train.y.bincount() + kept.test.y.bincount()).equal(whole.train.y.bincount())
+    net, data = starting_network('wrn_10_1', kept)
+    fit_last_layer(net, data)
+    model = LICO(net, PromptLearner(load_text_encoder('minilm'), whole.class_names, n_context=2),
+                 options_from(LossOptions, preset('transfer')))
+    set_temperatures(model, data, 16)
+    taus = model.tau.value.clone()
+    fit(model, data, steps=3, preset='transfer', progress=False)
+    assert taus.isfinite().all() and model.tau.value.equal(taus)
+    right = (predict(model.backbone, data, data.test) == data.test.y).numpy()[None]
+    assert decide(dict(CE=right, LICO=right)).ship == 'CE' and accuracy_table(
+        dict(probe=right, CE=right, LICO=right)).network.tolist() == ['probe', 'CE', 'LICO']
+
+
+@pytest.mark.parametrize('counts, parts, said', [
+    ((8, 1, 8), ('train', 'test'), r'fewer than 3 training images: green \(1\); two are needed to train on and one'),
+    ((2, 2, 2), ('train', 'test'), r'images: blue \(2\), green \(2\), red \(2\); two are needed'),
+    ((3, 9, 9), ('',), r'images: red \(2\); two are needed'),
+    ((8,), ('train', 'test'), 'has only one class'), ((8, 1), ('',), r'fewer images than the 2 they need: green \(1\)'),
+    ((8, 8), ('train',), 'has a folder train but none named test'), ((8, 8), ('test',), 'but none named train')])
+def test_what_cannot_be_trained_on_is_refused_in_a_sentence(counts, parts, said, tmp_path):
+    place = folder_of(tmp_path, counts, parts)
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as e: hold_out(load(place))
+    assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('name, size', [('wrn_10_1', 32), ('test_vit', 64), ('swin_tiny_patch4_window7_224', 128)])
+def test_a_random_map_is_as_coarse_as_the_cam(name, size):
+    "As many places a side: within one, a map is that of a pixel enlarged."
+    torch.manual_seed(0)
+    net, x = create_backbone(name, 3, size).eval(), torch.randn(1, 3, size, size)
+    side = grid_side(net)
+    for saliency, options in (('grad-cam', {}), ('random', dict(cells=side))):
+        m = explain(net, x, torch.tensor([0]), saliency, **options)[0]
+        # a bilinear enlargement of side x side places is linear between the places' centres
+        row, step = m[size//2], size//side
+        bends = (row[2:] - 2*row[1:-1] + row[:-2]).abs() > 1e-4*max(1e-9, float(row.max() - row.min()))
+        at = (bends.nonzero()[:, 0] + 1 + .5) % step
+        assert ((at - step/2).abs() <= 1).all() and bends.sum() >= side - 2, name

@@ -12,6 +12,7 @@ import functools, math
 
 import numpy as np, pandas as pd, torch
 from torch import nn
+from tqdm import tqdm
 
 from ..config import derive_seed
 from ..data import test_batches
@@ -33,7 +34,9 @@ def pooled_features(
     "What the last layer reads of every image: pooled features, float32 [n, width], on the CPU, in eval mode."
     where = next(net.parameters()).device
     read = lambda x: net.forward_head(net.forward_features(x), pre_logits=True).cpu()
-    with undisturbed(net): return torch.cat([read(x) for x in test_batches(data, images, batch_size, where)])
+    batches = test_batches(data, images, batch_size, where)
+    with undisturbed(net), tqdm(batches, 'features', -(-len(images)//batch_size), unit='batch', delay=2,
+                                leave=False) as shown: return torch.cat([read(x) for x in shown])
 
 # %% ../../nbs/evidence/32_embeddings.ipynb #83e41e56
 def centroids(
