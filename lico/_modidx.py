@@ -734,6 +734,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'lico.experiments._Progress.done': ('method/experiments.html#_progress.done', 'lico/experiments.py'),
                                   'lico.experiments._Progress.end': ('method/experiments.html#_progress.end', 'lico/experiments.py'),
                                   'lico.experiments._Progress.fail': ('method/experiments.html#_progress.fail', 'lico/experiments.py'),
+                                  'lico.experiments._Progress.seconds': ( 'method/experiments.html#_progress.seconds',
+                                                                          'lico/experiments.py'),
                                   'lico.experiments._Progress.show': ('method/experiments.html#_progress.show', 'lico/experiments.py'),
                                   'lico.experiments._again': ('method/experiments.html#_again', 'lico/experiments.py'),
                                   'lico.experiments._answer': ('method/experiments.html#_answer', 'lico/experiments.py'),

@@ -248,26 +248,34 @@ def _why(e):
 class _Progress:
     "Where the runs of a sweep stand, and the bar that shows it."
     def __init__(self, missing, many, retries, show):
-        self.todo, self.left, self.failed = dict(missing), dict.fromkeys(missing, retries), {}
+        self.todo, self.left, self.failed, self.begun = dict(missing), dict.fromkeys(missing, retries), {}, {}
         self.speeds = {k: v for k, (v, _) in _speeds(stamp()['hardware'], group_size()).items()}
         self.bar = tqdm(total=len(missing), desc=f"{len(missing)} of {many} runs to do", unit='run', leave=False,
                         disable=not show)
 
+    def seconds(self, r, now):
+        "What is left of a run, judged by others; not a number if there were none."
+        o = self.todo[r]
+        return max(o['steps']*self.speeds.get(o['like'], math.nan) - (now - self.begun.get(r, now)), 0.)
+
     def show(self, running):
-        "Show them, `running` at this moment."
-        left = sum(o['steps']*self.speeds.get(o['like'], math.nan) for o in self.todo.values())/max(1, running)
-        end = 'end unknown' if math.isnan(left) else time.strftime('end %a %H:%M', time.localtime(time.time() + left))
-        self.bar.set_postfix_str(f"{len(self.todo) - running} to do, {running} running, {self.bar.n} done, "
+        "Show them; those in `running` are under way at this moment."
+        now, n = time.time(), len(running)
+        for r in running: self.begun.setdefault(r, now)
+        left = sum(self.seconds(r, now) for r in self.todo)/max(1, n)
+        end = 'end unknown' if math.isnan(left) else time.strftime('end %a %H:%M', time.localtime(now + left))
+        self.bar.set_postfix_str(f"{len(self.todo) - n} to do, {n} running, {self.bar.n} done, "
                                  f"{len(self.failed)} failed, {end}")
 
     def done(self, r, record):
         "A run has ended well."
         o = self.todo.pop(r)
         self.speeds[o['like']] = record['seconds']/o['steps']
-        self.bar.update()
+        self.bar.n += 1  # drawn by the next `show`
 
     def fail(self, r, e):
         "A run has failed; whether it shall be begun again, since only its worker died."
+        self.begun.pop(r, None)
         if _died(e) and self.left[r]:
             self.left[r] -= 1
             print(f"the worker of {r} died ({_why(e)}): begun again, {self.left[r]} more times at most",
@@ -288,7 +296,7 @@ class _Progress:
 def _here(p, progress):
     "Do the runs one after the other."
     for r in list(p.todo):
-        p.show(1)
+        p.show([r])
         try: p.done(r, run(r, progress=progress))
         except Exception as e:
             if group_size() > 1: raise  # the other processes may not have failed
@@ -310,7 +318,7 @@ def _elsewhere(p, executor):
                 try: p.done(r, _answer(jobs.pop(r)))
                 except Exception as e:
                     if p.fail(r, e): jobs[r] = submit(r)
-            p.show(sum(_running(job) for job in jobs.values()))
+            p.show([r for r, job in jobs.items() if _running(job)])
             time.sleep(0.2 if jobs else 0)
     finally:
         for job in jobs.values(): job.cancel()  # no more than what is under way is waited for

@@ -1,4 +1,4 @@
-import json, shutil
+import json, shutil, time
 from concurrent.futures import BrokenExecutor, Future
 from dataclasses import replace
 
@@ -227,6 +227,19 @@ def test_one_bar_for_a_sweep(lico_root, capsys, monkeypatch):
     shown.clear()
     sweep([replace(TINY, seed=s) for s in (3, 4)])
     assert shown[1].startswith('0 to do, 1 running, 1 done, 0 failed, end ') and shown[1][-3] == ':'
+
+
+def test_the_end_of_a_sweep_does_not_run_away(lico_root, monkeypatch):
+    "Of two runs of ten hours of which one has been under way for four, side by side or one after the other."
+    now, ends = [1e9], []
+    monkeypatch.setattr(time, 'time', lambda: now[0])
+    monkeypatch.setattr(time, 'strftime', lambda form, at: ends.append(time.mktime(at)) or 'end')
+    p = experiments._Progress({k: dict(like='like', steps=10) for k in 'ab'}, 2, 2, False)
+    p.speeds['like'] = 3600.
+    for hours, running, expected in ((0, 'a', 20), (4, 'a', 20), (4, 'ab', 12), (6, 'ab', 12), (30, 'ab', 30)):
+        now[0] = 1e9 + 3600*hours
+        p.show(list(running))
+        assert ends[-1] == 1e9 + 3600*expected
 
 
 def test_estimate(lico_root):

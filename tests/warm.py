@@ -38,6 +38,8 @@ def _become(args, cwd, env, streams, own_session):
     if env is not None:
         os.environ.clear()
         os.environ.update(o.split('=', 1) for o in map(os.fsdecode, env))
+    if 'ipykernel_launcher' in args:  # it has read that when it was imported
+        args = [*args, f"--IPKernelApp.parent_handle={os.environ.get('JPY_PARENT_PID', 0)}"]
     sys.stdin, sys.stdout, sys.stderr = (open(fd, mode, encoding='utf-8', closefd=False)
                                          for fd, mode in enumerate('rww'))
     code = _run(args)
