@@ -116,7 +116,7 @@ LOOKING = TOP/'figures'/'looking'
 def looking(text, shown):
     "The page `guide/look` with its numbers and what its networks are, both from `looking.json`."
     data = json.loads(shown)
-    networks = [f'* `{n["name"]}`: {n["says"]}; {n["accuracy"]:.1f} % of its test images right'
+    networks = [f'* **{n["title"]}** (`{n["name"]}`): {n["says"]}; {n["accuracy"]:.1f} % of its test images right'
                 for n in data['networks']]
     about = (f'All are {data["backbone"]} as block {data["block"]} of [the programme](../protocol.ipynb) has it, on '
              f'{data["dataset"]} at {data["pixels"]} pixels, and depart from what is declared: '

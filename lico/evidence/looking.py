@@ -28,7 +28,7 @@ from ..pixels import whole_square
 SUBJECTS = dict(chelsea='a cat, from near', coffee='a cup of coffee with a spoon',
                 astronaut='an astronaut before a flag', rocket='a rocket on its launch pad at dusk',
                 camera='a man behind a camera on a tripod')
-LOOKED_AT = 'CE', 'repaired', 'repaired-shuffled'  # keys of `ARMS`: no text, right names, names on wrong classes
+LOOKED_AT = {'CE': 'CE', 'repaired': 'LICO', 'repaired-shuffled': 'LICO, shuffled names'}  # of `ARMS`: on the page
 LOOKS = BLOCKS['E'].saliency  # methods of `lico.saliency`
 
 # %% ../../nbs/evidence/43_looking.ipynb #1a4152ba
@@ -125,8 +125,8 @@ def departures(
 # %% ../../nbs/evidence/43_looking.ipynb #5c403d1a
 def _spoken(df, r):
     "What the page knows of the network of a row."
-    return dict(name=r.arm, says=ARMS[r.arm].says, accuracy=r.accuracy_last, sheet=r.sheet,
-                methods=df[df.id == r.id].saliency.drop_duplicates().tolist())
+    return dict(name=r.arm, title=LOOKED_AT.get(r.arm, r.arm), says=ARMS[r.arm].says, accuracy=r.accuracy_last,
+                sheet=r.sheet, methods=df[df.id == r.id].saliency.drop_duplicates().tolist())
 
 def looking_json(
     df: pd.DataFrame,  # from `collect_looking`

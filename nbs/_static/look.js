@@ -77,7 +77,7 @@
     const of = say => sides.map(side => say(look(picks, side), look(picks, side, 'random')))
     const noise = kind => of((_, random) => random ? number(random[kind]) : '—')
     return [
-      row('th', '', sides.map(side => `${side}: ${picks[side].network.name}, ${picks[side].method}`)),
+      row('th', '', sides.map(side => `${side}: ${picks[side].network.title}, ${picks[side].method}`)),
       row('td', 'class named', of(o => o.name)),
       row('td', 'its probability', of(o => number(o.probability))),
       row('td', 'insertion', of(o => number(o.insertion))),
@@ -93,15 +93,16 @@
     picture(document.getElementById('look-photo'), first, picks.photo, 0, `Photograph: ${subject}`)
     for (const side of sides) {
       const {network: n, method} = picks[side], o = look(picks, side)
-      fill(field(`${side}-network`), data.networks.map(n => n.name), n.name)
+      fill(field(`${side}-network`), data.networks.map(n => n.name), n.name, v => network(v).title)
       fill(field(`${side}-method`), n.methods, method)
       const element = document.getElementById(`look-${side}`)
       picture(element, n, picks.photo, 1 + n.methods.indexOf(method),
-              `Map by ${method} of the network ${n.name} for the class ${o.name}, over ${subject}`)
+              `Map by ${method} of the network ${n.title} for the class ${o.name}, over ${subject}`)
       element.nextElementSibling.replaceChildren(
-        make('b', {}, `${n.name}, ${method}`), make('br'), `“${o.name}”, ${number(o.probability)} %`)
-      says.push(`${side === 'left' ? 'Left' : 'Right'}: ${n.name} names it “${o.name}” with ` +
-                `${number(o.probability)} %; ${method} has insertion ${number(o.insertion)} and deletion ${number(o.deletion)}.`)
+        make('b', {}, `${n.title}, ${method}`), make('br'), `“${o.name}”, ${number(o.probability)} %`)
+      says.push(`${side === 'left' ? 'Left' : 'Right'}: ${n.title} names it “${o.name}” with ` +
+                `${number(o.probability)} %; ${method} has insertion ${number(o.insertion)} ` +
+                `and deletion ${number(o.deletion)}.`)
     }
     document.getElementById('look-summary').textContent = says.join(' ')
     chart('insertion', picks)
