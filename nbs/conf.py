@@ -1,6 +1,6 @@
 """The site: these notebooks as they are stored, nothing is run, and the package's docstrings with the comments beside
 their parameters. `sphinx-build -qW nbs _docs/html` (Quarto, nbdev's own way, cannot be installed everywhere)."""
-import ast, importlib.util, inspect, json, logging, re, textwrap, tokenize
+import ast, importlib.util, inspect, json, logging, re, shutil, textwrap, tokenize
 from io import StringIO
 from pathlib import Path
 
@@ -109,9 +109,43 @@ def start_page():
     return '\n\n'.join([head, '```{include} guide/_ways.md\n```', rest, '```{include} guide/_contents.md\n```'])
 
 
+# the page to look at --------------------------------------------------------------------------------------------------
+LOOKING = TOP/'figures'/'looking'
+
+
+def looking(text, shown):
+    "The page `guide/look` with its numbers and what its networks are, both from `looking.json`."
+    data = json.loads(shown)
+    networks = [f'* **{n["title"]}** (`{n["name"]}`): {n["says"]}; {n["accuracy"]:.1f} % of its test images right'
+                for n in data['networks']]
+    about = (f'All are {data["backbone"]} as block {data["block"]} of [the programme](../protocol.ipynb) has it, on '
+             f'{data["dataset"]} at {data["pixels"]} pixels, and depart from what is declared: '
+             f'{"; ".join(data["departures"])}.')
+    return text.replace('{{ looked_at }}', '\n'.join([about, '', *networks])).replace(
+        '{{ looking }}', shown.strip().replace('</', '<\\/'))
+
+
+def look_files(app, pagename, templatename, context, doctree):
+    "Script and style of the page to look at, for that page alone."
+    if pagename != 'guide/look': return
+    app.add_js_file('look.js', loading_method='defer')
+    app.add_css_file('look.css')
+
+
+def write_sheets(app, error):
+    "The pictures of the page to look at."
+    folder = Path(app.outdir)/'_static'/'looking'
+    folder.mkdir(exist_ok=True)
+    for path in LOOKING.glob('maps-*'): shutil.copy(path, folder)
+
+
 def read(app, docname, source):
-    "Sphinx is about to read a page: a notebook becomes what `prepared` makes of it."
+    """Sphinx is about to read a page: a notebook becomes what `prepared` makes of it, and the page to look at gets its
+    numbers."""
     path = Path(app.env.doc2path(docname))
+    if docname == 'guide/look':
+        app.env.note_dependency(str(LOOKING/'looking.json'))
+        source[0] = looking(source[0], (LOOKING/'looking.json').read_text(encoding='utf-8'))
     if path.suffix != '.ipynb': return
     notebook = json.loads(source[0])
     if docname == 'index':
@@ -199,7 +233,8 @@ def skipped(app, what, name, obj, skip, options):
 
 
 def write_reference(app):
-    "A page for each module, in a folder that git ignores."
+    "A page for each module, in a folder that git ignores; none for a page that is built alone."
+    if app.config.root_doc != root_doc: return
     folder = NBS/'api'
     folder.mkdir(exist_ok=True)
     pages = {f'{module}.md': f'# {module}\n\nDerived in [{path.stem}](/{path.relative_to(NBS)}).\n\n'
@@ -263,6 +298,8 @@ def setup(app):
     app.connect('builder-inited', write_reference)
     app.connect('source-read', read)
     app.connect('build-finished', write_font)
+    app.connect('build-finished', write_sheets)
+    app.connect('html-page-context', look_files)
     app.connect('autodoc-process-docstring', docstring)
     app.connect('autodoc-skip-member', skipped)
     return dict(parallel_read_safe=True, parallel_write_safe=True)

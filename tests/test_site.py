@@ -1,11 +1,12 @@
 """The site: built from what is stored without a warning, no link that leads nowhere, and pages that say what the code
 says."""
-import ast, importlib.util, inspect, re, subprocess, sys
+import ast, csv, hashlib, importlib.util, inspect, io, json, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
-import pytest, yaml
+import numpy as np, pytest, yaml
+from browser import CHROMIUM, Browser
 
 import lico
 from lico.config import root
@@ -65,7 +66,7 @@ def test_every_notebook_lies_on_a_way():
         name = str(path.relative_to(TOP/'nbs').with_suffix(''))
         assert name == 'index' or any(fnmatch(name, e) for e in entries), f'{name} is listed in no page of nbs/guide'
     ways = (GUIDE/'_ways.md').read_text(encoding='utf-8')
-    assert re.findall(r'/guide/(\w+)\.md', ways) == list(WAYS)
+    assert re.findall(r'/guide/(\w+)\.md', ways) == [*WAYS, 'look']
 
 
 # what is shown of a notebook ------------------------------------------------------------------------------------------
@@ -156,6 +157,166 @@ def test_docstring_is_no_markup(conf):
     conf.docstring(None, 'data', '', None, {}, lines)
     assert lines == ['One line', 'and another.', '', '::', '', '    Methods:', '      rise  `a`_ hides', '',
                      '::', '', '    net  a *network*', '']
+
+
+# the page to look at --------------------------------------------------------------------------------------------------
+LOOKING = TOP/'figures'/'looking'
+SCORES = 'probability', 'insertion', 'deletion'
+TITLES = {'CE': 'CE', 'repaired': 'LICO', 'repaired-shuffled': 'LICO, shuffled names'}  # as the page has them
+
+
+@pytest.fixture(scope='module')
+def looks():
+    "{(network, photograph, method): its row of results.csv}, read without the package."
+    rows = list(csv.DictReader((LOOKING/'results.csv').open(encoding='utf-8', newline='')))
+    return {(r['arm'], r['image'], r['saliency']): r for r in rows}
+
+
+def test_what_the_page_reads_is_what_is_stored(looks):
+    "Every number, curve and class of looking.json stands in results.csv, and each sheet is the one that it names."
+    page = json.loads((LOOKING/'looking.json').read_text(encoding='utf-8'))
+    assert {'/'.join(k) for k in looks} == set(page['looks']) and len(looks) == 3*5*6
+    for key, r in looks.items():
+        look = page['looks']['/'.join(key)]
+        assert look['name'] == r['name'] and all(look[k] == float(r[k]) for k in SCORES), key
+        for kind in ('insertion', 'deletion'):
+            curve = look[f'{kind}_curve']
+            assert curve == [float(o) for o in r[f'{kind}_curve'].split()] and len(curve) == len(page['fraction'])
+            assert abs(np.trapezoid(curve, page['fraction'])/100 - look[kind]) < .01, key
+        assert hashlib.sha256((LOOKING/r['sheet']).read_bytes()).hexdigest() == r['sheet_sha256']
+    assert [n['name'] for n in page['networks']] == list(dict.fromkeys(k[0] for k in looks))
+    assert {n['name']: n['accuracy'] for n in page['networks']} == {k[0]: float(r['accuracy_last'])
+                                                                    for k, r in looks.items()}
+    assert sum(p.stat().st_size for p in LOOKING.glob('maps-*')) < 5_000_000
+
+
+def test_the_page_says_how_its_networks_fall_short(conf, looks):
+    from lico.evidence.programme import BLOCKS
+    page = conf.looking('{{ looked_at }}', (LOOKING/'looking.json').read_text(encoding='utf-8'))
+    for r in looks.values():
+        block, declared = BLOCKS[r['block']], BLOCKS[r['block']].how.get('epochs', 200)
+        said = (f"{float(r['epochs']):.0f} of the declared {declared} epochs" if r['epochs']
+                else f"{r['steps']} updates, not for the declared {declared} epochs")
+        assert said in page or r['epochs'] and float(r['epochs']) == declared
+        assert f"seed {r['seed']} alone of the declared {block.seeds}" in page
+    assert '</script>' not in conf.looking('{{ looking }}', json.dumps(
+        dict(networks=[], backbone='</script>', block='', dataset='', pixels=1, departures=[])))
+
+
+@pytest.fixture(scope='module')
+def look_page(tmp_path_factory):
+    "That page as the site has it, built alone."
+    out = tmp_path_factory.mktemp('site')
+    alone = '**.ipynb,api/**,_*,guide/_*,guide/[!l]*'
+    built = subprocess.run([Path(sys.executable).with_name('sphinx-build'), '-q', '-D', 'root_doc=guide/look', '-D',
+                            f'exclude_patterns={alone}', TOP/'nbs', out], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    return out/'guide'/'look.html'
+
+
+@pytest.fixture(scope='module')
+def browser():
+    if not CHROMIUM: pytest.skip('no chromium here: apt-get install chromium')
+    with Browser() as b: yield b
+
+
+def expected(looks, photo, *sides):
+    "The columns of the page's table for a pick, as texts."
+    rows = []
+    for side, (network, method) in zip(('left', 'right'), sides):
+        r, noise = looks[network, photo, method], looks[network, photo, 'random']
+        numbers = r['probability'], r['insertion'], noise['insertion'], r['deletion'], noise['deletion']
+        rows.append([f'{side}: {TITLES[network]}, {method}', r['name'], *(f'{float(v):.1f}' for v in numbers)])
+    return rows
+
+
+table = "[1, 2].map(i => [...document.querySelectorAll('#look-table tr')].map(r => r.cells[i].textContent))"
+
+
+def address(page, photo, *sides):
+    return f"{page.as_uri()}#photo={photo}&{'&'.join(f'{k}={n}/{m}' for k, (n, m) in zip(('left', 'right'), sides))}"
+
+
+def cell_shown(browser, element):
+    "(network, photograph, method) whose cell in the sheets is most like what the element shows."
+    from PIL import Image
+    page = json.loads((LOOKING/'looking.json').read_text(encoding='utf-8'))
+    image = Image.open(io.BytesIO(browser.shot(element))).convert('RGB')
+    seen = np.asarray(image.crop((4, 4, image.width - 4, image.height - 4)).resize((56, 56)), float)
+    found = {}
+    for n in page['networks']:
+        sheet = Image.open(LOOKING/n['sheet']).convert('RGB')
+        for i, photo in enumerate(page['photographs']):
+            for j, method in enumerate(['photograph', *n['methods']]):
+                own = sheet.crop((j*224 + 2, i*224 + 2, (j + 1)*224 - 2, (i + 1)*224 - 2)).resize((56, 56))
+                found[n['name'], photo, method] = np.abs(np.asarray(own, float) - seen).mean()
+    return min(found, key=found.get)
+
+
+PICKS = [('chelsea', ('CE', 'grad-cam'), ('repaired', 'rise')),
+         ('camera', ('repaired-shuffled', 'edges'), ('CE', 'group-cam')),
+         ('rocket', ('repaired', 'random'), ('repaired', 'grad-cam++'))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('pick', PICKS, ids=lambda p: p[0])
+def test_the_page_shows_what_is_picked(browser, look_page, looks, pick):
+    "Numbers, pictures, curves and the texts for who cannot see them; no word of complaint in the console."
+    photo, *sides = pick
+    browser.size(1280)
+    browser.open(address(look_page, *pick))
+    assert not browser.errors and browser.run(table) == expected(looks, *pick)
+    assert cell_shown(browser, '#look-photo')[1:] == (photo, 'photograph')
+    for side, (network, method) in zip(('left', 'right'), sides):
+        r = looks[network, photo, method]
+        if method not in ('edges', 'random'): assert cell_shown(browser, f'#look-{side}') == (network, photo, method)
+        else: assert cell_shown(browser, f'#look-{side}')[1:] == (photo, method)  # the same for all networks
+        label = browser.run(f"document.getElementById('look-{side}').getAttribute('aria-label')")
+        assert method in label and TITLES[network] in label and r['name'] in label
+        said = browser.run("document.getElementById('look-summary').textContent")
+        assert f"{TITLES[network]} names it “{r['name']}” with {float(r['probability']):.1f} %" in said
+    drawn = browser.run("document.querySelector('#look-deletion path.left:not(.random)').getAttribute('d')")
+    heights = [float(o) for o in re.findall(r' ([\d.]+)', drawn)]
+    curve = [float(o) for o in looks[sides[0][0], photo, sides[0][1]]['deletion_curve'].split()]
+    assert len(heights) == len(curve)
+    assert np.ptp(curve) < .5 or np.corrcoef(heights, curve)[0, 1] < -.999  # y points down
+
+
+@pytest.mark.slow
+def test_an_altered_number_is_seen(browser, look_page, looks, tmp_path):
+    "What the test above relies on: the page shows what it was given, not what it ought to have been."
+    text, pick = look_page.read_text(encoding='utf-8'), PICKS[0]
+    stored = json.dumps(float(looks['CE', 'chelsea', 'grad-cam']['insertion']))
+    other = look_page.with_name('altered.html')
+    other.write_text(re.sub(rf'("CE/chelsea/grad-cam".*?"insertion": ){re.escape(stored)}', r'\g<1>99.9', text, count=1,
+                            flags=re.S), encoding='utf-8')
+    browser.open(address(other, *pick))
+    assert browser.run(table)[0][3] == '99.9' != expected(looks, *pick)[0][3]
+
+
+@pytest.mark.slow
+def test_the_page_by_keyboard_on_a_phone_in_the_dark(browser, look_page, looks):
+    browser.size(390, 844, dark=True)
+    browser.open(look_page.as_uri())
+    first = browser.run(table)
+    assert browser.run('document.documentElement.scrollWidth') <= 390
+    assert browser.run("matchMedia('(prefers-color-scheme: dark)').matches")
+    names = []
+    browser.run("document.querySelector('[name=photo]').focus()")
+    for _ in range(5):
+        names.append(browser.run("document.activeElement.name"))
+        assert browser.run("document.activeElement.labels[0].textContent.length > 0")
+        assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == 'solid'
+        browser.press('Tab', 9)
+    assert names == ['photo', 'left-network', 'left-method', 'right-network', 'right-method']
+    browser.run("document.querySelector('[name=left-method]').focus()")
+    browser.press('ArrowDown', 40)
+    second = browser.run(table)
+    assert second != first and second[1] == first[1] and not browser.errors
+    photo, network, method = browser.run(
+        "['photo', 'left-network', 'left-method'].map(k => document.forms.look[k].value)")
+    assert second[0] == expected(looks, photo, (network, method))[0]
+    assert f'left={network}/{method}' in browser.run('location.hash')
 
 
 # the build ------------------------------------------------------------------------------------------------------------
