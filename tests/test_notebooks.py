@@ -118,6 +118,7 @@ def test_language_smoke(lico_root):
             and 'right names beat shuffled names' in (out/'table.md').read_text(encoding='utf-8'))
 
 
+@pytest.mark.slow
 def test_looking_smoke(lico_root):
     out = smoke('looking', lico_root)
     df = pd.read_csv(out/'results.csv')
