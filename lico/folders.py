@@ -65,7 +65,8 @@ def ending(path: str) -> str: return os.path.splitext(path)[1].lower()
 
 # %% ../nbs/method/03_folders.ipynb #0f89629e
 _of_systems = ('@eadir', '#recycle', '#snapshot', '@recycle', '@tmp', '@__thumb', '@sharebin', '$recycle.bin',
-               'recycler', 'system volume information', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r', '__macosx', 'network trash folder',
+               'recycler', 'system volume information', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', 'icon\r',
+               '__macosx', 'network trash folder',
                'temporary items', 'lost+found', '__pycache__')
 
 def is_hidden(name: str) -> bool: return name.startswith('.') or name.lower() in _of_systems

@@ -143,10 +143,10 @@ _of_no_place = (r'((?:^|.*[._])(?:cls|(?:cls|class|dist|distillation|reg|registe
 def _prefix_tokens(net, width):
     "How many tokens of a width stand for no place: what the network says, or what its parameters are called."
     if isinstance(told := getattr(net, 'num_prefix_tokens', None), int): return told
+    named = [(o[1], p) for name, p in net.named_parameters() if (o := re.fullmatch(_of_no_place, name))]
     found = {}  # of cls_token_0 and cls_token_1 each branch has one
-    for name, p in net.named_parameters():
-        if (named := re.fullmatch(_of_no_place, name)) and p.shape[-1] == width:
-            found[named[1]] = max(found.get(named[1], 0), p.numel()//width)
+    for stem, p in [o for o in named if o[1].shape[-1] == width] or named:  # some networks widen their tokens
+        found[stem] = max(found.get(stem, 0), p.numel()//p.shape[-1])
     return sum(found.values())
 
 def _token_grid(net, n, width, size, grids):

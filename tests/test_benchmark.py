@@ -76,6 +76,7 @@ def test_a_picture_of_rows_that_are_and_are_not_reached():
     assert [t.get_text() for t in ax.get_yticklabels()] == ['a / b', 'c / d', 'e / f']
 
 
+@pytest.mark.slow
 def test_smoke(lico_root):
     run('benchmark', profile='smoke')
     df = pd.read_csv(lico_root/'data'/'smoke'/'benchmark'/'results.csv')

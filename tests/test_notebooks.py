@@ -83,7 +83,10 @@ def test_table3_on_a_folder(tmp_path):
     assert before == {f: f.stat().st_mtime for f in tmp_path.glob('data/runs/*/record.json')} and len(before) == 4
 
 
-@pytest.mark.parametrize('n', sorted(set(TABLES) - {3}))
+slow = lambda names, quick: [n if n == quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize('n', slow(sorted(set(TABLES) - {3}), 2))
 def test_tables_smoke(lico_root, n):
     out = smoke(f'table{n}', lico_root)
     assert {'figure.png', 'results.csv', 'table.md'} <= {f.name for f in out.iterdir()} <= {
@@ -94,11 +97,12 @@ def test_tables_smoke(lico_root, n):
     if (out/'scores.csv').exists(): assert len(pd.read_csv(out/'scores.csv')) == df.images.sum()
 
 
-@pytest.mark.parametrize('n', range(3, 11))
+@pytest.mark.parametrize('n', slow(range(3, 11), 10))
 def test_figures_smoke(lico_root, n):
     assert {'figure.png', 'results.csv', 'table.md'} <= {f.name for f in smoke(f'figure{n}', lico_root).iterdir()}
 
 
+@pytest.mark.slow
 def test_fidelity_smoke(lico_root):
     out = smoke('fidelity', lico_root)
     df = pd.read_csv(out/'results.csv')
@@ -106,12 +110,14 @@ def test_fidelity_smoke(lico_root):
     assert all(choice in (out/'table.md').read_text(encoding='utf-8') for choice, _ in changes('repaired'))
 
 
+@pytest.mark.slow
 def test_study_smoke(lico_root):
     df = pd.read_csv(smoke('study', lico_root)/'results.csv')
     assert ((df.validation == 100).all() and (df.seed >= 100).all()
             and set(df.arm.str.split(':').str[0]) == {'repaired', 'supcon', 'semantic'})
 
 
+@pytest.mark.slow
 def test_language_smoke(lico_root):
     out = smoke('language', lico_root, block='A', datasets='digits', seeds='0')
     assert (pd.read_csv(out/'results.csv').arm.nunique() == 10

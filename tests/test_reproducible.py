@@ -178,6 +178,7 @@ def test_a_record_says_what_its_run_was_trained_on(lico_root, monkeypatch):
     "Not the first GPU that the machine has; and both, where a run went on elsewhere."
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda where: f'GPU {where.index}')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     for name, expected in (('cuda:1', 'GPU 1'), ('cuda', 'GPU None'), ('cpu', f'{os.cpu_count()} cores')):
         monkeypatch.setenv('LICO_DEVICE', name)
         assert config.stamp()['hardware'].endswith(expected)

@@ -56,7 +56,7 @@ def test_sign_flips(n):
     assert sign_flip(d) == pytest.approx(theirs, abs=.01) and math.isnan(sign_flip(d[:7]))
 
 
-@settings(max_examples=15)  # statsmodels collects garbage in each call
+@settings(max_examples=6)  # statsmodels collects garbage in each call
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm(p):
     "By the book: the i-th smallest times m - i, never falling, at most 1."

@@ -31,7 +31,7 @@ def outputs(tmp_path):
                      for c in nbformat.read(tmp_path/'x.ipynb', 4).cells if c.cell_type == 'code' for o in c.outputs)
 
 
-@pytest.mark.slow  # a network of 224 pixels' kind; the folder below goes the same way in seconds
+@pytest.mark.slow
 def test_guide_from_start_to_end(tmp_path):
     "Images are cut, halves do not mix, two networks are trained and compared, and one is shipped."
     p = guide(tmp_path)
@@ -55,7 +55,8 @@ def corners(folder, parts=(('train', 12), ('test', 30))):
                 Image.fromarray(image).save(folder/part/name/f'{i:02}.png')
 
 
-@pytest.mark.parametrize('size', ['32', pytest.param('72', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('size', ['32', '72'])
 def test_guide_on_a_folder_of_ones_own(tmp_path, size):
     "Two seeds, from scratch, another place to write to; what is shipped is as good as the table says of it."
     corners(tmp_path/'mine')
@@ -81,11 +82,13 @@ def test_guide_on_a_folder_of_ones_own(tmp_path, size):
     assert not (tmp_path/'data'/'your_data').exists()
 
 
+@pytest.mark.slow
 def test_guide_refuses_what_it_does_not_know(tmp_path):
     p = guide(tmp_path, '-p', 'dataset', 'mine')
     assert p.returncode and "unknown parameter of your_data: 'dataset': choose one of profile, out, folder" in p.stderr
 
 
+@pytest.mark.slow
 def test_guide_refuses_maps_of_few_positions(tmp_path):
     "Before anything is trained."
     corners(tmp_path/'mine', (('train', 4), ('test', 2)))
