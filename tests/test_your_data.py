@@ -56,20 +56,21 @@ def corners(folder, parts=(('train', 12), ('test', 30))):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('size', ['32', '72'])
-def test_guide_on_a_folder_of_ones_own(tmp_path, size):
-    "Two seeds, from scratch, another place to write to; what is shipped is as good as the table says of it."
+@pytest.mark.parametrize('size, seeds', [('32', (0, 1)), ('72', (0,))])
+def test_guide_on_a_folder_of_ones_own(tmp_path, size, seeds):
+    "From scratch, with one seed and two, another place to write to; what is shipped is as good as the table says of it."
     corners(tmp_path/'mine')
     (tmp_path/'mine'/'boxes.csv').write_text('file,x0,y0,x1,y1\n' + '\n'.join(
         f'{part}/{name}_light/{i:02}.png,4,0,15,47' for part, n in (('train', 12), ('test', 30))
         for name in ('red', 'green', 'blue') for i in range(n)), encoding='utf-8')
-    p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'), '-p', 'backbone', 'wrn_10_1', '-p', 'seeds', '0,1', '-p',
+    p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'), '-p', 'backbone', 'wrn_10_1', '-p', 'seeds',
+              ','.join(map(str, seeds)), '-p',
               'epochs', '1', '-p', 'image_size', size, '-p', 'flip', 'no', '-p', 'out', str(tmp_path/'out'))
     assert p.returncode == 0, p.stderr[-3000:]
     text, table = outputs(tmp_path), pd.read_csv(tmp_path/'out'/'accuracy.csv').set_index('network')
-    assert 'train 36 images' in text.replace('image files', 'images') and 'on 6 held-out images, 2 seeds' in text
+    assert 'train 36 images' in text.replace('image files', 'images') and f'on 6 held-out images, {len(seeds)} seed' in text
     assert set(pd.read_csv(tmp_path/'out'/'log.csv').groupby(['network', 'seed']).groups) == {
-        (a, s) for a in ('CE', 'LICO') for s in (0, 1)}
+        (a, s) for a in ('CE', 'LICO') for s in seeds}
     assert pd.read_csv(tmp_path/'out'/'scores.csv').pointing_game.notna().any() and list(table.index) == [
         'probe', 'CE', 'LICO']
     shipped = load_network(tmp_path/'out'/'network')
@@ -78,7 +79,9 @@ def test_guide_on_a_folder_of_ones_own(tmp_path, size):
     with torch.no_grad(): found = shipped.net(torch.stack([theirs['preprocess'](Image.open(f)) for f in files]))
     right = [shipped.class_names[i].split()[0] == f.parent.name.split('_')[0]
              for i, f in zip(found.argmax(1).tolist(), files)]
-    assert shipped.class_names == ('blue light', 'green light', 'red light') and np.mean(right) > .5
+    assert shipped.class_names == ('blue light', 'green light', 'red light')
+    told = table.accuracy['LICO' if 'ship LICO' in text else 'CE']
+    assert np.mean(right) > .5 if len(seeds) > 1 else abs(100*np.mean(right) - told) < .06
     assert not (tmp_path/'data'/'your_data').exists()
 
 
