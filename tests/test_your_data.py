@@ -58,7 +58,7 @@ def corners(folder, parts=(('train', 12), ('test', 30))):
 @pytest.mark.slow
 @pytest.mark.parametrize('size, seeds', [('32', (0, 1)), ('72', (0,))])
 def test_guide_on_a_folder_of_ones_own(tmp_path, size, seeds):
-    "From scratch, with one seed and two, another place to write to; what is shipped is as good as the table says of it."
+    "From scratch, one seed and two, another place to write to; what is shipped is as good as its table says."
     corners(tmp_path/'mine')
     (tmp_path/'mine'/'boxes.csv').write_text('file,x0,y0,x1,y1\n' + '\n'.join(
         f'{part}/{name}_light/{i:02}.png,4,0,15,47' for part, n in (('train', 12), ('test', 30))
@@ -68,7 +68,8 @@ def test_guide_on_a_folder_of_ones_own(tmp_path, size, seeds):
               'epochs', '1', '-p', 'image_size', size, '-p', 'flip', 'no', '-p', 'out', str(tmp_path/'out'))
     assert p.returncode == 0, p.stderr[-3000:]
     text, table = outputs(tmp_path), pd.read_csv(tmp_path/'out'/'accuracy.csv').set_index('network')
-    assert 'train 36 images' in text.replace('image files', 'images') and f'on 6 held-out images, {len(seeds)} seed' in text
+    assert 'train 36 images' in text.replace('image files', 'images')
+    assert f'on 6 held-out images, {len(seeds)} seed' in text
     assert set(pd.read_csv(tmp_path/'out'/'log.csv').groupby(['network', 'seed']).groups) == {
         (a, s) for a in ('CE', 'LICO') for s in seeds}
     assert pd.read_csv(tmp_path/'out'/'scores.csv').pointing_game.notna().any() and list(table.index) == [
