@@ -130,6 +130,7 @@ def _efficientnet_lite0(num_classes, **options):
     if num_classes != net.num_classes: net.reset_classifier(num_classes); _silence(net.get_classifier())
     return net
 
+# %% ../nbs/method/10_backbones.ipynb #e53a8f4e
 def _own(name, num_classes):
     "A network of this notebook, `None` where the name is of no such."
     if own := re.fullmatch(r'wrn_(\d+)_(\d+)', name): return _wrn(int(own[1]), int(own[2]), num_classes)

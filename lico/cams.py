@@ -154,6 +154,7 @@ class Probe:
         "What the layer gives, and what gradients are taken of."
         return hear(self.net, x, self.layer, lambda output: self._rows(output, len(x), False))
 
+# %% ../nbs/method/16_cams.ipynb #826c3dd8
 def looker(
     net,  # a `Probe`, or a backbone, which is asked as it is
     x: torch.Tensor,  # images

@@ -158,6 +158,7 @@ def pretrained_weights(
     if source: return f'{source}@{_digest(where, _files(where))}'
     return f'{cfg.architecture}.{cfg.tag}' if (cfg := made_of(backbone)[2]) else backbone
 
+# %% ../nbs/method/21_runs.ipynb #13fab098
 def spec(
     r: Run,
     data,  # what `load_data(r)` gave

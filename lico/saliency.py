@@ -229,6 +229,7 @@ METHODS = {'grad-cam': partial(cam, kind='grad-cam'), 'grad-cam++': partial(cam,
 
 CAMS = 'grad-cam', 'grad-cam++', 'score-cam', 'group-cam'  # those that look at a layer
 
+# %% ../nbs/method/17_saliency.ipynb #0b9ca072
 def _batchwise(net):
     "Whether an image's answer depends on those beside it, also in eval mode."
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in net.modules())
@@ -279,7 +280,6 @@ def _classes(probe, x, target, batch_size):
     if target.min() < 0 or target.max() >= probe.classes:
         raise ValueError(f"target {target.tolist()}: expected class indices from 0 to {probe.classes - 1}")
     return target.long().expand(len(x))
-
 
 # %% ../nbs/method/17_saliency.ipynb #544d9cd8
 def explain(

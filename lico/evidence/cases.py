@@ -230,6 +230,7 @@ def coco(
     network = _of_pictures(imagenet_network(), folder.name, sha256(''.join(content))[:8])
     return on_scenes(network, scenes, coco_to_imagenet(), images, source=f'coco({str(folder)!r}, {images})')
 
+# %% ../../nbs/evidence/26_cases.ipynb #0e8f1366
 def scene_cases(
     record: dict,  # of a run on `lico.scenes.scene_dataset()` or on ImageNet-1k
     images: int = None,  # pairs of a scene and a class in it; `None`: all
