@@ -631,6 +631,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'lico.evidence.recipe.mcnemar_p': ('evidence/recipe.html#mcnemar_p', 'lico/evidence/recipe.py'),
                                       'lico.evidence.recipe.over_images': ('evidence/recipe.html#over_images', 'lico/evidence/recipe.py'),
                                       'lico.evidence.recipe.over_seeds': ('evidence/recipe.html#over_seeds', 'lico/evidence/recipe.py'),
+                                      'lico.evidence.recipe.passing_bars': ('evidence/recipe.html#passing_bars', 'lico/evidence/recipe.py'),
                                       'lico.evidence.recipe.refuse_coarse': ( 'evidence/recipe.html#refuse_coarse',
                                                                               'lico/evidence/recipe.py'),
                                       'lico.evidence.recipe.seconds_of': ('evidence/recipe.html#seconds_of', 'lico/evidence/recipe.py'),

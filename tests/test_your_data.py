@@ -41,6 +41,7 @@ def test_guide_from_start_to_end(tmp_path):
     assert pd.read_csv(out/'log.csv').network.tolist() == ['CE', 'LICO'] and not (tmp_path/'figures').exists()
     shipped = load_network(out/'network')
     assert shipped.class_names[0] == 'brick wall' and shipped.preprocessing['mean'] == [0.5]*3
+    assert 'network/s]' not in (text := outputs(tmp_path)) and 'step/s]' not in text, 'bars are gone from the page'
 
 
 def corners(folder, parts=(('train', 12), ('test', 30))):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['hold_out', 'grid_side', 'refuse_coarse', 'has_weights', 'starting_network', 'fit_last_layer', 'in_turn',
-           'set_temperatures', 'above_chance', 'half_way_back', 'seconds_of', 'expected_seconds', 'over_images',
-           'over_seeds', 'mcnemar_p', 'accuracy_table', 'Decision', 'decide', 'cases_by_answer']
+           'set_temperatures', 'above_chance', 'half_way_back', 'seconds_of', 'expected_seconds', 'passing_bars',
+           'over_images', 'over_seeds', 'mcnemar_p', 'accuracy_table', 'Decision', 'decide', 'cases_by_answer']
 
 # %% ../../nbs/evidence/42_recipe.ipynb #68c65424
-import copy, math, time
+import copy, math, time, warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np, pandas as pd, torch
@@ -165,6 +166,21 @@ def expected_seconds(
     "How long so many steps will take here, from the second of two on a copy of the model."
     model = copy.deepcopy(model).train()
     with torch.random.fork_rng([]): return steps*seconds_of(lambda: model(x, y).loss.backward())
+
+# %% ../../nbs/evidence/42_recipe.ipynb #1a1b0578
+@contextmanager
+def passing_bars():
+    "Within it bars are shown; at its end all that the cell has put out is cleared, warnings excepted."
+    from IPython.display import clear_output
+    said, show = [], warnings.showwarning
+    def seen(*args, **kwargs):
+        said.append((args, kwargs))
+        show(*args, **kwargs)
+    with warnings.catch_warnings():
+        warnings.showwarning = seen
+        try: yield
+        finally: clear_output(wait=True)
+    for args, kwargs in said: show(*args, **kwargs)
 
 # %% ../../nbs/evidence/42_recipe.ipynb #aded47d8
 def over_images(
