@@ -123,8 +123,11 @@ class Probe:
     ):
         self.net, self.score, self.layer, self.reshape, self.places = net, score, layer, reshape, None
         self.fast = None  # the copy that is asked where no gradient is wanted
+        self.shown = x[:1].detach()
         try:
-            with torch.no_grad(): row = rows_of_output((score if callable(score) else lambda out: out)(net(x[:1])), 1)
+            with torch.no_grad():
+                self.answer = net(self.shown)
+                row = rows_of_output(score(self.answer) if callable(score) else self.answer, 1)
         except (RuntimeError, AssertionError, TypeError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
             raise ValueError(f"images {list(x.shape)}: expected what {type(net).__name__} takes, which stops with: "
@@ -165,7 +168,8 @@ def looker(
     "How to ask without gradients: a function from images to [n, K], and how many at once."
     if not isinstance(net, Probe):
         return lambda x: net(x).softmax(1) if softmax else net(x), batch_size or usual_batch(x)
-    ask, size, net.fast = looking(net.net, x, n, lambda out, n: net._rows(out, n, softmax), net.fast)
+    read = lambda out, n: net._rows(out, n, softmax)
+    ask, size, net.fast = looking(net.net, net.shown, n, read, net.fast, net.answer)
     return ask, batch_size or size
 
 # %% ../nbs/method/16_cams.ipynb #1c91f300
