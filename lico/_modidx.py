@@ -983,6 +983,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lico.networks.channel_axis': ('method/networks.html#channel_axis', 'lico/networks.py'),
                                'lico.networks.first_tensor': ('method/networks.html#first_tensor', 'lico/networks.py'),
                                'lico.networks.folded': ('method/networks.html#folded', 'lico/networks.py'),
+                               'lico.networks.given_copies': ('method/networks.html#given_copies', 'lico/networks.py'),
                                'lico.networks.in_float32': ('method/networks.html#in_float32', 'lico/networks.py'),
                                'lico.networks.layout': ('method/networks.html#layout', 'lico/networks.py'),
                                'lico.networks.listen': ('method/networks.html#listen', 'lico/networks.py'),

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .backbones import Adapted, create_backbone
-from .networks import (first_tensor, in_float32, layout, listen, listen_before, looking, put_first,
-                           rows_of_output, undisturbed, unwrapped, usual_batch)
+from .networks import (first_tensor, given_copies, in_float32, layout, listen, listen_before, looking,
+                           put_first, rows_of_output, undisturbed, unwrapped, usual_batch)
 from .config import choose
 
 # %% ../nbs/method/16_cams.ipynb #2c943e2c
@@ -123,10 +123,10 @@ class Probe:
     ):
         self.net, self.score, self.layer, self.reshape, self.places = net, score, layer, reshape, None
         self.fast = None  # the copy that is asked where no gradient is wanted
-        self.shown = x[:1].detach()
+        self.shown, seen = x[:1].detach(), x[:1].detach().clone()
         try:
             with torch.no_grad():
-                self.answer = net(self.shown)
+                self.answer = net(seen)
                 row = rows_of_output(score(self.answer) if callable(score) else self.answer, 1)
         except (RuntimeError, AssertionError, TypeError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
@@ -135,6 +135,7 @@ class Probe:
         if not row.isfinite().all():
             raise ValueError("the network's answer to image 0 is not finite: check the network's weights and that its "
                              "input is normalised as in training")
+        if not seen.equal(self.shown): self.net = given_copies(net)
         self.classes = max(2, row.shape[1]) if score != 'logit' and not callable(score) else row.shape[1]
         if score is None and _sums_to_one(row): self.score = lambda out: out
 

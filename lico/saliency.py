@@ -327,7 +327,7 @@ def explain(
     if layer is not None and layer is not FEATURES: layer = module_name(net, layer)
     shared = {k: v for k, v in (('batch_size', batch_size), ('seed', seed)) if k in names}
     with undisturbed(net, x.device):
-        x = x.detach().float().clone()
+        x = x.detach().float()
         probe = Probe(in_float32(net), x, score, layer, reshape)
         target = _classes(probe, x, target, size)
         if method in CAMS: settle(probe, x)

@@ -69,6 +69,17 @@ def test_each_real_folder_is_read_once_whatever_links_there_are(bare, said):
     assert notes == ['folders that links lead to again are read once: cat/all is the whole, cat/dogs is dog, dog/me '
                      'is dog']
 
+def test_of_many_links_to_a_folder_the_first_in_order_counts(tmp_path):
+    "Not the first that the disk happens to list."
+    fill(tmp_path/'store', 'x')
+    mine = fill(tmp_path/'mine', 'cat', 'cow', 'dog')
+    for name in ('dog', 'cat', 'cow'): (mine/name/'more').symlink_to(tmp_path/'store'/'x')
+    assert {p.rpartition('/')[0] for p, _ in look_into(mine).images} == {'cat', 'cat/more', 'cow', 'dog'}
+
+def test_names_like_parts_are_classes_where_none_is_for_training(tmp_path, said):
+    assert said(fill(tmp_path, 'beta_test', 'beta_val', 'gamma', n=6))[1].class_names == (
+        'beta test', 'beta val', 'gamma')
+
 def test_links_to_folders_and_files_elsewhere_are_followed(tmp_path, said):
     fill(tmp_path/'store', 'a', 'b', n=10)
     (tmp_path/'mine'/'dog').mkdir(parents=True)

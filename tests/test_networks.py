@@ -187,6 +187,30 @@ def test_outputs_are_unwrapped(dress):
         torch.testing.assert_close(metric(dressed, x, maps, 2).curve, metric(bare, x, maps, 2).curve)
 
 
+def written(x, how):
+    "Images, after something was written into them."
+    return getattr(x, how[0])(*how[1:])
+
+@pytest.mark.parametrize('how', [('relu_',), ('sub_', .3), ('mul_', -1)])
+def test_networks_that_write_into_their_images(how):
+    "Right maps and scores, of images that stay as they were; one image or a view of one, too."
+    class Writes(Plain):
+        def forward(self, x): return super().forward(written(x, how))
+    class Copies(Plain):
+        def forward(self, x): return super().forward(written(x.clone(), how))
+    x, writes, copies = pictures(2), seeded(Writes), seeded(Copies)
+    given, before = x.clone(), traces(writes)
+    for method in METHODS:
+        maps = explain(writes, given, 2, method, **FAST.get(method, {}))
+        torch.testing.assert_close(maps, explain(copies, x, 2, method, **FAST.get(method, {})), rtol=0, atol=1e-5)
+        assert given.equal(x), method
+    for metric in (insertion, deletion):
+        for images in (given, given[:1].expand(2, -1, -1, -1)):
+            torch.testing.assert_close(metric(writes, images, maps, 2).curve, metric(copies, images, maps, 2).curve)
+        assert given.equal(x), metric
+    same(before, traces(writes))
+
+
 @pytest.mark.parametrize('dress, what', [
     (lambda z: (z, z*2), 'tuple'), (lambda z: dict(a=z, b=z), 'dict'), (lambda z: 'cat', 'str'),
     (lambda z: None, 'None'),

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
+from tqdm import tqdm
 
 from ..backbones import create_backbone
-from ..config import device, root, stamp
+from ..config import choose, device, root, stamp
 from ..data import Images, load, training_batches
 from ..datasets import imagenet_names
 from .store import write_results
@@ -247,17 +248,18 @@ MEASUREMENTS = {1: masked_passes, 2: other_libraries, 4: training_step, 5: preci
 def benchmark(
     p,  # parameters of the notebook
 ) -> pd.DataFrame:
-    "Measure what is asked for and write `results.csv`; with one thread on a CPU."
+    "Measure what is asked for and write `results.csv`, as it comes; with one thread on a CPU."
     threads, rows = torch.get_num_threads(), []
-    asked = [int(k) for k in str(p.rows).split(',')] if p.rows else MEASUREMENTS
+    asked = [choose('row', int(k), [*MEASUREMENTS, 3]) for k in str(p.rows).split(',')] if p.rows else MEASUREMENTS
     if device().type == 'cpu': torch.set_num_threads(1)
     p.where, p.shapes = device(), [[int(k) for k in o.split('x')] for o in str(p.transport).split(' ')]
     p.compile = p.compile or p.where.type == 'cuda'
-    try:
-        for number, measure in MEASUREMENTS.items():
-            with contextlib.redirect_stderr(io.StringIO()):  # progress bars of what is measured
-                if number in asked: rows += measure(p)
-    finally: torch.set_num_threads(threads)
     s = {k: v for k, v in stamp().items() if k in ('python', 'torch', 'hardware', 'instructions', 'commit')}
-    df = pd.DataFrame(rows).assign(profile=p.protocol, threads=1 if p.where.type == 'cpu' else None, **s)
-    return write_results(p.out, df, keep=p.stored == 'add')
+    s = dict(profile=p.protocol, threads=1 if p.where.type == 'cpu' else None, **s)
+    try:
+        for number in tqdm([k for k in MEASUREMENTS if k in asked or k == 2 and 3 in asked], 'rows', leave=False):
+            with contextlib.redirect_stderr(io.StringIO()):  # progress bars of what is measured
+                rows += MEASUREMENTS[number](p)
+            write_results(p.out, pd.DataFrame(rows).assign(**s), keep=True)
+    finally: torch.set_num_threads(threads)
+    return write_results(p.out, pd.DataFrame(rows).assign(**s), keep=p.stored == 'add')
