@@ -6,7 +6,7 @@ import pandas as pd, pytest, torch
 
 from lico.config import parameters
 from lico.evidence import benchmark as b, passes
-from lico.evidence.timing import alternate, benchmark_table, best_forward, draw_benchmark, exponent, missing, \
+from lico.evidence.timing import alternate, benchmark_table, best_of, best_passes, draw_benchmark, exponent, missing, \
     peak_memory, row
 from lico.backbones import create_backbone
 from lico.losses import sinkhorn
@@ -50,10 +50,17 @@ def test_transport_holds_at_most_four_cost_matrices(shape, eps):
 def test_the_best_forward_pass_is_of_the_same_network():
     net = create_backbone('wrn_10_1', 10, 16).eval()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    forward, images, name = best_forward(net, 16, CPU, 2)
-    forward()
-    assert images in (1, 2) and re.match(r'\d+ images, (plain|folded), (contiguous_format|channels_last)', name)
+    passes = best_passes(net, 16, CPU, 2)
+    [forward() for forward, _ in passes.values()]
+    assert len(passes) == 4 and all(name.startswith(f'{images} images, ') for name, (_, images) in passes.items())
+    assert all(re.match('[12] images, (plain|folded), (contiguous_format|channels_last)', name) for name in passes)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_no_one_moment_decides_which_pass_is_the_best():
+    times = pd.DataFrame(dict(a=[4., 1., 4.], b=[3., 3., 9.], other=[0., 0., 0.]))
+    each, name = best_of(dict(a=(None, 2), b=(None, 2)), times)
+    assert name == 'b' and each.tolist() == [1.5, 1.5, 4.5]
 
 
 def test_what_cannot_be_measured_is_a_row_that_says_why(monkeypatch):
