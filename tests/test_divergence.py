@@ -81,6 +81,23 @@ def test_gap_is_eq2(encoder, preset):
     assert gap(model, batches)['kl'] == pytest.approx(np.mean(wanted), rel=1e-3)
 
 
+def test_gap_subtracts_the_mean_of_all_classes(encoder):
+    r = Run(labels=40, backbone='wrn_10_1', method='LICO', preset='repaired', options=dict(mm_centre=True))
+    data = load_data(r)
+    model, wanted = build(r, data, encoder).eval(), []
+    batches = map_batches(model.backbone, data, images=128)
+    with torch.no_grad(): rows = model.prompts(torch.arange(10))[:, -1]
+    for maps, y in batches:
+        wanted.append(eq2(maps.mean((2, 3)).numpy(), (rows - rows.mean(0))[y].numpy(), model.tau().item()))
+    assert gap(model, batches)['kl'] == pytest.approx(np.mean(wanted), rel=1e-3)
+
+
+def test_temperatures_that_are_not_known_yet_are_refused_before_training(lico_root):
+    with pytest.raises(ValueError, match='preset semantic: its temperatures are not known before the first batch'):
+        curves(Run(labels=40, backbone='wrn_10_1', method='LICO', preset='semantic', steps=2))
+    assert not (lico_root/'data'/'curves').exists()
+
+
 @pytest.mark.filterwarnings('ignore::lico.watch.InactiveMatchingWarning')
 def test_curves_exchange_one_thing_at_a_time(encoder, lico_root):
     r = Run(labels=40, backbone='wrn_10_1', method='LICO', steps=4, seed=1, options=dict(tau_init=0.5))

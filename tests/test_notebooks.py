@@ -61,7 +61,7 @@ def test_table3_from_any_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_table3_on_a_folder(tmp_path):
+def test_table3_on_a_folder(tmp_path, lico_root):
     """datasets (with a comma in its path), labels, seeds, backbones and out do what they say, and what was run
     before is not run again."""
     import numpy as np
@@ -72,15 +72,16 @@ def test_table3_on_a_folder(tmp_path):
         path = tmp_path/'my, images'/('train' if i < 200 else 'test')/f'digit {target[i]}'/f'{i}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((images[i].reshape(8, 8)*15.9).astype(np.uint8)).resize((16, 16)).save(path)
-    args = ['-y', f'datasets: ["folder:{tmp_path}/my, images"]', '-p', 'labels', '20', '-p', 'seeds', '0,1', '-p',
-            'backbones', 'wrn_10_1', '-p', 'steps', '1', '-p', 'out', f'{tmp_path}/out', '-p', 'profile', 'smoke']
-    p = papermill('table3.ipynb', *args, cwd=tmp_path, lico_root=tmp_path, output='x.ipynb')
+    given = dict(profile='smoke', labels='20', seeds='0,1', backbones='wrn_10_1', steps='1', out=f'{tmp_path}/out')
+    p = papermill('table3.ipynb', '-y', f'datasets: ["folder:{tmp_path}/my, images"]', *(
+        o for name, value in given.items() for o in ('-p', name, value)), cwd=tmp_path, lico_root=lico_root,
+        output='x.ipynb')
     assert p.returncode == 0, p.stderr[-3000:]
     df = pd.read_csv(tmp_path/'out'/'results.csv')
     assert sorted(df.seed) == [0, 0, 1, 1] and (df.labels == 20).all() and df.paper_dataset.isna().all()
-    before = {f: f.stat().st_mtime for f in tmp_path.glob('data/runs/*/record.json')}
-    assert papermill('table3.ipynb', *args, cwd=tmp_path, lico_root=tmp_path, output='x.ipynb').returncode == 0
-    assert before == {f: f.stat().st_mtime for f in tmp_path.glob('data/runs/*/record.json')} and len(before) == 4
+    before = {f: f.stat().st_mtime for f in lico_root.glob('data/runs/*/record.json')}
+    run('table3', datasets=[f'folder:{tmp_path}/my, images'], **given)
+    assert before == {f: f.stat().st_mtime for f in lico_root.glob('data/runs/*/record.json')} and len(before) == 4
 
 
 slow = lambda names, quick: [n if n == quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
@@ -147,7 +148,7 @@ def test_language_smoke_with_maps(lico_root, tmp_path):
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(tmp_path/path)
         boxes.append(f'{path},0,0,40,40')
     (tmp_path/'boxes.csv').write_text('\n'.join(boxes), encoding='utf-8')
-    out = smoke('language', lico_root, block='E', datasets=f'folder:{tmp_path}', seeds='0', steps=1, test_images=2,
+    out = smoke('language', lico_root, block='E', datasets=f'folder:{tmp_path}', seeds='0', steps=1, test_images=1,
                 saliency='grad-cam,random')
     df = pd.read_csv(out/'results.csv')
     assert df.arm.nunique() == 6 and len(df) == 12 and df.deletion_noise.notna().all() and df.energy.notna().all()

@@ -83,7 +83,7 @@ def gap(
     mapped = model.mapping(raw)
     for maps, y in batches:
         rows = feature_rows(model.backbone, maps)
-        kl, stats = model.matching(maps, rows, raw[y], mapped[y])
+        kl, stats = model.matching(maps, rows, *(text[model.asked(y)] for text in (raw, mapped)))
         found.append(dict(kl=float(kl), cosine=float(mean_cosine(rows)), **{k: float(v) for k, v in stats.items()}))
     return {k: float(np.mean([o[k] for o in found])) for k in found[0]}
 
@@ -138,6 +138,9 @@ def curves(
 ) -> pd.DataFrame:
     "Eq. 2 on the test set along training (Figure 10), a row a step and view; kept in `data/curves`, done once, ever."
     data = load_data(r)
+    if spec(r, data)['losses']['tau'] == 'calibrated':
+        raise ValueError(f"preset {r.preset}: its temperatures are not known before the first batch, so there are none "
+                         "of an untrained model to look with: take a preset whose tau is learned or fixed")
     looked = sha256(f'{points} {images} {MEASURING_PROTOCOL}')[:8]
     path = root()/'data'/'curves'/f"{run_id(r, data)}-{looked}.csv"
     with locked(f'{path}.lock'):
