@@ -1,5 +1,5 @@
 "Networks and the images that they are asked about: labelled pictures, test images, scenes, COCO."
-import json
+import json, os
 
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -111,6 +111,7 @@ def test_a_network_of_a_thousand_classes_on_coco(record, tmp_path):
 def labelled(folder, rows, pictures=(), header='file,class_index', encoding='utf-8'):
     (folder/'images').mkdir(parents=True)
     for name, colour in pictures:
+        name = os.fsdecode(name.encode())  # as it is called here, whatever the locale
         (folder/'images'/name).parent.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (9, 9), colour).save(folder/'images'/name)
     (folder/'labels.csv').write_bytes('\n'.join([header, *rows]).encode(encoding))

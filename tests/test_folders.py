@@ -332,7 +332,7 @@ def test_flip_is_a_parameter(bare):
 
 def touched(folder, *paths):
     "Empty files: names are all that the walker goes by."
-    for path in paths:
+    for path in map(utf8, paths):
         (folder/path).parent.mkdir(parents=True, exist_ok=True)
         (folder/path).touch()
 
