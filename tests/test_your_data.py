@@ -16,6 +16,7 @@ from lico.saliency import explain
 from lico.schedule import options_from
 from lico.text import PromptLearner, load_text_encoder
 from lico.training import fit, predict
+from test_notebooks import run
 
 TOP = root()
 
@@ -88,18 +89,18 @@ def test_guide_on_a_folder_of_ones_own(tmp_path, size, seeds):
 
 
 @pytest.mark.slow
-def test_guide_refuses_what_it_does_not_know(tmp_path):
-    p = guide(tmp_path, '-p', 'dataset', 'mine')
-    assert p.returncode and "unknown parameter of your_data: 'dataset': choose one of profile, out, folder" in p.stderr
+def test_guide_refuses_what_it_does_not_know(lico_root):
+    with pytest.raises(ValueError, match="unknown parameter of your_data: 'dataset': choose one of profile, out, fold"):
+        run('your_data', profile='smoke', dataset='mine')
 
 
 @pytest.mark.slow
-def test_guide_refuses_maps_of_few_positions(tmp_path):
+def test_guide_refuses_maps_of_few_positions(lico_root):
     "Before anything is trained."
-    corners(tmp_path/'mine', (('train', 4), ('test', 2)))
-    p = guide(tmp_path, '-p', 'folder', str(tmp_path/'mine'), '-p', 'image_size', '64')
-    assert (p.returncode and 'maps of 2 x 2 places at 64 pixels' in p.stderr and 'such as -p image_size 128' in p.stderr
-            and not (tmp_path/'data'/'your_data'/'log.csv').exists())
+    corners(lico_root/'mine', (('train', 4), ('test', 2)))
+    with pytest.raises(ValueError, match='maps of 2 x 2 places at 64 pixels.*such as -p image_size 128'):
+        run('your_data', profile='smoke', folder=str(lico_root/'mine'), image_size='64')
+    assert not (lico_root/'data'/'your_data'/'log.csv').exists()
 
 
 def folder_of(top, counts, parts=('train', 'test'), size=(48, 64), mode='RGB', names=('red', 'green', 'blue')):
