@@ -297,7 +297,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'lico.evidence.benchmark': { 'lico.evidence.benchmark._aligned': ( 'evidence/benchmark.html#_aligned',
                                                                                'lico/evidence/benchmark.py'),
                                          'lico.evidence.benchmark._batch': ('evidence/benchmark.html#_batch', 'lico/evidence/benchmark.py'),
-                                         'lico.evidence.benchmark._child': ('evidence/benchmark.html#_child', 'lico/evidence/benchmark.py'),
                                          'lico.evidence.benchmark._encoders': ( 'evidence/benchmark.html#_encoders',
                                                                                 'lico/evidence/benchmark.py'),
                                          'lico.evidence.benchmark._files': ('evidence/benchmark.html#_files', 'lico/evidence/benchmark.py'),
