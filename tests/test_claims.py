@@ -87,6 +87,22 @@ def test_contrasts():
     assert dead.verdict['LICO as printed beats cross-entropy'] == 'training failed (100%)'
 
 
+def test_a_block_beside_the_means():
+    "E and F have rows of their own; they change no pooled mean and no verdict."
+    made = {k: programme(k, repaired=3) for k in 'ABF'}
+    df, without = contrast_rows(made), contrast_rows({k: made[k] for k in 'AB'})
+    assert df[df.block != 'F'].reset_index(drop=True).equals(without)
+    assert df[df.block == 'F'].n.tolist() == [10]*3
+
+
+def test_maps_of_a_block_are_evidence_for_table_1(lico_root):
+    "LICO's own names only, and beside the rows of Table 1."
+    df = programme('F').assign(saliency='grad-cam', saliency_options='{}', images=50, insertion=lambda d: 30 + 2*(d.arm == 'repaired') + d.seed/10)
+    store('language-F', df.assign(insertion=df.insertion.where(df.arm != 'repaired-shuffled', 0)))
+    r = claim_rows().set_index(['claim', 'preset']).loc[("LICO's Grad-CAM maps are better at insertion", 'repaired')]
+    assert r.seeds == 10 and r.difference == pytest.approx(2) and r['where'] == 'natural images'
+
+
 def test_wrong_names_are_no_evidence_for_a_claim(lico_root):
     store('language-A', programme('A', repaired=3, repaired_shuffled=-30))
     r = claim_rows().set_index(['claim', 'preset']).loc[('LICO gains accuracy, with few labels and with all',

@@ -87,8 +87,8 @@ def blocks() -> dict:
 def _rows(claim):
     "Every stored frame that holds something of a claim, with the arms of its table."
     for f in folders(f'table{claim.table}'): yield f.name, read_results(f)
-    # the other tables' claims are about other data or networks
-    for k, df in blocks().items() if claim.table in (3, 5) else ():
+    # the other tables' claims are about arms that no block has
+    for k, df in blocks().items() if claim.table in (1, 3, 5, 8) else ():
         own = df[[ARMS[a].class_text == 'names' for a in df.arm]]
         yield f'language-{k}', own.assign(arm=own.method)
 

@@ -57,20 +57,24 @@ class Block:
     says: str = ''  # what it is for
     how: dict = field(default_factory=dict)  # further fields of its runs
     metrics: tuple = ('insertion', 'deletion')  # of its maps
+    pooled: bool = True  # its accuracies are in the means over blocks
 
 _all = tuple(a for a in ARMS if a != 'CGC')
 _few = ('CE', 'CE+SupCon', 'repaired', 'repaired-shuffled', 'semantic', 'semantic-shuffled')
+_four = ('CE', 'paper', 'repaired', 'repaired-shuffled')
 _maps = ('grad-cam', 'grad-cam++', 'rise', 'group-cam', 'random', 'edges')
+_quick = tuple(m for m in _maps if m != 'rise')
 BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smallest setting"),
           'B': Block('cifar10', 'wrn_28_2', 250, _all, 10, _maps, 300, says='the same with more labels, and maps'),
           'C': Block('cifar100-part', 'wrn_28_2', 400, _few, 10, says='many classes, where meaning could matter'),
-          'D': Block('cifar10', 'wrn_28_2', 4000, ('CE', 'paper', 'repaired', 'repaired-shuffled'), 5, _maps, 300,
-                     says='many labels'),
+          'D': Block('cifar10', 'wrn_28_2', 4000, _four, 5, _maps, 300, 'many labels'),
           'E': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None,
-                     ('CE', 'paper', 'repaired', 'repaired-shuffled', 'semantic', 'CGC'), 5, _maps, 200,
+                     (*_four, 'semantic', 'CGC'), 5, _maps, 200,
                      "photographs, a network with ImageNet's weights, maps with boxes",
                      dict(pretrained=True, image_size=112, output_stride=16, epochs=10),
-                     ('insertion', 'deletion', 'pointing_game', 'energy'))}
+                     ('insertion', 'deletion', 'pointing_game', 'energy'), pooled=False),
+          'F': Block('cifar10', 'wrn_28_2', 40, _four, 10, _quick, 50, 'A once more on a CPU, for its maps',
+                     pooled=False)}
 
 def block_runs(
     name: str,  # a key of `BLOCKS`
@@ -137,7 +141,7 @@ def contrast_rows(
     rows = []
     for c in contrasts:
         found = {k: d for k, df in blocks.items() if (d := _found(df, c, metric))}
-        pooled = [k for k in found if k != 'E']  # which is on other photographs, with another network
+        pooled = [k for k in found if BLOCKS[k].pooled]
         for where in [*found] if len(pooled) < 2 else ['all', *found]:
             mine = pooled if where == 'all' else [where]
             groups = [found[k] for k in mine]
