@@ -97,7 +97,8 @@ def test_a_block_beside_the_means():
 
 def test_maps_of_a_block_are_evidence_for_table_1(lico_root):
     "LICO's own names only, and beside the rows of Table 1."
-    df = programme('F').assign(saliency='grad-cam', saliency_options='{}', images=50, insertion=lambda d: 30 + 2*(d.arm == 'repaired') + d.seed/10)
+    df = programme('F').assign(saliency='grad-cam', saliency_options='{}', images=50,
+                               insertion=lambda d: 30 + 2*(d.arm == 'repaired') + d.seed/10)
     store('language-F', df.assign(insertion=df.insertion.where(df.arm != 'repaired-shuffled', 0)))
     r = claim_rows().set_index(['claim', 'preset']).loc[("LICO's Grad-CAM maps are better at insertion", 'repaired')]
     assert r.seeds == 10 and r.difference == pytest.approx(2) and r['where'] == 'natural images'
