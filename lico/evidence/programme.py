@@ -57,13 +57,13 @@ class Block:
     says: str = ''  # what it is for
     how: dict = field(default_factory=dict)  # further fields of its runs
     metrics: tuple = ('insertion', 'deletion')  # of its maps
+    also: tuple = ('grad-cam', 'random')  # methods whose maps mean colour and noise score too
     pooled: bool = True  # its accuracies are in the means over blocks
 
 _all = tuple(a for a in ARMS if a != 'CGC')
 _few = ('CE', 'CE+SupCon', 'repaired', 'repaired-shuffled', 'semantic', 'semantic-shuffled')
 _four = ('CE', 'paper', 'repaired', 'repaired-shuffled')
 _maps = ('grad-cam', 'grad-cam++', 'rise', 'group-cam', 'random', 'edges')
-_quick = tuple(m for m in _maps if m != 'rise')
 BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smallest setting"),
           'B': Block('cifar10', 'wrn_28_2', 250, _all, 10, _maps, 300, says='the same with more labels, and maps'),
           'C': Block('cifar100-part', 'wrn_28_2', 400, _few, 10, says='many classes, where meaning could matter'),
@@ -73,8 +73,8 @@ BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smal
                      "photographs, a network with ImageNet's weights, maps with boxes",
                      dict(pretrained=True, image_size=112, output_stride=16, epochs=10),
                      ('insertion', 'deletion', 'pointing_game', 'energy'), pooled=False),
-          'F': Block('cifar10', 'wrn_28_2', 40, _four, 10, _quick, 50, 'A once more on a CPU, for its maps',
-                     pooled=False)}
+          'F': Block('cifar10', 'wrn_28_2', 40, _four, 10, ('grad-cam', 'random'), 50, 'the same on a CPU, for maps',
+                     also=(), pooled=False)}
 
 def block_runs(
     name: str,  # a key of `BLOCKS`
@@ -202,8 +202,8 @@ def _matching(active):
 def _extent(rows):
     "What was run of the programme, in words."
     ran = sorted(set(rows.block) - {'all'})
-    each = (f"{rows[rows.block == k].n.max()} seeds of {BLOCKS[k].backbone} on {BLOCKS[k].dataset} with "
-            f"{BLOCKS[k].labels or 'all'} labels" for k in ran)
+    what = lambda b: f'{b.backbone} on {b.dataset} with {b.labels or "all"} labels' if b.pooled else b.says
+    each = (f'{rows[rows.block == k].n.max()} seeds of {what(BLOCKS[k])}' for k in ran)
     left = [k for k in BLOCKS if k not in ran]
     return '; '.join(each) + (f"; of the declared blocks {', '.join(left)} are not run" if left else '')
 
@@ -246,7 +246,7 @@ def collect_block(
     asked = b.saliency if p.saliency is None else [s for s in p.saliency if s != 'none']
     runs = [] if p.stored == 'only' else asked_of_block(p)
     maps = dict(saliency=asked, metrics=b.metrics if asked else (), test_images=p.test_images or b.images,
-                also=dict.fromkeys(('grad-cam', 'random'), _baselines), saliency_options='rise.n_masks=500')
+                also=dict.fromkeys(b.also, _baselines), saliency_options='rise.n_masks=500')
     return collect(SimpleNamespace(**vars(p) | maps), runs, arm_name=arm_name)
 
 # %% ../../nbs/evidence/34_programme.ipynb #8bdf20f7
