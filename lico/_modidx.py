@@ -606,6 +606,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lico/evidence/programme.py'),
                                          'lico.evidence.programme.map_table': ( 'evidence/programme.html#map_table',
                                                                                 'lico/evidence/programme.py'),
+                                         'lico.evidence.programme.maps_of_block': ( 'evidence/programme.html#maps_of_block',
+                                                                                    'lico/evidence/programme.py'),
                                          'lico.evidence.programme.smallest': ( 'evidence/programme.html#smallest',
                                                                                'lico/evidence/programme.py')},
             'lico.evidence.recipe': { 'lico.evidence.recipe.Decision': ('evidence/recipe.html#decision', 'lico/evidence/recipe.py'),

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np, pandas as pd, pytest
 
-from lico.config import root
+from lico.config import parameters, root
 from lico.evidence import claims
 from lico.evidence.arms import TABLES
 from lico.evidence.claims import CLAIMS, claim_rows, claims_table, coverage
-from lico.evidence.programme import ARMS, BLOCKS, PRIMARY, arm_name, block_runs, contrast_rows
+from lico.evidence.programme import ARMS, BLOCKS, PRIMARY, arm_name, block_runs, contrast_rows, maps_of_block
 from test_stats import rows
 
 BASE = np.array([60., 61., 62., 63., 64.])
@@ -60,6 +60,22 @@ def test_the_programmes_runs_know_their_arms():
         assert len(runs) == b.seeds*len(b.arms) and [arm_name(r) for r in runs[:len(b.arms)]] == list(b.arms)
         assert len({tuple(sorted(r.options)) for r in runs}) <= 3 and all(r.labels == b.labels for r in runs)
     assert {c.arm for c in PRIMARY} | {c.reference for c in PRIMARY} <= set(ARMS)
+
+
+@pytest.mark.parametrize('profile', ['laptop', 'paper'])
+def test_the_maps_of_a_block_are_the_declared_ones(profile, lico_root):
+    "Where nothing is named, every method and image that the block declares; what is named replaces that."
+    def asked(block, **given):
+        p = parameters('language', dict(profile=profile, out=str(lico_root), block=block, saliency='', test_images='',
+                                        seeds='') | given)
+        return maps_of_block(p)
+    for name, b in BLOCKS.items():
+        m = asked(name)
+        assert (tuple(m['saliency']), m['test_images'], tuple(m['also'])) == (b.saliency, b.images, b.also)
+        assert m['metrics'] == (b.metrics if b.saliency else ())
+    assert asked('B', saliency='none')['metrics'] == ()
+    few = asked('E', saliency='grad-cam, edges', test_images='7')
+    assert few['saliency'] == ['grad-cam', 'edges'] and few['test_images'] == 7 and 'energy' in few['metrics']
 
 
 def programme(block, **gains):

@@ -125,7 +125,7 @@ def test_order_sentences_have_the_textbooks_interval():
 
 
 def test_committed_points_are_of_committed_networks():
-    for folder in ('figure9', 'figure9-cifar10-jpeg'):
+    for folder in ('figure9', 'figure9-cifar10'):
         assert set(read_points(TOP/'figures'/folder).id) <= set(read_results(TOP/'figures'/folder).id), folder
 
 

@@ -320,7 +320,6 @@ def test_a_folder_of_a_datasets_name_is_not_that_dataset(tmp_path):
     for name in ('digits', 'cifar10', 'tiny-imagenet-100', 'imagenette', 'fashion_mnist'):
         assert dataset_settings(name) and dataset_settings(f'folder:{tmp_path}/{name}') == {}
     assert dataset_settings('folder:/x/digit-scenes')['stand_in'] == 'ImageNet-1k'
-    assert dataset_settings('folder:cifar10-jpeg')['title'] == 'CIFAR-10 (JPEG)'
 
 # mirroring
 

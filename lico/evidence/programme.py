@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'BLOCKS', 'PRIMARY', 'SECONDARY', 'ProgrammeArm', 'Block', 'block_runs', 'arm_name', 'Contrast', 'smallest',
-           'contrast_rows', 'contrast_table', 'draw_contrasts', 'findings', 'asked_of_block', 'collect_block',
-           'above_random', 'map_table']
+           'contrast_rows', 'contrast_table', 'draw_contrasts', 'findings', 'asked_of_block', 'maps_of_block',
+           'collect_block', 'above_random', 'map_table']
 
 # %% ../../nbs/evidence/34_programme.ipynb #d35fda54
 import math
@@ -238,16 +238,21 @@ def asked_of_block(
     how = {k: getattr(p, k) for k in ('text_encoder', 'evaluations', 'steps', 'epochs')}
     return block_runs(p.block, (p.datasets or [BLOCKS[p.block].dataset])[0], p.seeds or None, **how)
 
-def collect_block(
+def maps_of_block(
     p,  # of `language`; `saliency` and `test_images` instead of the block's, saliency "none" for no maps
+) -> dict:
+    "Which maps of a block's networks are scored, and how."
+    b = BLOCKS[p.block]
+    asked = [s for s in p.saliency or b.saliency if s]
+    return dict(saliency=asked, metrics=b.metrics if asked else (), test_images=p.test_images or b.images,
+                also=dict.fromkeys(b.also, _baselines), saliency_options='rise.n_masks=500')
+
+def collect_block(
+    p,  # of `language`
 ) -> pd.DataFrame:
     "The rows of a block: run and score what is missing, write, read back."
-    b = BLOCKS[p.block]
-    asked = b.saliency if p.saliency is None else [s for s in p.saliency if s != 'none']
     runs = [] if p.stored == 'only' else asked_of_block(p)
-    maps = dict(saliency=asked, metrics=b.metrics if asked else (), test_images=p.test_images or b.images,
-                also=dict.fromkeys(b.also, _baselines), saliency_options='rise.n_masks=500')
-    return collect(SimpleNamespace(**vars(p) | maps), runs, arm_name=arm_name)
+    return collect(SimpleNamespace(**vars(p) | maps_of_block(p)), runs, arm_name=arm_name)
 
 # %% ../../nbs/evidence/34_programme.ipynb #8bdf20f7
 def above_random(
