@@ -372,6 +372,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'lico.evidence.claims.coverage_sentence': ( 'evidence/claims.html#coverage_sentence',
                                                                                   'lico/evidence/claims.py'),
                                       'lico.evidence.claims.folders': ('evidence/claims.html#folders', 'lico/evidence/claims.py'),
+                                      'lico.evidence.claims.maps_sentence': ( 'evidence/claims.html#maps_sentence',
+                                                                              'lico/evidence/claims.py'),
                                       'lico.evidence.claims.readme_table': ( 'evidence/claims.html#readme_table',
                                                                              'lico/evidence/claims.py')},
             'lico.evidence.divergence': { 'lico.evidence.divergence.Snapshots': ( 'evidence/divergence.html#snapshots',

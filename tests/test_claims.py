@@ -7,7 +7,7 @@ import numpy as np, pandas as pd, pytest
 from lico.config import parameters, root
 from lico.evidence import claims
 from lico.evidence.arms import TABLES
-from lico.evidence.claims import CLAIMS, claim_rows, claims_table, coverage
+from lico.evidence.claims import CLAIMS, claim_rows, claims_table, coverage, maps_sentence
 from lico.evidence.programme import ARMS, BLOCKS, PRIMARY, arm_name, block_runs, contrast_rows, maps_of_block
 from test_stats import rows
 
@@ -118,6 +118,17 @@ def test_maps_of_a_block_are_evidence_for_table_1(lico_root):
     store('language-F', df.assign(insertion=df.insertion.where(df.arm != 'repaired-shuffled', 0)))
     r = claim_rows().set_index(['claim', 'preset']).loc[("LICO's Grad-CAM maps are better at insertion", 'repaired')]
     assert r.seeds == 10 and r.difference == pytest.approx(2) and r['where'] == 'natural images'
+
+
+def test_the_sentence_on_maps():
+    "Two points that the random map has too are none of the map."
+    own = {'CE': 0, 'paper': 1, 'repaired': 2, 'repaired-shuffled': 9}
+    df = programme('F').assign(id=lambda d: d.arm + d.seed.astype(str), images=50)
+    df = pd.concat([df.assign(saliency=s, insertion=30 + df.arm.map(own)*(1 + (s == 'grad-cam')) + df.seed)
+                    for s in ('grad-cam', 'random')])
+    said = maps_sentence(df)
+    assert '10 seeds: insertion +2.00 ± 0.00 (`paper`) and +4.00 ± 0.00 (`repaired`)' in said
+    assert 'random map +1.00 ± 0.00 (`paper`) and +2.00 ± 0.00 (`repaired`)' in said
 
 
 def test_wrong_names_are_no_evidence_for_a_claim(lico_root):
