@@ -18,7 +18,8 @@ from .arms import (TABLES, arm_named, arm_of, columns_of, grade, grid, paper_dat
 from .printed import printed_numbers, results
 from .programme import ARMS, BLOCKS, above_random
 from .report import signed
-from .stats import (GRADES, METRICS, conditions, differences, holm, interval, paired, pairs, smallest_difference,
+from .stats import (GRADES, METRICS, conditions, differences, holm, interval, paired, pairs,
+                                 smallest_difference,
                                  verdict)
 from .store import read_results
 
