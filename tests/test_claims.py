@@ -127,7 +127,7 @@ def test_the_sentence_on_maps():
     df = pd.concat([df.assign(saliency=s, insertion=30 + df.arm.map(own)*(1 + (s == 'grad-cam')) + df.seed)
                     for s in ('grad-cam', 'random')])
     said = maps_sentence(df)
-    assert '10 seeds: insertion +2.00 ± 0.00 (`paper`) and +4.00 ± 0.00 (`repaired`)' in said
+    assert '10 seeds: +2.00 ± 0.00 (`paper`) and +4.00 ± 0.00 (`repaired`)' in said
     assert 'random map +1.00 ± 0.00 (`paper`) and +2.00 ± 0.00 (`repaired`)' in said
 
 
