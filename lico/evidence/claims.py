@@ -260,8 +260,8 @@ def maps_sentence(
                  for a in ('paper', 'repaired')}
         points = {a: signed(r.difference, r.half_width).replace('-', '−') for a, r in found.items()}
         return ' and '.join(f'{p} (`{a}`)' for a, p in points.items())
-    return (f"LICO's Grad-CAM maps less cross-entropy's, insertion, {rows.seed.nunique()} seeds: {said(rows)}; less each "
-            f"network's own random map {said(above_random(rows))}.")
+    return (f"LICO's Grad-CAM maps less cross-entropy's, insertion, {rows.seed.nunique()} seeds: {said(rows)}; "
+            f"less each network's own random map {said(above_random(rows))}.")
 
 def coverage_sentence(
     n: pd.DataFrame,  # from `coverage`
