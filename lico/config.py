@@ -137,9 +137,11 @@ def gathered(
     found, wrong = [], []
     for check in checks:
         try: found.append(check())
-        except (ValueError, FileNotFoundError) as e: wrong.append(str(e))
+        except (ValueError, FileNotFoundError) as e: wrong += getattr(e, 'wrong', [str(e)])
     if not wrong: return found
-    raise ValueError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} things are wrong: {'; '.join(wrong)}")
+    error = ValueError(wrong[0] if len(wrong) == 1 else f"{len(wrong)} things are wrong: {'; '.join(wrong)}")
+    error.wrong = wrong  # for whoever gathers in turn
+    raise error
 
 def check_options(**options) -> dict:
     "The options, each checked; all that is wrong is said at once."
@@ -331,7 +333,7 @@ def device():
     return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
 
 # %% ../nbs/method/00_config.ipynb #12da1208
-_libraries = ('lico', 'torch', 'torchvision', 'timm', 'transformers', 'open_clip_torch', 'accelerate', 'numpy')
+_libraries = ('torch', 'torchvision', 'timm', 'transformers', 'open_clip_torch', 'accelerate', 'numpy')
 
 def _version(name):
     try: return importlib.metadata.version(name)
@@ -360,8 +362,8 @@ def hardware(
 # %% ../nbs/method/00_config.ipynb #77a8a26e
 @functools.lru_cache
 def _software():
-    return dict(python=platform.python_version(), **{name: v for name in _libraries if (v := _version(name))}
-                ), _git('rev-parse', '--short=12', 'HEAD') or None
+    return dict(python=platform.python_version(), lico=lico.__version__,
+                **{name: v for name in _libraries if (v := _version(name))}), _git('rev-parse', '--short=12', 'HEAD') or None
 
 def stamp() -> dict:
     "Versions, hardware and commit of what this process computes now, for every record and figure."

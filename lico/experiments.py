@@ -66,8 +66,8 @@ def _outcome(log):
     "The numbers of a finished run: accuracy in percent, last and best of those tested, and how the losses ended."
     tested = [row for row in log if 'test_accuracy' in row]
     best = max(tested, key=lambda row: row['test_accuracy'])
-    last = {k: log[-1][k] for k in ('ce', 'mm', 'ot', 'tau', 'entropy_image', 'entropy_text', 'cosine', 'cgc', 'gcc',
-                                    'supcon') if k in log[-1]}
+    last = {k: log[-1][k] for k in ('ce', 'mm', 'ot', 'tau', 'tau_image', 'entropy_image', 'entropy_text', 'cosine',
+                                    'cgc', 'gcc', 'supcon') if k in log[-1]}
     return dict(accuracy_last=log[-1]['test_accuracy'], accuracy_best=best['test_accuracy'], best_step=best['step'],
                 tests=len(tested), **last,
                 inactive=log[-1].get('inactive'), seconds=sum(row['seconds'] for row in log))
@@ -209,13 +209,14 @@ def estimate(
     that say so, and `gigabytes` left at the end (a run under way needs three times its own)."""
     import pandas as pd
     speeds, rows = _speeds(hardware or stamp()['hardware'], processes), {}
+    empty = dict(backbone='', image_size=0, method='', runs=0, images=0, hours=0., like_runs=0, gigabytes=0.)
     for r, o in _identify(dict.fromkeys(runs))[1].items():
         seconds, known = speeds.get(o['like'], (math.nan, 0))
-        row = rows.setdefault(o['like'], dict(backbone=r.backbone, image_size=o['like'][1], method=r.method, runs=0,
-                                              images=0, hours=0., like_runs=known, gigabytes=0.))
+        row = rows.setdefault(o['like'], empty | dict(backbone=r.backbone, image_size=o['like'][1], method=r.method,
+                                                      like_runs=known))
         for k, v in dict(runs=1, images=o['images'], hours=o['steps']*seconds/3600, gigabytes=o['bytes']/1e9).items():
             row[k] += v
-    return pd.DataFrame(rows.values())
+    return pd.DataFrame(rows.values(), columns=[*empty])
 
 # %% ../nbs/method/22_experiments.ipynb #4613e1bd
 def refuse_executor(executor):
@@ -348,7 +349,8 @@ _shown = ('dataset', 'data', 'labels', 'backbone', 'method', 'preset', 'options'
           'validation', 'image_size', 'steps', 'training', 'classes',
           'accuracy_last', 'accuracy_best', 'best_step', 'tests', 'ce', 'mm', 'ot', 'tau', 'entropy_image',
           'entropy_text', 'cosine', 'seconds', 'id', 'protocol', 'finished', 'command')
-_where_used = ('precision', 'pretrained', 'flip', 'tau_image', 'cgc', 'gcc', 'supcon')  # columns of runs that have them
+# columns of runs that have them
+_where_used = ('precision', 'pretrained', 'flip', 'output_stride', 'tau_image', 'cgc', 'gcc', 'supcon')
 _stamped = ('python', 'torch', 'hardware', 'instructions', 'threads', 'commit')
 
 def _row(r):
@@ -367,4 +369,4 @@ def _row(r):
 def frame(records: list):
     "Records as a data frame, one row a run; `labels` is a number or `all`."
     import pandas as pd
-    return pd.DataFrame([_row(r) for r in records]).astype(dict(split='Int64', validation='Int64'))
+    return pd.DataFrame([_row(r) for r in records], columns=None if records else _shown).astype(dict(split='Int64', validation='Int64'))
