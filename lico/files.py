@@ -110,8 +110,9 @@ def read_checked(
 _misfit = "its checksum does not fit its content"
 
 def sha256(
-    content,  # text or bytes
+    content,  # text, which counts as UTF-8, or bytes
 ) -> str:
+    "The SHA-256 in hexadecimal digits."
     return hashlib.sha256(_bytes(content)).hexdigest()
 
 def write_sealed(
@@ -184,19 +185,22 @@ def _recover(folder):
 
 def write_summed(
     folder,  # where to put them
-    make,  # called when nobody else writes there -> {name of a file: its text or bytes}
+    make,  # called when nobody else writes there -> {name of a file: its text or bytes; `None`: it is to go}
 ):
     "Write files with their checksums beside them, as one: all of them, or none. Damaged ones are set aside first."
     folder = Path(folder)
     with locked(folder/'.lock'):
         _recover(folder)
-        contents = make()
+        made = make()
+        contents = {k: v for k, v in made.items() if v is not None}
         new, sums = {k: folder/f'.{k}.new' for k in contents}, read_sums(folder)
         for k, path in new.items():
             if k in sums and _fits(folder/k, sums[k]) is None: set_aside(folder/k, _misfit)
             write_atomic(path, contents[k])
-        write_sums(folder, sums | {k: sha256(v) for k, v in contents.items()})
+        gone = set(made) - set(contents)
+        write_sums(folder, {k: v for k, v in sums.items() if k not in gone} | {k: sha256(v) for k, v in contents.items()})
         for k, path in new.items(): os.replace(path, folder/k)
+        for k in gone: (folder/k).unlink(missing_ok=True)
 
 # %% ../nbs/method/02_files.ipynb #39a71018
 def python_command(

@@ -96,7 +96,10 @@ def test_what_is_a_pair():
     base = rows('CE', [1., 2., 3.], text=None, method='CE')
     for other in (dict(steps=9), dict(data='e'), dict(image_size=32), dict(labels='40'), dict(training='u')):
         assert not pairs(pd.concat([base, rows('LICO', [1., 2., 3.], **other)]), 'CE')
-    assert not pairs(pd.concat([base.assign(threads=1), rows('LICO', [1., 2., 3.], threads=2)]), 'CE')
+    for k, a, b in (('threads', 1, 2), ('protocol', 1, 2), ('output_stride', None, 16)):
+        assert not pairs(pd.concat([base.assign(**{k: a}), rows('LICO', [1., 2., 3.], **{k: b})]), 'CE')
+    with pytest.raises(ValueError, match='two rows of one arm, setting and seed and split'):
+        pairs(pd.concat([base, base, rows('LICO', [1., 2., 3.])]), 'CE')
     assert len(pairs(pd.concat([base, rows('LICO', [1., 2., 3.]), rows('LICO', [1., 2., 3.], preset='repaired')]),
                      'CE')) == 2
     kinds = [dict(preset=p, options=o, text=t) for p in ('paper', 'repaired') for o in (None, 'alpha=5')

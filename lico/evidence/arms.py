@@ -14,7 +14,7 @@ import numpy as np, pandas as pd
 
 from ..config import OPTIONS, choose, dataset_settings, datasets_of_the_paper, parse_value
 from .printed import Printed, printed_numbers
-from .stats import METRICS, conditions, paired
+from .stats import METRICS, conditions, of_runs, paired
 from ..data import dataset_name
 from ..experiments import Run
 
@@ -264,6 +264,7 @@ def compare(
     table: int,  # the paper's table to compare with
     metric='accuracy_last',  # which column, a key of `METRICS`; or a list of them
     reference: str = None,  # the arm that is the baseline, if not the table's own
+    within: str = None,  # as in `paired`: "image" for the rows of `image_rows`
 ) -> pd.DataFrame:
     """The reference of a table against its other arms, paired on seeds and splits, beside what the paper prints;
     one row a metric, setting and arm."""
@@ -273,9 +274,8 @@ def compare(
     known, parts = conditions(df), []
     for m in metrics:
         rows = (known if METRICS[choose('metric', m, METRICS)].of_maps or m in ('probability', 'blurred')
-                else known.drop_duplicates('id').drop(columns=['saliency', 'saliency_options', 'images'],
-                                                      errors='ignore'))
-        parts.append(paired(rows, [m], reference, keep=('paper_dataset', 'is_stand_in')))
+                else of_runs(known))
+        parts.append(paired(rows, [m], reference, within=within, keep=('paper_dataset', 'is_stand_in')))
     c = pd.concat(parts, ignore_index=True)
     if c.empty:
         raise ValueError(f"nothing to compare: the results hold no seed at which both {reference} and another method "

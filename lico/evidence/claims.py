@@ -18,9 +18,8 @@ from .arms import (TABLES, arm_named, arm_of, columns_of, grade, grid, paper_dat
 from .printed import printed_numbers, results
 from .programme import ARMS, BLOCKS, above_random
 from .report import signed
-from .stats import (GRADES, METRICS, conditions, differences, holm, interval, paired, pairs,
-                                 smallest_difference,
-                                 verdict)
+from .stats import (GRADES, METRICS, conditions, differences, holm, interval, of_runs, paired, pairs,
+                                 smallest_difference, verdict)
 from .store import read_results
 
 # %% ../../nbs/evidence/36_claims.ipynb #49eb0254
@@ -86,11 +85,11 @@ def blocks() -> dict:
     "{block of the programme: its rows} as far as they were run."
     return {f.name.split('-')[1]: read_results(f) for f in folders('language') if f.name.split('-')[1] in BLOCKS}
 
-def _rows(claim):
-    "Every stored frame that holds something of a claim, with the arms of its table."
-    for f in folders(f'table{claim.table}'): yield f.name, read_results(f)
-    # the other tables' claims are about arms that no block has
-    for k, df in blocks().items() if claim.table in (1, 3, 5, 8) else ():
+def _frames(table):
+    "The name of its folder and the rows of every stored frame that holds something of a table, with the table's arms."
+    for f in folders(f'table{table}'): yield f.name, read_results(f)
+    # the other tables are about arms that no block has
+    for k, df in blocks().items() if table in (1, 3, 5, 8) else ():
         own = df[[ARMS[a].class_text == 'names' for a in df.arm]]
         yield f'language-{k}', own.assign(arm=own.method)
 
@@ -99,25 +98,33 @@ def _settings(claim, df):
     "{(preset, setting): the paired differences in the direction of a claim, and what is known of them}."
     if claim.metric not in df: return {}
     df = conditions(df[df.method != 'pretrained']).dropna(subset=[claim.metric])
-    if claim.saliency: df = df[df.saliency == claim.saliency]
-    elif 'saliency' in df: df = df.drop_duplicates('id').drop(columns=['saliency', 'saliency_options', 'images'])
-    towards, found = claim.sign*(-1 if METRICS[claim.metric].lower_is_better else 1), {}
+    df = df[df.saliency == claim.saliency] if claim.saliency else of_runs(df)
+    found = {}
     for o in pairs(df, claim.reference):
         r = o.iloc[0]
         if r.arm != claim.arm: continue
-        # the paper's data, of another table
-        where = grade(r) if grade(r) != GRADES[0] or not math.isnan(_printed(claim, r)) else GRADES[1]
-        found[r.preset, r.dataset, r.labels, r.backbone] = dict(grade=where, row=r,
-                                                                **differences(o, claim.metric, towards))
+        # not the paper's schedule, or its data in another table
+        other = r.profile != 'paper' or math.isnan(_gain(claim, r))
+        where = GRADES[1] if grade(r) == GRADES[0] and other else grade(r)
+        key, new = (r.preset, r.dataset, r.labels, r.backbone), differences(o, claim.metric, _towards(claim))
+        if key not in found or len(new['d']) > len(found[key]['d']):  # else of another schedule or encoder, and fewer
+            found[key] = dict(grade=where, row=r, value=o[claim.metric].mean(), **new)
     return found
 
 def _printed(claim, r):
-    "The gain that the paper prints for a row's setting, in the direction of the claim; not a number if it prints none."
+    "What the paper prints for a row's setting: the reference's number and the arm's; not a number if it prints none."
     name = printed_dataset(claim.table, *paper_dataset(r.dataset, claim.table))
     place = printed_place(claim.table, name, r.labels, r.backbone, False)
     number = lambda arm: printed_numbers().get(printed_as(claim.table, arm_named(claim.table, arm), name, place,
                                                           claim.metric, claim.saliency), math.nan)
-    return claim.sign*(-1 if METRICS[claim.metric].lower_is_better else 1)*(number(claim.arm) - number(claim.reference))
+    return number(claim.reference), number(claim.arm)
+
+def _towards(claim): return claim.sign*(-1 if METRICS[claim.metric].lower_is_better else 1)
+
+def _gain(claim, r):
+    "The printed gain for a row's setting in the direction of the claim."
+    reference, arm = _printed(claim, r)
+    return _towards(claim)*(arm - reference)
 
 def _printed_anywhere(claim):
     "The smallest and the largest gain that the paper prints for a claim, in its direction."
@@ -125,8 +132,7 @@ def _printed_anywhere(claim):
     places = {(k.dataset, k.size, k.backbone) for k in printed_numbers() if k.table == claim.table}
     number = lambda arm, d, s, b: printed_numbers().get(
         printed_as(claim.table, arm, d, dict(size=s, backbone=b), claim.metric, claim.saliency), math.nan)
-    gains = [claim.sign*(-1 if METRICS[claim.metric].lower_is_better else 1)*(number(one, *p) - number(other, *p))
-             for p in places]
+    gains = [_towards(claim)*(number(one, *p) - number(other, *p)) for p in places]
     gains = [round(g, 2) for g in gains if not math.isnan(g)]
     return (min(gains), max(gains)) if gains else None
 
@@ -134,7 +140,7 @@ def _printed_anywhere(claim):
 def _measured(claim):
     "Everything stored of a claim, by preset and grade of evidence."
     found = {}
-    for where, df in _rows(claim):
+    for where, df in _frames(claim.table):
         for (preset, *setting), o in _settings(claim, df).items():
             known = found.setdefault((preset if o['row'].method not in ('CGC', 'GCC') else '—', o['grade']), {})
             if tuple(setting) not in known or len(o['d']) > len(known[tuple(setting)]['d']):
@@ -144,14 +150,15 @@ def _measured(claim):
 def _row(claim, preset, where, settings):
     "What one preset says of a claim on one grade of evidence."
     e, rows = interval(*(o['d'] for o in settings)), [o['row'] for o in settings]
-    gains = [g for g in (_printed(claim, r) for r in rows) if not math.isnan(g)]
+    mean, printed = (lambda values: sum(values)/len(values)), [_printed(claim, r) for r in rows]
+    gains = [g for g in (_gain(claim, r) for r in rows) if not math.isnan(g)]
     return dict(table=claim.table, claim=claim.says, metric=claim.metric, preset=preset, where=where,
                 settings=len(settings), seeds=min(len(o['d']) for o in settings), n=e.n,
                 data=', '.join(f'{r.dataset} {r.labels}' for r in rows),
-                printed=sum(gains)/len(gains) if gains else math.nan, difference=e.mean, half_width=e.half_width,
-                p=e.p(),
-                active=sum(o['active'] for o in settings)/len(settings),
-                failed=sum(o['failed'] for o in settings)/len(settings),
+                printed_base=mean([b for b, _ in printed]), printed_value=mean([v for _, v in printed]),
+                printed=mean(gains) if gains else math.nan, base=mean([o['base'] for o in settings]),
+                value=mean([o['value'] for o in settings]), difference=e.mean, half_width=e.half_width, p=e.p(),
+                active=mean([o['active'] for o in settings]), failed=mean([o['failed'] for o in settings]),
                 margin=min(smallest_difference(claim.metric, r.labels) for r in rows),
                 folders=', '.join(sorted({o['folder'] for o in settings})), estimate=e)
 
@@ -165,12 +172,13 @@ def claim_rows() -> pd.DataFrame:
         own = [_row(c, preset, g, o) for (preset, g), o in found.items() if GRADES.index(g) == best]
         rows += own or [dict(table=c.table, claim=c.says, metric=c.metric, where='not testable here', needs=c.needs)]
     df = pd.DataFrame(rows).reindex(columns=['table', 'claim', 'metric', 'preset', 'where', 'settings', 'seeds', 'n',
-                                             'data', 'printed', 'difference', 'half_width', 'p', 'active', 'failed',
-                                             'margin', 'folders', 'needs', 'estimate'])
+                                             'data', 'printed_base', 'printed_value', 'printed', 'base', 'value',
+                                             'difference', 'half_width', 'p', 'active', 'failed', 'margin', 'folders',
+                                             'needs', 'estimate'])
     papers = df['where'] == GRADES[0]
     df.loc[papers, 'p_holm'] = holm(df[papers].p)
-    said = [verdict(r.estimate, r.p_holm if r.where == GRADES[0] else r.p, r.margin, r.where, r.failed)
-            if r.where in GRADES else '' for r in df.itertuples()]
+    said = [verdict(r.estimate, r.p_holm, r.margin, r.where, r.failed) if r.where == GRADES[0] else ''
+            for r in df.itertuples()]
     return df.assign(verdict=said).drop(columns='estimate')
 
 # %% ../../nbs/evidence/36_claims.ipynb #58c29313
@@ -187,11 +195,13 @@ def claims_table(
                       **{'it would take': r.needs}) for r in own.itertuples()]
     else:
         shown = [dict(table=r.table, claim=r.claim, preset=r.preset, data=r.data,
-                      printed='—' if math.isnan(r.printed) else f'{r.printed:+.2f}',
-                      measured=signed(r.difference, r.half_width), n=f'{r.seeds:.0f} × {r.settings:.0f}',
+                      printed=_both(r.printed_base, r.printed_value), measured=_both(r.base, r.value),
+                      gain=signed(r.difference, r.half_width), n=f'{r.seeds:.0f} × {r.settings:.0f}',
                       active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}',
-                      verdict=r.verdict) for r in own.itertuples()]
+                      **(dict(verdict=r.verdict) if where == GRADES[0] else {})) for r in own.itertuples()]
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
+
+def _both(base, value): return '—' if math.isnan(base + value) else f'{base:.1f} → {value:.1f}'
 
 def _between(ends):
     if not ends: return '—'
@@ -229,8 +239,7 @@ def coverage() -> pd.DataFrame:
     rows = []
     for n in range(1, 14):
         stored, arms = {True: [], False: []}, {a.label for a in TABLES[n].arms}
-        for f in folders(f'table{n}'):
-            df = read_results(f)
+        for _, df in _frames(n):
             for r in df[df.arm.isin(arms)].itertuples():
                 metrics = tuple(m for m in METRICS if not pd.isna(getattr(r, m, None)))
                 stored[_is_the_papers(n, r)].append((r.paper_dataset, r.is_stand_in, r.labels, r.backbone, r.arm,
@@ -243,16 +252,17 @@ def coverage() -> pd.DataFrame:
 def readme_table(
     rows: pd.DataFrame,  # from `claim_rows`
 ) -> str:
-    "The claims tested on the paper's data, five narrow columns."
+    "The claims tested on the paper's data, five columns: the reference's number and the arm's, printed and measured."
     own = rows[rows['where'] == GRADES[0]]
     if own.empty: return 'None so far.'
-    return pd.DataFrame([{'claim (table)': f'{r.claim.split(",")[0]} ({r.table})', 'preset': r.preset,
-                          'points': signed(r.difference, r.half_width), 'seeds': f'{r.seeds:.0f} × {r.settings:.0f}',
+    return pd.DataFrame([{'claim (table, data)': f'{r.claim.split(",")[0]} ({r.table}, {r.data})', 'preset': r.preset,
+                          'printed': _both(r.printed_base, r.printed_value),
+                          'measured': f'{_both(r.base, r.value)}, {signed(r.difference, r.half_width)}',
                           'verdict': r.verdict}
                          for r in own.itertuples()]).to_markdown(index=False, disable_numparse=True)
 
 def maps_sentence(
-    rows: pd.DataFrame,  # of a block with maps
+    rows: pd.DataFrame,  # of block F
 ) -> str:
     "Insertion of LICO's Grad-CAM maps less cross-entropy's, and the same less each network's own random map."
     def said(df):
@@ -260,7 +270,8 @@ def maps_sentence(
                  for a in ('paper', 'repaired')}
         points = {a: signed(r.difference, r.half_width).replace('-', '−') for a, r in found.items()}
         return ' and '.join(f'{p} (`{a}`)' for a, p in points.items())
-    return (f"LICO's Grad-CAM maps less cross-entropy's, insertion, {rows.seed.nunique()} seeds: {said(rows)}; "
+    seeds = f"{rows.seed.nunique()} of {BLOCKS['F'].seeds}"
+    return (f"LICO's Grad-CAM maps less cross-entropy's, insertion, {seeds} seeds: {said(rows)}; "
             f"less each network's own random map {said(above_random(rows))}.")
 
 def coverage_sentence(
@@ -270,7 +281,7 @@ def coverage_sentence(
     "How many claims and numbers of the paper could be tested, and how many could not."
     total, by = (n[['printed', 'runnable', 'measured', 'stand_in']].sum(),
                  rows.drop_duplicates(['table', 'claim'])['where'].value_counts())
-    return (f"Of 24 claims {by.get(GRADES[0], 0)} could be tested on the paper's data, {by.get(GRADES[1], 0)} were "
+    return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, {by.get(GRADES[1], 0)} were "
             f"seen on other natural images, {by.get('not testable here', 0)} are not testable here "
             f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.runnable} have a notebook that gives "
-            f"them with `-p profile paper`; beside {total.stand_in} stands a number measured on a stand-in.")
+            f"them with `-p profile paper`; measured so: {total.measured}, on a stand-in: {total.stand_in}.")

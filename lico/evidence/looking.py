@@ -28,7 +28,7 @@ from ..pixels import whole_square
 SUBJECTS = dict(chelsea='a cat, from near', coffee='a cup of coffee with a spoon',
                 astronaut='an astronaut before a flag', rocket='a rocket on its launch pad at dusk',
                 camera='a man behind a camera on a tripod')
-LOOKED_AT = {'CE': 'CE', 'repaired': 'LICO', 'repaired-shuffled': 'LICO, shuffled names'}  # of `ARMS`: on the page
+LOOKED_AT = {'CE': 'CE', 'semantic': 'LICO', 'semantic-shuffled': 'LICO, shuffled names'}  # of `ARMS`: on the page
 LOOKS = BLOCKS['E'].saliency  # methods of `lico.saliency`
 
 # %% ../../nbs/evidence/43_looking.ipynb #1a4152ba

@@ -12,11 +12,11 @@ import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-import pandas as pd
+import numpy as np, pandas as pd
 
 from ..config import choose
 from .report import forest, signed
-from .stats import (METRICS, conditions, differences, holm, interval, paired, pairs,
+from .stats import (METRICS, conditions, differences, holm, interval, of_runs, paired, pairs, sign_flip,
                                  smallest_difference, verdict)
 from .store import collect
 from ..experiments import Run
@@ -118,33 +118,34 @@ SECONDARY = (Contrast('supervised contrast beats cross-entropy', 'CE+SupCon', 'C
              Contrast('transport alone beats cross-entropy', 'CE+OT', 'CE'),
              Contrast('LICO repaired beats supervised contrast', 'repaired', 'CE+SupCon'),
              Contrast('right names beat invented words (repaired)', 'repaired', 'repaired-random'),
-             Contrast('shuffled names beat cross-entropy (repaired)', 'repaired-shuffled', 'CE'))
+             Contrast('shuffled names beat cross-entropy (repaired)', 'repaired-shuffled', 'CE'),
+             Contrast('LICO as printed beats transport alone', 'paper', 'CE+OT'))
 
 def smallest(block: str) -> float:
     "The smallest difference in accuracy that matters in a block."
     return smallest_difference('accuracy_last', BLOCKS[block].labels)
 
-def _found(df, contrast, metric):
-    "The `differences` of a contrast in the rows of one block, a row a map or a run; `None` where it has not both."
-    df = conditions(df.drop_duplicates('id')).dropna(subset=[metric])
-    return next((differences(o, metric) for o in pairs(df, contrast.reference) if o.arm.iloc[0] == contrast.arm), None)
+def _found(df, contrast):
+    "The `differences` in accuracy of a contrast in the rows of one block; `None` where it has not both."
+    found = (o for o in pairs(conditions(of_runs(df)), contrast.reference) if o.arm.iloc[0] == contrast.arm)
+    return next((differences(o, 'accuracy_last') for o in found), None)
 
-_columns = ['contrast', 'of', 'block', 'settings', 'n', 'base', 'difference', 'half_width', 'p', 'margin', 'failed',
-            'active',
-            'differences', 'estimate']
+def _counts(block): return block == 'all' or BLOCKS[block].pooled
+
+_columns = ['contrast', 'of', 'block', 'settings', 'n', 'base', 'difference', 'half_width', 'p', 'p_flip', 'margin',
+            'failed', 'active', 'differences', 'estimate']
 
 # %% ../../nbs/evidence/34_programme.ipynb #550ab4b1
 def contrast_rows(
     blocks: dict,  # block -> its rows of results
     contrasts=PRIMARY,
-    metric: str = 'accuracy_last',
     family: bool = True,  # are they the declared family, with verdicts?
 ) -> pd.DataFrame:
     """One row a contrast over all blocks that have it, and one a block below: mean, interval, p values; the verdict
     of the pooled one."""
     rows = []
     for c in contrasts:
-        found = {k: d for k, df in blocks.items() if (d := _found(df, c, metric))}
+        found = {k: d for k, df in blocks.items() if (d := _found(df, c))}
         pooled = [k for k in found if BLOCKS[k].pooled]
         for where in [*found] if len(pooled) < 2 else ['all', *found]:
             mine = pooled if where == 'all' else [where]
@@ -152,16 +153,16 @@ def contrast_rows(
             e, margin = interval(*(g['d'] for g in groups)), min(map(smallest, mine))
             base, failed, active = (sum(g[k] for g in groups)/len(groups) for k in ('base', 'failed', 'active'))
             rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n,
-                             base=base,
-                             difference=e.mean, half_width=e.half_width, p=e.p(),
+                             base=base, difference=e.mean, half_width=e.half_width, p=e.p(),
+                             p_flip=sign_flip(np.concatenate([g['d']/len(g['d']) for g in groups])),
                              margin=margin, failed=failed, active=active,
                              differences=[float(d) for g in groups for d in g['d']], estimate=e))
     df = pd.DataFrame(rows, columns=_columns)
     return _with_verdicts(df) if family else df.drop(columns='estimate')
 
 def _with_verdicts(df):
-    "The rows with Holm's p of the contrasts as wholes, and their verdicts."
-    whole = ~df.duplicated('contrast')
+    "The rows with Holm's p of the contrasts as wholes, and their verdicts; blocks that are not pooled have none."
+    whole = ~df.duplicated('contrast') & df.block.map(_counts).astype(bool)
     corrected = pd.Series(holm(df[whole].p), df[whole].index)
     says = {i: verdict(r.estimate, corrected[i], r.margin, failed=r.failed) for i, r in df[whole].iterrows()}
     return df.assign(p_holm=corrected, verdict=pd.Series(says, dtype=object)).drop(columns='estimate')
@@ -173,6 +174,7 @@ def contrast_table(
     "Contrasts as Markdown: points of accuracy with the half-width of the 95 % interval."
     shown = [dict(contrast=r.contrast, **{'arm − reference': r.of}, block=r.block, pairs=r.n,
                   difference=signed(r.difference, r.half_width), p=f'{r.p:.2g}',
+                  **{'p by sign flips': f'{r.p_flip:.2g}' if r.p_flip == r.p_flip else '—'},
                   **({"Holm's p": f'{r.p_holm:.2g}' if r.p_holm == r.p_holm else '',
                       'verdict': r.verdict if isinstance(r.verdict, str) else ''} if 'verdict' in rows else {}),
                   active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}')
@@ -189,12 +191,17 @@ def draw_contrasts(
                               metric='accuracy_last', reference='the reference'), fig)
 
 # %% ../../nbs/evidence/34_programme.ipynb #533e4167
-_says = dict(supported='Yes', contradicted='No, the other way round', equivalent='No difference that matters',
-             inconclusive='Cannot tell')
+_says = dict(supported='Yes', contradicted='No, the other way round', inconclusive='Cannot tell')
+
+def _said(r):
+    "A verdict in words."
+    if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter, if any'
+    small = r.verdict == 'supported' and abs(r.difference) + r.half_width < r.margin
+    return f'Yes, less than the {r.margin:g} point that would matter' if small else _says.get(r.verdict, r.verdict)
 
 def _answer(*rows):
     "The verdicts of some contrasts in words, each once."
-    return '; '.join(dict.fromkeys(_says.get(r.verdict, r.verdict) for r in rows))
+    return '; '.join(dict.fromkeys(map(_said, rows)))
 
 def _points(r, name=''):
     return signed(r.difference, r.half_width).replace('-', '−') + (f' (`{name}`)' if name else '')
@@ -207,7 +214,8 @@ def _extent(rows):
     "What was run of the programme, in words."
     ran = sorted(set(rows.block) - {'all'})
     what = lambda b: f'{b.backbone} on {b.dataset} with {b.labels or "all"} labels' if b.pooled else b.says
-    each = (f'{rows[rows.block == k].n.max()} seeds of {what(BLOCKS[k])}' for k in ran)
+    many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
+    each = (f'{many(rows[rows.block == k].n.max(), BLOCKS[k])} of {what(BLOCKS[k])}' for k in ran)
     left = [k for k in BLOCKS if k not in ran]
     return '; '.join(each) + (f"; of the declared blocks {', '.join(left)} are not run" if left else '')
 
@@ -216,17 +224,20 @@ def findings(
 ) -> str:
     """Five sentences that follow from the numbers: does it work, is it the language, does the literal text work,
     what does no text give, how far does this go."""
-    whole = {r.contrast: r for r in rows.drop_duplicates('contrast').itertuples()}
+    whole = {r.contrast: r for r in rows[rows.block.map(_counts).astype(bool)].drop_duplicates('contrast').itertuples()}
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
-    contrast, smoothing, transport, _, _, shuffled = (whole[c.says] for c in SECONDARY)
+    contrast, smoothing, transport, _, _, shuffled, literal_2 = (whole[c.says] for c in SECONDARY)
+    beside = rows[(rows.contrast == names_2.contrast) & ~rows.block.map(_counts).astype(bool)]
     said = [f"**Does LICO work?** {_answer(repaired, semantic)}: over the {repaired.base:.1f} % of cross-entropy it "
             f"gains "
             f"{_points(repaired, 'repaired')} and {_points(semantic, 'semantic')} points.",
             f"**Has language a part in it?** {_answer(names_1, names_2)}: right names less the same names on wrong "
-            f"classes give {_points(names_1, 'repaired')} and {_points(names_2, 'semantic')} points.",
+            f"classes give {_points(names_1, 'repaired')} and {_points(names_2, 'semantic')} points"
+            f"{''.join(f'; on {BLOCKS[r.block].dataset} {_points(r, PRIMARY[1].arm)}' for r in beside.itertuples())}.",
             f"**Does the literal text work?** {_answer(literal)}: {_points(literal, 'paper')} points"
-            f"{_matching(literal.active)}; transport alone gives {_points(transport)}.",
+            f"{_matching(literal.active)}; transport alone gives {_points(transport)}, and all of it less transport "
+            f"alone {_points(literal_2)}.",
             f"**What does the same effort give without right names?** Wrong names {_points(shuffled)}, label smoothing "
             f"{_points(smoothing)}, supervised contrast {_points(contrast)} points.",
             f"**How far does this go?** {_extent(rows)}."]

@@ -55,12 +55,14 @@ def _network(r):
     return r.backbone + (f" (for {other})" if other else '')
 
 def arm_label(r) -> str:
-    """What a row compares: its arm, under which preset and with which further options; for methods of saliency, the
-    method."""
+    """What a row compares: its arm, with the preset if it reads text and is not called by it, and with further
+    options; for methods of saliency, the method."""
     if not hasattr(r, 'arm'): return r.saliency + (f" ({r.saliency_options})" if _has(r, 'saliency_options') else '')
     stands_for = arm_named(r.table, r.arm).stands_for if hasattr(r, 'table') else ''
-    return (f"{r.arm}{f' for {stands_for}' if stands_for else ''} "
-            f"({r.preset}{f', {r.options}' if _has(r, 'options') else ''})" if _has(r, 'preset') else r.arm)
+    reads = isinstance(getattr(r, 'text_encoder', ''), str)
+    read_as = _has(r, 'preset') and reads and r.arm.split('-')[0] != r.preset
+    about = ', '.join(getattr(r, k) for k, said in dict(preset=read_as, options=_has(r, 'options')).items() if said)
+    return r.arm + (f' for {stands_for}' if stands_for else '') + (f' ({about})' if about else '')
 
 def network_label(r) -> str:
     """How the network of a row is called: as its arm, and one that reads no text without the preset, which names

@@ -82,7 +82,7 @@ def names_against_derangements(
     n: int = 200,  # derangements
 ) -> pd.DataFrame:
     """A row a share: how badly the right names predict the confusions, how badly wrong ones do (nats), and the
-    share of derangements that predict at least as well."""
+    permutation p value, (1 + the derangements that predict at least as well)/(n + 1)."""
     orders = [derangement(len(vectors), derive_seed('confusions', i)) for i in range(n)]
     rows = []
     for s in shares:

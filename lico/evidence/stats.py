@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'SETTING', 'TREATMENT', 'GRADES', 'Metric', 'smallest_difference', 'Estimate', 'interval', 'sign_flip',
-           'pairs', 'paired', 'holm', 'conditions', 'differences', 'verdict']
+           'of_runs', 'pairs', 'paired', 'holm', 'conditions', 'differences', 'verdict']
 
 # %% ../../nbs/evidence/24_stats.ipynb #9bd1d62e
 import math
@@ -108,14 +108,20 @@ def sign_flip(
 
 # %% ../../nbs/evidence/24_stats.ipynb #063c162d
 # of networks; a column that results do not have is left out
-SETTING = ['dataset', 'data', 'labels', 'backbone', 'image_size', 'validation', 'steps', 'training', 'threads',
-           'precision',
-           'kind', 'saliency', 'saliency_options', 'images']
+_of_maps = ['kind', 'saliency', 'saliency_options', 'images', 'measuring_protocol']
+SETTING = ['dataset', 'data', 'labels', 'backbone', 'image_size', 'output_stride', 'validation', 'steps', 'training', 'threads',
+           'precision', 'protocol', *_of_maps]
 TREATMENT = ['arm', 'method', 'preset', 'options', 'text_encoder']
 
 def _together(df, setting):
     "The rows with those of a setting next to each other, in the order of their first rows."
     return df.iloc[df.groupby(setting, sort=False, dropna=False).ngroup().argsort(kind='stable')]
+
+def of_runs(
+    df: pd.DataFrame,  # rows of results, a row a run or a row a map
+) -> pd.DataFrame:
+    "One row a run, without the columns that tell its maps apart: to compare networks."
+    return df.drop_duplicates('id').drop(columns=_of_maps, errors='ignore')
 
 def pairs(
     df: pd.DataFrame,  # rows of results
@@ -130,6 +136,9 @@ def pairs(
     reads_text = 'text_encoder' in df and base.text_encoder.notna().any()
     shared = [k for k in ('preset', 'options', 'text_encoder') if k in treatment and reads_text]
     base = base.drop(columns=[k for k in treatment if k not in shared])
+    if base.duplicated(setting + shared + unit).any() or others.duplicated(setting + treatment + unit).any():
+        raise ValueError(f"results have two rows of one arm, setting and {' and '.join(unit)}, which would count as "
+                         "two pairs: remove one of them")
     groups = others.groupby(setting + treatment, sort=False, dropna=False)
     found = [base.merge(group, on=setting + shared + unit, suffixes=('_base', '')) for _, group in groups]
     return [o for o in found if len(o)]

@@ -121,7 +121,7 @@ def write_results(
     points: pd.DataFrame = None,  # of Figure 9
 ) -> pd.DataFrame:
     """Write `results.csv` and, where there are some, `scores.csv` and `points.csv`, all or none; the rows as they are
-    read back."""
+    read back. Unless `keep`, such files of other runs go."""
     folder, formats = Path(folder), {'results.csv': None, 'scores.csv': '%.5g', 'points.csv': '%.2f'}
     given = {k: v for k, v in zip(formats, (rows, per_image, points)) if v is not None}
     def merged():
@@ -129,8 +129,9 @@ def write_results(
         if not keep and (held := before['results.csv']) is not None and (gone := len(set(held.id) - set(rows.id))):
             print(f"{folder}/results.csv held {gone} other runs, which are no longer in it: "
                   "-p out FOLDER writes elsewhere, -p stored add keeps them", file=sys.stderr)
-        return {k: _merged(before[k], v, k, keep).to_csv(index=False, float_format=formats[k])
-                for k, v in given.items()}
+        old = {} if keep else dict.fromkeys(k for k in formats if (folder/k).exists())
+        return old | {k: _merged(before[k], v, k, keep).to_csv(index=False, float_format=formats[k])
+                      for k, v in given.items()}
     write_summed(folder, merged)
     return read_results(folder)
 
