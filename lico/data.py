@@ -225,11 +225,11 @@ def load(
     labels=None,  # labelled training images in total, the same number of each class; `None` or "all" for all there are
     shots: int = None,  # the same, per class
     seed: int = 0,  # decides which images are labelled, nothing else
-    image_size: int = None,  # S, pixels; `None`: digits 16, Fashion-MNIST 28, CIFAR, SVHN 32, folder: above, else 224
+    image_size: int = None,  # S, pixels; `None`: digits 16, Fashion-MNIST 28, CIFAR, SVHN 32, a folder of like squares theirs, else 224
     validation: int = None,  # hold out so many training images, the same number of each class, and test on them instead
     flip: bool = None,  # mirror half of the training images? `None`: as the dataset has it, a folder's images are
 ) -> Data:
-    "A dataset with its labelled subset (Sections 4.1 and 4.3). The test part is always whole."
+    "A dataset with its labelled subset (Sections 4.1 and 4.4). The test part is whole, or what was held out."
     refuse_path(name)
     if not isinstance(name, str) or name == 'folder:':
         raise ValueError(f"dataset {name!r}: expected a name, or folder:PATH with the path of a folder of images")
@@ -250,8 +250,11 @@ _box = ('x0', 'y0', 'x1', 'y1')
 def test_boxes(
     name: str,  # "folder:PATH", with PATH/boxes.csv: columns file, x0, y0, x1, y1
 ) -> torch.Tensor:
-    "Boxes int64 [n, 4] of the test images of `load(name)`, in pixels of the upright image, both ends inside."
-    source = find(*_place(name))
+    """Boxes int64 [n, 4] of the test images of `load(name)`, in pixels of the upright image, both ends inside
+    (`lico.metrics` wants x1 + 1 and y1 + 1; `box_masks` does that)."""
+    return _boxes(name, find(*_place(name)))
+
+def _boxes(name, source):
     if not source.folder or not (file := source.folder/'boxes.csv').is_file():
         raise FileNotFoundError(f"{name} has no boxes.csv: expected one there, with columns file, {', '.join(_box)}")
     rows = table_of_files(file, *_box)
@@ -269,7 +272,8 @@ def box_masks(
 ) -> list:
     "Of each of these test images its box as the network sees it, a mask bool [1, S, S]."
     from PIL import Image
-    source, boxes, masks = find(*_place(name)), test_boxes(name), []
+    source, masks = find(*_place(name)), []
+    boxes = _boxes(name, source)
     window = central_window if isinstance(data.test, Files) else whole_square
     for i in map(int, index):
         image = Image.new('RGB', read_image(source.folder, source.test.images[i]).size)

@@ -7,12 +7,12 @@ __all__ = ['patience', 'debian', 'READERS', 'Part', 'Source', 'imagenet_names', 
            'content_digest', 'repeated_images', 'find']
 
 # %% ../nbs/method/05_datasets.ipynb #42661a73
-import contextlib, functools, gzip, hashlib, json, os, socket
+import contextlib, functools, gzip, json, os, socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from .config import choose, root, settings
-from .files import write_atomic
+from .files import read_sealed, sha256, write_sealed
 from .folders import (Listing, as_text, by_hash, image_tree, look_into, named_file, on_disk, readable, spoken,
                           stamp_of)
 from .pixels import as_rgb, each_image, reason
@@ -73,8 +73,6 @@ def _fetching(name, put, deed='could not download it', inside=''):
     finally: socket.setdefaulttimeout(timeout)
 
 # %% ../nbs/method/05_datasets.ipynb #a3afb333
-def _sha(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
-
 def _in_order(part, hashes):
     "The images of a part by class and by the hash of their pixels: in the same order wherever they were found."
     order = sorted(range(len(hashes)), key=lambda i: (part.labels[i], hashes[i]))
@@ -88,7 +86,7 @@ def _cifar(name):
     file = {'cifar10': 'cifar-10-python.tar.gz', 'cifar100': 'cifar-100-python.tar.gz'}[name]
     with _fetching(name, file) as folder:
         train, test = [getattr(datasets, name.upper())(folder, train, download=True) for train in (True, False)]
-    parts = (_in_order(Part(o.data, o.targets), [_sha(x.tobytes()) for x in o.data]) for o in (train, test))
+    parts = (_in_order(Part(o.data, o.targets), [sha256(x.tobytes()) for x in o.data]) for o in (train, test))
     return Source(*parts, tuple(train.classes), size=32)
 
 def _svhn():
@@ -240,14 +238,11 @@ _enough = 1000  # hashes computed at once that are worth keeping
 def _kept(file):
     "{path: [hash, stamp]} as it was kept in `data/hashes`; nothing if it is not there or damaged."
     with contextlib.suppress(OSError, ValueError):
-        seal, _, text = (root()/'data'/'hashes'/file).read_text(encoding='utf-8').partition('\n')
-        if seal == _sha(text.encode()): return json.loads(text)
+        return json.loads(read_sealed(root()/'data'/'hashes'/file) or '{}')
     return {}
 
 def _keep(file, known):
-    with contextlib.suppress(OSError):
-        text = json.dumps(known)
-        write_atomic(root()/'data'/'hashes'/file, f'{_sha(text.encode())}\n{text}')
+    with contextlib.suppress(OSError): write_sealed(root()/'data'/'hashes'/file, json.dumps(known))
 
 # %% ../nbs/method/05_datasets.ipynb #8accba1a
 def image_hashes(
@@ -256,10 +251,10 @@ def image_hashes(
     of=pixel_bytes,  # what is hashed: `pixel_bytes`, or `file_bytes`, for which nothing is decoded
 ) -> list:
     "The sha256 of each image; of files that have not changed it is looked up."
-    file = f"{_sha(os.fsencode(f'{of.__name__} {folder}'))[:16]}.json"
+    file = f"{sha256(os.fsencode(f'{of.__name__} {folder}'))[:16]}.json"
     known, now = _kept(file), {f: (s := stamp_of(on_disk(folder, f))) and [*s] for f in files}
     new = [f for f in files if now[f] is None or known.get(f, (None, None))[1] != now[f]]
-    def put(i, image): known[new[i]] = [_sha(of(image)), now[new[i]]]
+    def put(i, image): known[new[i]] = [sha256(of(image)), now[new[i]]]
     each_image(folder, new, put)
     if len(new) >= _enough: _keep(file, {f: known[f] for f in files})
     return [known[f][0] for f in files]
@@ -271,7 +266,7 @@ def content_digest(
 ) -> str:
     "sha256 of which pixels a dataset has in which part and class: of no file name and no order."
     where = [(part, source.class_names[y]) for part in ('train', 'test') for y in getattr(source, part).labels]
-    return _sha('\n'.join(sorted(f'{part}/{name}/{sha}' for (part, name), sha in zip(where, hashes))).encode())
+    return sha256('\n'.join(sorted(f'{part}/{name}/{sha}' for (part, name), sha in zip(where, hashes))).encode())
 
 # %% ../nbs/method/05_datasets.ipynb #9a2a998c
 def _known(n_train, n_test):

@@ -31,7 +31,9 @@ def on_disk(
     "What to open a file by."
     return os.path.join(os.fsencode(folder), as_bytes(path))
 
-def composed(name: str) -> str: return unicodedata.normalize('NFC', name)
+def composed(name: str) -> str:
+    "A name in Unicode's composed form, NFC."
+    return unicodedata.normalize('NFC', name)
 
 def readable(text) -> str:
     "Text that can be printed anywhere UTF-8 can: bytes that are none as \\xe9."
@@ -61,7 +63,9 @@ def image_endings() -> frozenset:
         return reader is not None and not stub and kind not in _never
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if decodes(kind))
 
-def ending(path: str) -> str: return os.path.splitext(path)[1].lower()
+def ending(path: str) -> str:
+    "A path's ending in lower case, with its dot; '' if it has none."
+    return os.path.splitext(path)[1].lower()
 
 # %% ../nbs/method/03_folders.ipynb #0f89629e
 _of_systems = ('@eadir', '#recycle', '#snapshot', '@recycle', '@tmp', '@__thumb', '@sharebin', '$recycle.bin',
@@ -69,7 +73,9 @@ _of_systems = ('@eadir', '#recycle', '#snapshot', '@recycle', '@tmp', '@__thumb'
                '__macosx', 'network trash folder',
                'temporary items', 'lost+found', '__pycache__')
 
-def is_hidden(name: str) -> bool: return name.startswith('.') or name.lower() in _of_systems
+def is_hidden(name: str) -> bool:
+    "Whether a name begins with a dot, or is an operating system's own."
+    return name.startswith('.') or name.lower() in _of_systems
 
 # %% ../nbs/method/03_folders.ipynb #b8e124cd
 def stamp_of(

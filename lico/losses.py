@@ -170,7 +170,7 @@ def calibrated_taus(
 UNIFORM, IDENTITY, COLLAPSED = 0.995, 0.005, 0.98  # entropies, as shares of the largest; mean cosine between images
 
 def inactive(
-    row,  # a mapping with `entropy_image`, `entropy_text` (shares of ln B) and `cosine`, as a log's rows
+    row,  # a log's row: `entropy_image`, `entropy_text` (shares of ln B, or ln(B - 1) without diagonal), `cosine`
 ):  # None, or the reason: "collapsed", "uniform", "identity"; the first of these that holds
     "Why matching is not at work: images all alike, or a matrix that says nothing; None if it is, or if there is none."
     entropies = [math.nan if row.get(k) is None else row.get(k) for k in ('entropy_image', 'entropy_text')]

@@ -138,7 +138,7 @@ def insertion(
     score=None,  # "softmax", "logit", or a function from its output to [n, K]; `None`: softmax, of one column sigmoid
     batch_size: int = None,  # frames in one forward pass; `None`: as many as are fast
 ) -> Curve:
-    "Insertion (Petsiuk et al. 2018; Section 4.1): from the blurred image to the original, most salient pixels first."
+    "Insertion (Petsiuk et al. 2018; Section 4.3): from the blurred image to the original, most salient pixels first."
     _settings(net, score, batch_size)
     x, saliency, target, step = _inputs(x, saliency, target, step)
     return _curve(net, blur(x) if baseline is None else _baseline(baseline, x), x, saliency, target, step, score,
@@ -150,7 +150,7 @@ def deletion(
     baseline=0.,  # where to end: a number or a tensor that broadcasts to x
     score=None, batch_size=None,  # as in `insertion`
 ) -> Curve:
-    """Deletion (Petsiuk et al. 2018; Section 4.1): from the original to zero of the network's input, most salient
+    """Deletion (Petsiuk et al. 2018; Section 4.3): from the original to zero of the network's input, most salient
     pixels first."""
     _settings(net, score, batch_size)
     x, saliency, target, step = _inputs(x, saliency, target, step)

@@ -237,8 +237,7 @@ def supcon_loss(
     "How badly an image's own class stands out among all other images, in nats (Khosla et al. 2020, Eq. 2)."
     own = torch.eye(len(y), dtype=torch.bool, device=y.device)
     positive = (y[:, None] == y) & ~own
-    log_p = log_adjacency(features, temperature, 'cosine')
-    log_p = log_p.masked_fill(own, torch.finfo(log_p.dtype).min).log_softmax(1)
+    log_p = log_adjacency(features, temperature, 'cosine', diagonal='out').masked_fill(own, 0)  # 0 log 0 = 0
     shares = positive.to(log_p)/positive.sum(1, keepdim=True).clamp(min=1)
     return -(shares*log_p).sum()/positive.any(1).sum().clamp(min=1)
 
@@ -246,7 +245,7 @@ class SupCon(CrossEntropy):
     "Cross-entropy and a weight times the supervised contrast of the pooled features (Khosla et al. 2020)."
     def __init__(self,
         backbone: nn.Module,  # a classifier with timm's protocol
-        weight: float = 1.,  # lambda
+        weight: float = 0.1,  # lambda
         temperature: float = 0.1,  # T; the paper's
     ):
         super().__init__(backbone)

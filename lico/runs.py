@@ -48,7 +48,7 @@ class Run:
     pretrained: bool = False  # start from timm's pretrained weights
     method: str = 'CE'  # a key of `TRAINING_METHODS`
     preset: str = 'paper'  # a reading of the paper: a `[preset.…]` of `settings.ini`
-    text_encoder: str = 'minilm'  # a name `load_text_encoder` knows; not read by CE, CGC and GCC
+    text_encoder: str = 'minilm'  # a name `load_text_encoder` knows; read by LICO and its parts only
     seed: int = 0  # initial weights, order, crops, shuffles
     split_seed: int = None  # which images are labelled; `None`: the same as `seed`
     epochs: int = None  # passes over the labelled images; the preset's if neither is given

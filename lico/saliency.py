@@ -176,7 +176,9 @@ def guided_path_attribution(
         z, attribution = moved, attribution + (moved - z)*slope
     return attribution.view_as(x).to(x)
 
-def guided_ig(net, x, target, steps=200, fraction=0.25, anchors=20):
+def guided_ig(
+    net, x, target, steps=200, fraction=0.25, anchors=20,  # as in `guided_path_attribution`
+):
     """Guided integrated gradients as maps [B, H, W]: absolute values of `guided_path_attribution`, summed over the
     colours."""
     return guided_path_attribution(net, x, target, steps, fraction, anchors).abs().sum(1)
@@ -207,7 +209,11 @@ def xrai(
     return torch.stack([torch.from_numpy(o) for o in maps]).to(x)
 
 # %% ../nbs/method/17_saliency.ipynb #8dba7737
-def noise(net, x, target, seed=0, cells=None):
+def noise(
+    net, x, target,  # images [B, C, H, W]; the network and its class are not asked
+    seed=0,
+    cells=None,  # places a side; `None`: one a pixel
+):
     """Maps [B, H, W] of uniform noise, a function of the seed and the image; with `cells`, of so many places a side,
     enlarged as those of a CAM are."""
     seeds = [derive_seed(seed, image.tobytes()) for image in x.cpu().numpy()]
@@ -215,7 +221,9 @@ def noise(net, x, target, seed=0, cells=None):
     maps = torch.stack([torch.rand(size, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(x)
     return F.interpolate(maps[:, None], x.shape[2:], mode='bilinear')[:, 0] if cells else maps
 
-def edges(net, x, target):
+def edges(
+    net, x, target,  # images [B, C, H, W]; the network and its class are not asked
+):
     "Maps [B, H, W] of scikit-image's Sobel magnitude of the mean over the colours."
     from skimage.filters import sobel
     return torch.stack([torch.from_numpy(sobel(grey)) for grey in x.mean(1).cpu().numpy()]).to(x)
@@ -234,7 +242,9 @@ def _batchwise(net):
     "Whether an image's answer depends on those beside it, also in eval mode."
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in net.modules())
 
-def refuse_batchwise(net, batch_size):
+def refuse_batchwise(
+    net, batch_size,  # images a pass; `None`: as many as are fast
+):
     "Refuse to ask about several images at once where they change each other's answers."
     if batch_size != 1 and _batchwise(net):
         raise ValueError(f"{type(net).__name__} has a batch normalisation without running statistics, so that images "
@@ -324,7 +334,7 @@ def explain(
     batch_size  images per pass; bounds the memory. None: as many as are fast.
     seed        of rise, smoothgrad and random."""
     names, net, size = _check(net, x, method, score, batch_size, options), unwrapped(net), batch_size or usual_batch(x)
-    if layer is not None and layer is not FEATURES: layer = module_name(net, layer)
+    if layer is not None and not (layer == FEATURES and hasattr(net, FEATURES)): layer = module_name(net, layer)
     shared = {k: v for k, v in (('batch_size', batch_size), ('seed', seed)) if k in names}
     with undisturbed(net, x.device):
         x = x.detach().float()

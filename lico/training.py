@@ -44,7 +44,9 @@ def predict(
         with tqdm(test_batches(data, images, size, where), 'testing', -(-len(images)//size), unit='batch', leave=False,
                   disable=not progress) as batches: return torch.cat([ask(x).argmax(1).cpu() for x in batches])
 
-def accuracy(predicted, labels) -> float:
+def accuracy(
+    predicted, labels,  # int64 [n], on one device
+) -> float:
     "The share of right predictions in percent."
     return 100*(predicted == labels).double().mean().item()
 

@@ -1,17 +1,24 @@
-import os, re, subprocess, sys
+import inspect, os, re, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import nbformat, pytest
 
-from lico import config, files
+from lico import config, files, rivals
 from lico.losses import LossOptions
+from lico.runs import RIVALS
 from lico.schedule import TrainOptions
+from lico.text import PromptLearner
 
 
 def test_defaults_are_the_paper_preset():
     paper = config.preset('paper')
     assert {**asdict(LossOptions()), **asdict(TrainOptions())}.items() <= paper.items()
+    default = lambda kind, name: inspect.signature(kind).parameters[name].default
+    assert all(default(getattr(rivals, kind), argument) == paper[option]
+               for kind, options in RIVALS.values() for argument, option in options.items())
+    own = [k for k in inspect.signature(PromptLearner).parameters if k in paper]
+    assert len(own) == 8 and all((default(PromptLearner, k) or 'none') == (paper[k] or 'none') for k in own)
 
 
 def test_paper_hyper_parameters_as_printed():

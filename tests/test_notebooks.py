@@ -129,7 +129,7 @@ def test_language_smoke(lico_root):
 def test_looking_smoke(lico_root):
     out = smoke('looking', lico_root)
     df = pd.read_csv(out/'results.csv')
-    assert list(df.arm.unique()) == ['CE', 'repaired', 'repaired-shuffled'] and len(df) == 3*5*3
+    assert list(df.arm.unique()) == ['CE', 'semantic', 'semantic-shuffled'] and len(df) == 3*5*3
     assert ({f.name for f in out.iterdir()} - {'.lock'} == {'results.csv', 'SHA256SUMS', 'looking.json', 'table.md',
             'figure.png', *(f'maps-{arm}.webp' for arm in df.arm.unique())})
     assert ('trained for 2 updates, not for the declared 200 epochs; trained on digits, not on the declared cifar10'

@@ -10,7 +10,7 @@ from torch import nn
 import lico.saliency as saliency
 from lico.backbones import create_backbone
 from lico.networks import undisturbed
-from lico.cams import _blurred, grad_cam, imagenet_classifier, masked_scores, to_unit, weighted_maps
+from lico.cams import _blurred, default_layer, grad_cam, imagenet_classifier, masked_scores, to_unit, weighted_maps
 from lico.saliency import METHODS, explain, guided_path_attribution, input_gradient, rise_masks
 
 CAMS = ['grad-cam', 'grad-cam++', 'score-cam', 'group-cam']
@@ -547,3 +547,11 @@ def test_undisturbed_is_nested_safely():
     before = traces(net)
     with undisturbed(net), undisturbed(net): torch.rand(3)
     same(before, traces(net))
+
+
+def test_a_layer_by_its_name_wherever_the_name_comes_from():
+    net, x = create_backbone('wrn_10_1', 10, 16).eval(), torch.randn(2, 3, 16, 16)
+    name = ''.join(default_layer(net, x))  # as a file or an argument has it: another object
+    assert name == 'forward_features' and torch.equal(explain(net, x, layer=name), explain(net, x))
+    with pytest.raises(ValueError, match="has no layer 'forward_features'"):
+        explain(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(), x, layer=name)

@@ -162,7 +162,7 @@ def test_docstring_is_no_markup(conf):
 # the page to look at --------------------------------------------------------------------------------------------------
 LOOKING = TOP/'figures'/'looking'
 SCORES = 'probability', 'insertion', 'deletion'
-TITLES = {'CE': 'CE', 'repaired': 'LICO', 'repaired-shuffled': 'LICO, shuffled names'}  # as the page has them
+TITLES = {'CE': 'CE', 'semantic': 'LICO', 'semantic-shuffled': 'LICO, shuffled names'}  # as the page has them
 
 
 @pytest.fixture(scope='module')
@@ -253,9 +253,9 @@ def cell_shown(browser, element):
     return min(found, key=found.get)
 
 
-PICKS = [('chelsea', ('CE', 'grad-cam'), ('repaired', 'rise')),
-         ('camera', ('repaired-shuffled', 'edges'), ('CE', 'group-cam')),
-         ('rocket', ('repaired', 'random'), ('repaired', 'grad-cam++'))]
+PICKS = [('chelsea', ('CE', 'grad-cam'), ('semantic', 'rise')),
+         ('camera', ('semantic-shuffled', 'edges'), ('CE', 'group-cam')),
+         ('rocket', ('semantic', 'random'), ('semantic', 'grad-cam++'))]
 
 
 @pytest.mark.slow
