@@ -72,7 +72,7 @@ def test_the_maps_of_a_block_are_the_declared_ones(profile, lico_root):
         return maps_of_block(p)
     for name, b in BLOCKS.items():
         m = asked(name)
-        assert (tuple(m['saliency']), m['test_images'], tuple(m['also'])) == (b.saliency, b.images, b.also)
+        assert (tuple(m['saliency']), m['test_images'], m['also']) == (b.saliency, b.images, b.also)
         assert m['metrics'] == (b.metrics if b.saliency else ())
     assert asked('B', saliency='none')['metrics'] == ()
     few = asked('E', saliency='grad-cam, edges', test_images='7')
@@ -123,13 +123,16 @@ def test_maps_of_a_block_are_evidence_for_table_1(lico_root):
 
 def test_the_sentence_on_maps():
     "Two points that the random map has too are none of the map."
-    own = {'CE': 0, 'paper': 1, 'repaired': 2, 'repaired-shuffled': 9}
-    df = programme('F').assign(id=lambda d: d.arm + d.seed.astype(str), images=50)
-    df = pd.concat([df.assign(saliency=s, insertion=30 + df.arm.map(own)*(1 + (s == 'grad-cam')) + df.seed)
-                    for s in ('grad-cam', 'random')])
-    said = maps_sentence(df)
-    assert '10 seeds: +2.00 ± 0.00 (`paper`) and +4.00 ± 0.00 (`repaired`)' in said
-    assert 'random map +1.00 ± 0.00 (`paper`) and +2.00 ± 0.00 (`repaired`)' in said
+    def maps(block, metric, **own):
+        df = programme(block).assign(id=lambda d: d.arm + d.seed.astype(str), images=50)
+        return pd.concat([df.assign(saliency=s, **{metric: 30 + df.arm.map(own)*(1 + (s == 'grad-cam')) + df.seed})
+                          for s in ('grad-cam', 'random')])
+    small = maps('F', 'insertion', **{'CE': 0, 'paper': 1, 'repaired': 2, 'repaired-shuffled': 9})
+    large = maps('G', 'pointing_game', **{'CE': 0, 'semantic': 3, 'semantic-shuffled': 2})
+    said = maps_sentence(small, large)
+    assert "random map, +1.00 ± 0.00 (`paper`) and +2.00 ± 0.00 (`repaired`) (block F, 10 of 10 seeds)" in said
+    assert '+6.00 ± 0.00 (`semantic`) and +4.00 ± 0.00 (`semantic-shuffled`)' in said
+    assert 'wrong ones +2.00 ± 0.00 (`semantic`) (block G, 5 of 5 seeds)' in said
 
 
 def test_wrong_names_are_no_evidence_for_a_claim(lico_root):

@@ -261,18 +261,25 @@ def readme_table(
                           'verdict': r.verdict}
                          for r in own.itertuples()]).to_markdown(index=False, disable_numparse=True)
 
+def _gains(df, metric, arms, reference):
+    "The paired difference of each arm's Grad-CAM maps from the reference's, in words."
+    own = df[df.saliency == 'grad-cam']
+    found = {a: paired(own[own.arm.isin([a, reference])], [metric], reference).iloc[0] for a in arms}
+    return ' and '.join(f"{signed(r.difference, r.half_width).replace('-', '−')} (`{a}`)" for a, r in found.items())
+
+def _seeds(rows, block): return f'block {block}, {rows.seed.nunique()} of {BLOCKS[block].seeds} seeds'
+
 def maps_sentence(
-    rows: pd.DataFrame,  # of block F
+    small: pd.DataFrame,  # rows of block F
+    large: pd.DataFrame,  # rows of block G
 ) -> str:
-    "Insertion of LICO's Grad-CAM maps less cross-entropy's, and the same less each network's own random map."
-    def said(df):
-        found = {a: paired(df[df.arm.isin([a, 'CE']) & (df.saliency == 'grad-cam')], ['insertion'], 'CE').iloc[0]
-                 for a in ('paper', 'repaired')}
-        points = {a: signed(r.difference, r.half_width).replace('-', '−') for a, r in found.items()}
-        return ' and '.join(f'{p} (`{a}`)' for a, p in points.items())
-    seeds = f"{rows.seed.nunique()} of {BLOCKS['F'].seeds}"
-    return (f"LICO's Grad-CAM maps less cross-entropy's, insertion, {seeds} seeds: {said(rows)}; "
-            f"less each network's own random map {said(above_random(rows))}.")
+    """What is better about LICO's Grad-CAM maps: on small pictures insertion, less each network's own random map; on
+    photographs the pointing game, beside cross-entropy and beside wrong names."""
+    return (f"Grad-CAM, LICO less cross-entropy: insertion, less each network's random map, "
+            f"{_gains(above_random(small), 'insertion', ('paper', 'repaired'), 'CE')} ({_seeds(small, 'F')}); "
+            f"pointing game on {BLOCKS['G'].dataset} "
+            f"{_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled'), 'CE')}, right names less wrong ones "
+            f"{_gains(large, 'pointing_game', ('semantic',), 'semantic-shuffled')} ({_seeds(large, 'G')}).")
 
 def coverage_sentence(
     n: pd.DataFrame,  # from `coverage`

@@ -18,6 +18,7 @@ from ..config import choose
 from .report import forest, signed
 from .stats import (METRICS, conditions, differences, holm, interval, of_runs, paired, pairs, sign_flip,
                                  smallest_difference, verdict)
+from .map_scores import OF_OTHERS
 from .store import collect
 from ..experiments import Run
 
@@ -44,6 +45,8 @@ ARMS = {  # label -> arm
     'CGC': ProgrammeArm('CGC', says='consistent Grad-CAM maps, no text')}
 
 # %% ../../nbs/evidence/34_programme.ipynb #5ce29009
+_baselines = tuple(f'{m}_{k}' for m in ('insertion', 'deletion') for k in ('mean', 'noise'))
+
 @dataclass(frozen=True)
 class Block:
     "What is trained in one block of the programme."
@@ -57,7 +60,7 @@ class Block:
     says: str = ''  # what it is for
     how: dict = field(default_factory=dict)  # further fields of its runs
     metrics: tuple = ('insertion', 'deletion')  # of its maps
-    also: tuple = ('grad-cam', 'random')  # methods whose maps mean colour and noise score too
+    also: dict = field(default_factory=lambda: dict.fromkeys(('grad-cam', 'random'), _baselines))  # method -> more
     pooled: bool = True  # its accuracies are in the means over blocks
 
 _all = tuple(a for a in ARMS if a != 'CGC')
@@ -74,11 +77,11 @@ BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smal
                      dict(pretrained=True, image_size=112, output_stride=16, epochs=10),
                      ('insertion', 'deletion', 'pointing_game', 'energy'), pooled=False),
           'F': Block('cifar10', 'wrn_28_2', 40, _four, 10, ('grad-cam', 'random'), 50, 'the same on a CPU, for maps',
-                     also=(), pooled=False),
+                     also={}, pooled=False),
           'G': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None, ('CE', 'semantic', 'semantic-shuffled'), 5,
                      ('grad-cam', 'random'), 100, 'E on a CPU, for language among a hundred classes',
                      dict(pretrained=True, image_size=96, output_stride=16, epochs=1),
-                     ('insertion', 'deletion', 'pointing_game', 'energy'), (), pooled=False)}
+                     ('insertion', 'deletion', 'pointing_game', 'energy'), {'grad-cam': OF_OTHERS}, pooled=False)}
 
 def block_runs(
     name: str,  # a key of `BLOCKS`
@@ -244,8 +247,6 @@ def findings(
     return '\n'.join(f'* {s}' for s in said)
 
 # %% ../../nbs/evidence/34_programme.ipynb #8725650f
-_baselines = tuple(f'{m}_{k}' for m in ('insertion', 'deletion') for k in ('mean', 'noise'))
-
 def asked_of_block(
     p,  # of `language`
 ) -> list:
@@ -260,7 +261,7 @@ def maps_of_block(
     b = BLOCKS[p.block]
     asked = [s for s in p.saliency or b.saliency if s]
     return dict(saliency=asked, metrics=b.metrics if asked else (), test_images=p.test_images or b.images,
-                also=dict.fromkeys(b.also, _baselines), saliency_options='rise.n_masks=500')
+                also=b.also, saliency_options='rise.n_masks=500')
 
 def collect_block(
     p,  # of `language`

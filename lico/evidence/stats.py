@@ -37,6 +37,8 @@ METRICS = dict(
     deletion_mean=Metric('deletion to the mean', lower_is_better=True, **_map),
     deletion_noise=Metric('deletion to noise', lower_is_better=True, **_map),
     pointing_game=Metric('pointing game', **_map), pointing_mask=Metric('pointing game, masks', **_map),
+    pointing_others=Metric("pointing game of other images' maps", **_map),
+    alike=Metric("likeness to other images' maps", '', lower_is_better=True, of_maps=True),
     energy=Metric('energy inside the boxes', **_map), sch=Metric('energy inside the masks', **_map),
     mosu=Metric('MOSU', 'nats', lower_is_better=True, of_maps=True), ses=Metric('SES', **_map),
     spearman=Metric('rank correlation', ''), ssim=Metric('SSIM', ''))
