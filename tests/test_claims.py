@@ -131,9 +131,9 @@ def test_the_sentence_on_maps():
     large = maps('G', 'pointing_game', **{'CE': 0, 'semantic': 3, 'semantic-shuffled': 2})
     large = large.assign(pointing_others=80, alike=large.arm.map(lambda a: .5 + .4*(a == 'semantic')))
     said = maps_sentence(small, large)
-    assert "random map, +1.00 ± 0.00 (`paper`) and +2.00 ± 0.00 (`repaired`) (block F, 10 of 10 seeds)" in said
+    assert "random map's +1.00 ± 0.00 (`paper`) and +2.00 ± 0.00 (`repaired`) (block F, 10 of 10 seeds)" in said
     assert '+6.00 ± 0.00 (`semantic`) and +4.00 ± 0.00 (`semantic-shuffled`) (block G, 5 of 5 seeds)' in said
-    assert "other* photographs' maps hits in 80 %" in said and "it by 0.90, cross-entropy's by 0.50." in said
+    assert "other* photographs' maps hit in 80 %" in said and "them by 0.90, cross-entropy's by 0.50." in said
 
 
 def test_wrong_names_are_no_evidence_for_a_claim(lico_root):

@@ -276,12 +276,12 @@ def maps_sentence(
     """What is better about LICO's Grad-CAM maps: on small pictures insertion, less each network's own random map; on
     photographs the pointing game, beside what maps of other photographs reach."""
     seen = large[large.saliency == 'grad-cam'].groupby('arm')[['pointing_others', 'alike']].mean()
-    return (f"Grad-CAM, LICO less cross-entropy: insertion, less each network's random map, "
+    return (f"Grad-CAM, LICO less cross-entropy: insertion less the random map's "
             f"{_gains(above_random(small), 'insertion', ('paper', 'repaired'), 'CE')} ({_seeds(small, 'F')}); "
-            f"pointing game on photographs "
-            f"{_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled'), 'CE')} ({_seeds(large, 'G')}). But "
-            f"there the mean of *other* photographs' maps hits in {seen.pointing_others['semantic']:.0f} %, and LICO's "
-            f"maps correlate with it by {seen.alike['semantic']:.2f}, cross-entropy's by {seen.alike['CE']:.2f}.")
+            f"pointing game {_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled'), 'CE')} "
+            f"({_seeds(large, 'G')}), where *other* photographs' maps hit in {seen.pointing_others['semantic']:.0f} %, "
+            f"and LICO's correlate with them by {seen.alike['semantic']:.2f}, cross-entropy's by "
+            f"{seen.alike['CE']:.2f}.")
 
 def coverage_sentence(
     n: pd.DataFrame,  # from `coverage`
@@ -290,7 +290,7 @@ def coverage_sentence(
     "How many claims and numbers of the paper could be tested, and how many could not."
     total, by = (n[['printed', 'runnable', 'measured', 'stand_in']].sum(),
                  rows.drop_duplicates(['table', 'claim'])['where'].value_counts())
-    return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, {by.get(GRADES[1], 0)} were "
-            f"seen on other natural images, {by.get('not testable here', 0)} are not testable here "
+    return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, "
+            f"{by.get(GRADES[1], 0)} on other natural images, {by.get('not testable here', 0)} are not testable here "
             f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.runnable} have a notebook that gives "
-            f"them with `-p profile paper`; measured so: {total.measured}, on a stand-in: {total.stand_in}.")
+            f"them at `-p profile paper`; measured: {total.measured}, on a stand-in: {total.stand_in}.")
