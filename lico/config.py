@@ -363,7 +363,8 @@ def hardware(
 @functools.lru_cache
 def _software():
     return dict(python=platform.python_version(), lico=lico.__version__,
-                **{name: v for name in _libraries if (v := _version(name))}), _git('rev-parse', '--short=12', 'HEAD') or None
+                **{name: v for name in _libraries if (v := _version(name))}
+                ), _git('rev-parse', '--short=12', 'HEAD') or None
 
 def stamp() -> dict:
     "Versions, hardware and commit of what this process computes now, for every record and figure."

@@ -369,4 +369,5 @@ def _row(r):
 def frame(records: list):
     "Records as a data frame, one row a run; `labels` is a number or `all`."
     import pandas as pd
-    return pd.DataFrame([_row(r) for r in records], columns=None if records else _shown).astype(dict(split='Int64', validation='Int64'))
+    df = pd.DataFrame([_row(r) for r in records], columns=None if records else _shown)
+    return df.astype(dict(split='Int64', validation='Int64'))

@@ -198,7 +198,8 @@ def write_summed(
             if k in sums and _fits(folder/k, sums[k]) is None: set_aside(folder/k, _misfit)
             write_atomic(path, contents[k])
         gone = set(made) - set(contents)
-        write_sums(folder, {k: v for k, v in sums.items() if k not in gone} | {k: sha256(v) for k, v in contents.items()})
+        kept = {k: v for k, v in sums.items() if k not in gone}
+        write_sums(folder, kept | {k: sha256(v) for k, v in contents.items()})
         for k, path in new.items(): os.replace(path, folder/k)
         for k in gone: (folder/k).unlink(missing_ok=True)
 

@@ -216,7 +216,8 @@ def _matching(active):
 def _extent(rows):
     "What was run of the programme, in words."
     ran = sorted(set(rows.block) - {'all'})
-    what = lambda b: f'{b.backbone} on {b.dataset} with {b.labels or "all"} labels' if b.pooled else b.says.split(',')[0]
+    what = lambda b: (f'{b.backbone} on {b.dataset} with {b.labels or "all"} labels' if b.pooled
+                      else b.says.split(',')[0])
     many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
     each = (f'{many(rows[rows.block == k].n.max(), BLOCKS[k])} of {what(BLOCKS[k])}' for k in ran)
     left = [k for k in BLOCKS if k not in ran]
