@@ -225,7 +225,7 @@ def load(
     labels=None,  # labelled training images in total, the same number of each class; `None` or "all" for all there are
     shots: int = None,  # the same, per class
     seed: int = 0,  # decides which images are labelled, nothing else
-    image_size: int = None,  # S, pixels; `None`: digits 16, Fashion-MNIST 28, CIFAR, SVHN 32, a folder as above, else 224
+    image_size: int = None,  # S, pixels; `None`: digits 16, Fashion-MNIST 28, CIFAR, SVHN 32, folder as above, else 224
     validation: int = None,  # hold out so many training images, the same number of each class, and test on them instead
     flip: bool = None,  # mirror half of the training images? `None`: as the dataset has it, a folder's images are
 ) -> Data:
