@@ -83,6 +83,7 @@ BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smal
                      dict(pretrained=True, image_size=96, output_stride=16, epochs=1),
                      ('insertion', 'deletion', 'pointing_game', 'energy'), {'grad-cam': OF_OTHERS}, pooled=False)}
 
+# %% ../../nbs/evidence/34_programme.ipynb #e9e83057
 def block_runs(
     name: str,  # a key of `BLOCKS`
     dataset: str,  # where its images are: a name or folder:PATH
