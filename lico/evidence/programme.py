@@ -78,8 +78,9 @@ BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smal
                      ('insertion', 'deletion', 'pointing_game', 'energy'), pooled=False),
           'F': Block('cifar10', 'wrn_28_2', 40, _four, 10, ('grad-cam', 'random'), 50, 'the same on a CPU, for maps',
                      also={}, pooled=False),
-          'G': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None, ('CE', 'semantic', 'semantic-shuffled'), 5,
-                     ('grad-cam', 'random'), 100, 'E on a CPU, for language among a hundred classes',
+          'G': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None,
+                     ('CE', 'CE+OT', 'semantic', 'semantic-shuffled'), 5, ('grad-cam', 'random'), 100,
+                     'E on a CPU, for language among a hundred classes',
                      dict(pretrained=True, image_size=96, output_stride=16, epochs=1),
                      ('insertion', 'deletion', 'pointing_game', 'energy'), {'grad-cam': OF_OTHERS}, pooled=False)}
 
