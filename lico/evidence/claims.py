@@ -196,7 +196,7 @@ def claims_table(
     else:
         shown = [dict(table=r.table, claim=r.claim, preset=r.preset, data=r.data,
                       printed=_both(r.printed_base, r.printed_value), measured=_both(r.base, r.value),
-                      gain=signed(r.difference, r.half_width), n=f'{r.seeds:.0f} × {r.settings:.0f}',
+                      **{'+ as claimed': signed(r.difference, r.half_width)}, n=f'{r.seeds:.0f} × {r.settings:.0f}',
                       active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}',
                       **(dict(verdict=r.verdict) if where == GRADES[0] else {})) for r in own.itertuples()]
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
@@ -255,7 +255,7 @@ def readme_table(
     "The claims tested on the paper's data, five columns: the reference's number and the arm's, printed and measured."
     own = rows[rows['where'] == GRADES[0]]
     if own.empty: return 'None so far.'
-    return pd.DataFrame([{'claim (table, data)': f'{r.claim.split(",")[0]} ({r.table}, {r.data})', 'preset': r.preset,
+    return pd.DataFrame([{'claim (table, data)': f'{r.claim} ({r.table}, {r.data})', 'preset': r.preset,
                           'printed': _both(r.printed_base, r.printed_value),
                           'measured': f'{_both(r.base, r.value)}, {signed(r.difference, r.half_width)}',
                           'verdict': r.verdict}
@@ -273,15 +273,18 @@ def maps_sentence(
     small: pd.DataFrame,  # rows of block F
     large: pd.DataFrame,  # rows of block G
 ) -> str:
-    """What is better about LICO's Grad-CAM maps: on small pictures insertion, less each network's own random map; on
-    photographs the pointing game, beside what maps of other photographs reach."""
+    """Whether LICO's Grad-CAM maps are better: insertion − deletion, less each network's own random map, and on
+    photographs the pointing game, beside what the mean map of other photographs reaches."""
     seen = large[large.saliency == 'grad-cam'].groupby('arm')[['pointing_others', 'alike']].mean()
-    return (f"Grad-CAM, LICO less cross-entropy: insertion less the random map's "
-            f"{_gains(above_random(small), 'insertion', ('paper', 'repaired'), 'CE')} ({_seeds(small, 'F')}); "
-            f"pointing game {_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled'), 'CE')} "
-            f"({_seeds(large, 'G')}), where *other* photographs' maps hit in {seen.pointing_others['semantic']:.0f} %, "
-            f"and LICO's correlate with them by {seen.alike['semantic']:.2f}, cross-entropy's by "
-            f"{seen.alike['CE']:.2f}.")
+    others, own = seen.pointing_others, seen.alike
+    return (f"No verdict was declared. Grad-CAM's insertion − deletion less that of each network's own random map, "
+            f"LICO less cross-entropy: {_gains(above_random(small), 'overall', ('paper', 'repaired'), 'CE')} "
+            f"({_seeds(small, 'F')}), {_gains(above_random(large), 'overall', ('semantic', 'semantic-shuffled'), 'CE')} "
+            f"({_seeds(large, 'G')}); pointing game "
+            f"{_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled'), 'CE')} (G). But G's maps of different "
+            f"photographs are alike: they correlate with the mean map of the *other* photographs by "
+            f"{own['semantic']:.2f} (cross-entropy's {own['CE']:.2f}, transport alone {own['CE+OT']:.2f}), which hits "
+            f"in {others['semantic']:.0f} % ({others['CE']:.0f}, {others['CE+OT']:.0f}).")
 
 def coverage_sentence(
     n: pd.DataFrame,  # from `coverage`

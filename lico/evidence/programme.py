@@ -40,7 +40,7 @@ ARMS = {  # label -> arm
     'repaired': ProgrammeArm('LICO', 'repaired', says='LICO, the nearest reading whose matching trains'),
     'repaired-shuffled': ProgrammeArm('LICO', 'repaired', 'shuffled', 'the same, names on the wrong classes'),
     'repaired-random': ProgrammeArm('LICO', 'repaired', 'random', 'the same, invented words'),
-    'semantic': ProgrammeArm('LICO', 'semantic', says='LICO, the reading that gives language its best chance'),
+    'semantic': ProgrammeArm('LICO', 'semantic', says='LICO, the reading whose names best predict confusions'),
     'semantic-shuffled': ProgrammeArm('LICO', 'semantic', 'shuffled', 'the same, names on the wrong classes'),
     'CGC': ProgrammeArm('CGC', says='consistent Grad-CAM maps, no text')}
 
@@ -76,11 +76,11 @@ BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smal
                      "photographs, a network with ImageNet's weights, maps with boxes",
                      dict(pretrained=True, image_size=112, output_stride=16, epochs=10),
                      ('insertion', 'deletion', 'pointing_game', 'energy'), pooled=False),
-          'F': Block('cifar10', 'wrn_28_2', 40, _four, 10, ('grad-cam', 'random'), 50, 'the same on a CPU, for maps',
+          'F': Block('cifar10', 'wrn_28_2', 40, _four, 10, ('grad-cam', 'random'), 50, 'A again on a CPU, for maps',
                      also={}, pooled=False),
           'G': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None,
                      ('CE', 'CE+OT', 'semantic', 'semantic-shuffled'), 5, ('grad-cam', 'random'), 100,
-                     'E on a CPU, for language among a hundred classes',
+                     'a short E on a CPU, for language among 100 classes',
                      dict(pretrained=True, image_size=96, output_stride=16, epochs=1),
                      ('insertion', 'deletion', 'pointing_game', 'energy'), {'grad-cam': OF_OTHERS}, pooled=False)}
 
@@ -118,13 +118,15 @@ PRIMARY = (Contrast('right names beat shuffled names (repaired)', 'repaired', 'r
            Contrast("LICO as printed beats cross-entropy", 'paper', 'CE'),
            Contrast('LICO repaired beats cross-entropy', 'repaired', 'CE'),
            Contrast('LICO semantic beats cross-entropy', 'semantic', 'CE'))
-SECONDARY = (Contrast('supervised contrast beats cross-entropy', 'CE+SupCon', 'CE'),
+SECONDARY = (Contrast('transport alone beats cross-entropy', 'CE+OT', 'CE'),
+             Contrast('shuffled names beat cross-entropy (repaired)', 'repaired-shuffled', 'CE'),
+             Contrast('supervised contrast beats cross-entropy', 'CE+SupCon', 'CE'),
              Contrast('label smoothing beats cross-entropy', 'CE+LS', 'CE'),
-             Contrast('transport alone beats cross-entropy', 'CE+OT', 'CE'),
              Contrast('LICO repaired beats supervised contrast', 'repaired', 'CE+SupCon'),
              Contrast('right names beat invented words (repaired)', 'repaired', 'repaired-random'),
-             Contrast('shuffled names beat cross-entropy (repaired)', 'repaired-shuffled', 'CE'),
-             Contrast('LICO as printed beats transport alone', 'paper', 'CE+OT'))
+             # the last three were added when A was known
+             *(Contrast(f'LICO {a} beats transport alone, post hoc', k, 'CE+OT')
+               for k, a in dict(paper='as printed', repaired='repaired', semantic='semantic').items()))
 
 def smallest(block: str) -> float:
     "The smallest difference in accuracy that matters in a block."
@@ -138,7 +140,7 @@ def _found(df, contrast):
 def _counts(block): return block == 'all' or BLOCKS[block].pooled
 
 _columns = ['contrast', 'of', 'block', 'settings', 'n', 'base', 'difference', 'half_width', 'p', 'p_flip', 'margin',
-            'failed', 'active', 'differences', 'estimate']
+            'p_within', 'failed', 'active', 'differences', 'estimate']
 
 # %% ../../nbs/evidence/34_programme.ipynb #550ab4b1
 def contrast_rows(
@@ -160,7 +162,7 @@ def contrast_rows(
             rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, settings=len(groups), n=e.n,
                              base=base, difference=e.mean, half_width=e.half_width, p=e.p(),
                              p_flip=sign_flip(np.concatenate([g['d']/len(g['d']) for g in groups])),
-                             margin=margin, failed=failed, active=active,
+                             margin=margin, p_within=e.p_within(margin), failed=failed, active=active,
                              differences=[float(d) for g in groups for d in g['d']], estimate=e))
     df = pd.DataFrame(rows, columns=_columns)
     return _with_verdicts(df) if family else df.drop(columns='estimate')
@@ -179,7 +181,8 @@ def contrast_table(
     "Contrasts as Markdown: points of accuracy with the half-width of the 95 % interval."
     shown = [dict(contrast=r.contrast, **{'arm − reference': r.of}, block=r.block, pairs=r.n,
                   difference=signed(r.difference, r.half_width), p=f'{r.p:.2g}',
-                  **{'p by sign flips': f'{r.p_flip:.2g}' if r.p_flip == r.p_flip else '—'},
+                  **{'p by sign flips': f'{r.p_flip:.2g}' if r.p_flip == r.p_flip else '—',
+                     'p of equivalence': f'{r.p_within:.2g} (± {r.margin:g})' if r.p_within == r.p_within else '—'},
                   **({"Holm's p": f'{r.p_holm:.2g}' if r.p_holm == r.p_holm else '',
                       'verdict': r.verdict if isinstance(r.verdict, str) else ''} if 'verdict' in rows else {}),
                   active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}')
@@ -202,7 +205,7 @@ def _said(r):
     "A verdict in words."
     if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter, if any'
     small = r.verdict == 'supported' and abs(r.difference) + r.half_width < r.margin
-    return f'Yes, less than the {r.margin:g} point that would matter' if small else _says.get(r.verdict, r.verdict)
+    return f'Yes, but less than the {r.margin:g} point that would matter' if small else _says.get(r.verdict, r.verdict)
 
 def _answer(*rows):
     "The verdicts of some contrasts in words, each once."
@@ -212,40 +215,48 @@ def _points(r, name=''):
     return signed(r.difference, r.half_width).replace('-', '−') + (f' (`{name}`)' if name else '')
 
 def _matching(active):
-    if active > 0: return f'; its matching had something to say in {active:.0%} of the runs'
-    return ', though its matching had nothing to say in any run'
+    if active > 0: return f'matching had something to say at the end of {active:.0%} of the runs'
+    return 'at the end of every run its matching had nothing to say'
+
+def _data(rows):
+    "The labels and the data of the blocks that are pooled, in words."
+    ran = (BLOCKS[k] for k in sorted(set(rows.block) - {'all'}) if BLOCKS[k].pooled)
+    return ' and '.join(f'{b.labels or "all"} labels of {b.dataset}' for b in ran)
 
 def _extent(rows):
     "What was run of the programme, in words."
     ran = sorted(set(rows.block) - {'all'})
     what = lambda b: (f'{b.backbone} on {b.dataset} with {b.labels or "all"} labels' if b.pooled
-                      else b.says.split(',')[0])
+                      else f'{b.dataset}, {b.says.split(",")[0]}')
     many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
-    each = (f'{many(rows[rows.block == k].n.max(), BLOCKS[k])} of {what(BLOCKS[k])}' for k in ran)
+    each = (f'{many(rows[rows.block == k].n.max(), BLOCKS[k])} of {what(BLOCKS[k])} ({k})' for k in ran)
     left = [k for k in BLOCKS if k not in ran]
-    return '; '.join(each) + (f"; blocks {', '.join(left)} are not run" if left else '')
+    return '; '.join(each) + (f"; {', '.join(left)} of the programme are not run" if left else '')
 
 def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts and of the further ones
+    maps: str,  # the sentence on maps
 ) -> str:
-    """Five sentences that follow from the numbers: does it work, is it the language, does the literal text work,
-    what does no text give, how far does this go."""
+    """Five answers that follow from the numbers: does it work, is it the language, does the literal text work, are
+    its maps better, how far does this go."""
     whole = {r.contrast: r for r in rows[rows.block.map(_counts).astype(bool)].drop_duplicates('contrast').itertuples()}
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
-    contrast, smoothing, transport, _, _, shuffled, literal_2 = (whole[c.says] for c in SECONDARY)
+    transport, shuffled, contrast, smoothing, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
     beside = rows[(rows.contrast == names_2.contrast) & ~rows.block.map(_counts).astype(bool)]
-    said = [f"**Does LICO work?** {_answer(repaired, semantic)}: over the {repaired.base:.1f} % of cross-entropy it "
-            f"gains "
-            f"{_points(repaired, 'repaired')} and {_points(semantic, 'semantic')} points.",
+    elsewhere = ''.join(f'. On {BLOCKS[r.block].dataset} right less wrong names give {_points(r, PRIMARY[1].arm)}'
+                        for r in beside.itertuples())
+    said = [f"**Does LICO gain accuracy?** {_answer(repaired, semantic)}: with {_data(rows)}, over the "
+            f"{repaired.base:.1f} % of cross-entropy, {_points(repaired, 'repaired')} and "
+            f"{_points(semantic, 'semantic')} points. Transport alone gains {_points(transport)}; what matching adds "
+            f"to it is {_points(beyond[1])} and {_points(beyond[2])}. Label smoothing gains {_points(smoothing)}, "
+            f"supervised contrast {_points(contrast)}.",
             f"**Has language a part in it?** {_answer(names_1, names_2)}: right names less the same names on wrong "
-            f"classes give {_points(names_1, 'repaired')} and {_points(names_2, 'semantic')} points"
-            f"{''.join(f'; on {BLOCKS[r.block].dataset} {_points(r, PRIMARY[1].arm)}' for r in beside.itertuples())}.",
-            f"**Does the literal text work?** {_answer(literal)}: {_points(literal, 'paper')} points"
-            f"{_matching(literal.active)}; transport alone gives {_points(transport)}, and all of it less transport "
-            f"alone {_points(literal_2)}.",
-            f"**What does the same effort give without right names?** Wrong names {_points(shuffled)}, label smoothing "
-            f"{_points(smoothing)}, supervised contrast {_points(contrast)} points.",
+            f"classes give {_points(names_1, 'repaired')} and {_points(names_2, 'semantic')} points, less invented "
+            f"words {_points(invented, 'repaired')}; wrong names gain {_points(shuffled, 'repaired')}{elsewhere}.",
+            f"**Does the paper's text, taken literally, work?** {_answer(literal)}: {_points(literal, 'paper')}, and "
+            f"{_points(beyond[0])} beside transport alone; {_matching(literal.active)}.",
+            f"**Are its maps better?** {maps}",
             f"**How far does this go?** {_extent(rows)}."]
     return '\n'.join(f'* {s}' for s in said)
 
