@@ -250,7 +250,7 @@ _lock = threading.RLock()
 
 @contextlib.contextmanager
 def _skipped(net, maps):
-    "Inside, in this thread, modules before the layer give zeros, as many as maps, without being run."
+    "Inside, in this thread, the layer and modules before it give zeros, as many as maps, without being run."
     me, n, patched = threading.get_ident(), len(maps), []
     def instead(module, kept):
         plain = module.forward
@@ -271,7 +271,7 @@ def _skipped(net, maps):
 
 # %% ../nbs/method/10_backbones.ipynb #fd802edd
 def _trace(net, x, layer):
-    "One pass: what each module that is called once, before the layer, gave; the layer's calls; the last linear layer."
+    "One pass: what the layer, and each module that is called once before it, gave; the layer's calls; the last linear layer."
     order, outs, handles, calls = [], {}, [], []
     for name, m in net.module.named_modules():
         def hear(out, name=name): order.append(name); outs[name] = out
@@ -281,7 +281,7 @@ def _trace(net, x, layer):
     if f'>{layer}' not in order: return {}, 0, None
     start = order.index(f'>{layer}')
     whole = {k for k in order[:start] if k[0:1] != '>' and order.count(k) == 1}
-    top = {k for k in whole if not any(k.startswith(o + '.') for o in whole if o != k)}
+    top = {k for k in whole if not any(k.startswith(o + '.') for o in whole if o != k)} | {layer}
     linear = [k for k in order[start:] if k and isinstance(net.module.get_submodule(k.lstrip('>')), nn.Linear)]
     return {k: tree_map(lambda t: t.detach().to('meta') if torch.is_tensor(t) else t, outs[k]) for k in top}, \
         order.count(layer), linear[-1].lstrip('>') if linear else None

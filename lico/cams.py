@@ -7,6 +7,8 @@ __all__ = ['FEATURES', 'imagenet_classifier', 'protocol_layer', 'hear', 'find_la
            'default_layer', 'weighted_maps', 'grad_cam', 'to_unit', 'masked_scores', 'cam', 'group_cam']
 
 # %% ../nbs/method/16_cams.ipynb #00f2b6a0
+import re
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -109,6 +111,8 @@ def _sums_to_one(row):
     "Whether an answer is probabilities of several classes, and no logits."
     return row.shape[1] > 1 and bool((row >= 0).all()) and abs(row.sum().item() - 1) < 1e-5
 
+def _within_0_1(row): return bool(((row >= 0) & (row <= 1)).all())
+
 def _no_gradient(net):
     return ValueError(f"the answer of {type(net).__name__} has no gradient (it is detached, under no_grad, or of whole "
                       "numbers, as quantised networks are): use a method that needs none, such as rise")
@@ -138,11 +142,20 @@ class Probe:
         if not seen.equal(self.shown): self.net = given_copies(net)
         self.classes = max(2, row.shape[1]) if score != 'logit' and not callable(score) else row.shape[1]
         if score is None and _sums_to_one(row): self.score = lambda out: out
+        # what ends in a sigmoid is probabilities already
+        self.sigmoid = self.score is None and _within_0_1(row) and self._ends_in_sigmoid()
+
+    def _ends_in_sigmoid(self):
+        with torch.enable_grad(): step = rows_of_output(self.net(self.shown.clone().requires_grad_()), 1).grad_fn
+        while step and re.match('(View|Reshape|Squeeze|Unsqueeze|Flatten|Select|Slice)', step.name()):
+            step = step.next_functions[0][0]
+        return step is not None and step.name().startswith('SigmoidBackward')
 
     def _rows(self, output, n, softmax):
         z = rows_of_output(self.score(output) if callable(self.score) else output, n)
         if torch.is_grad_enabled() and not softmax and not z.requires_grad: raise _no_gradient(self.net)
         if self.score == 'logit' or callable(self.score): return z
+        if self.sigmoid: return torch.cat([1 - z, z], 1) if z.shape[1] == 1 else z
         if z.shape[1] == 1: z = torch.cat([-z, z], 1)/2  # a sigmoid is the softmax of these
         return z.softmax(1) if softmax or self.score == 'softmax' else z
 
@@ -174,12 +187,20 @@ def looker(
     return ask, batch_size or size
 
 # %% ../nbs/method/16_cams.ipynb #1c91f300
+def _halves(probe):
+    "Does timm's protocol give what the network gives? It leaves out what comes before, such as a normalisation."
+    with torch.no_grad():
+        halves = hear(probe.net, probe.shown.clone(), FEATURES)[1]
+        rows = [probe._rows(o, 1, True) for o in (halves, probe.answer)]
+    return torch.allclose(*rows, rtol=1e-3, atol=1e-4)
+
 def _choose(probe, x):
     "The probe's layer and layout, found where they are not given, or a refusal."
     asked, net, x = probe.layer, probe.net, x[:1].detach().clone().requires_grad_()
     layer = asked or protocol_layer(net)
     search = lambda: find_layer(net, x, lambda out: probe._rows(out, 1, False), probe.reshape)
     if layer is None: return search()
+    if layer == FEATURES and not asked and not _halves(probe): return search()
     out, rows = hear(net, x, layer, lambda output: probe._rows(output, 1, False))
     module = None if layer == FEATURES else net.get_submodule(layer)
     places = probe.reshape or (layout(net, module, out, x.shape[2:]) if torch.is_tensor(out) else None)

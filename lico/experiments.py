@@ -174,19 +174,23 @@ def _like(s):
     return (s['backbone'], s['image_size'], s['method'], s['train']['batch_size'], s['train'].get('precision', 'fp32'),
             s.get('threads', 1))
 
+_builds = ('backbone', 'image_size', 'method', 'pretrained', 'output_stride', 'text_encoder', 'losses', 'prompts')
+
 def _identify(runs):
-    """The identity of every run, and what is known of those still to be done, one each; builds their models, so that
-    what cannot be had is said now."""
-    ids, missing, data = {}, {}, (None, None)
+    """The identity of every run, and what is known of those still to be done, one each; builds one model of each kind,
+    so that what cannot be had is said now."""
+    ids, missing, data, sizes = {}, {}, (None, None), {}
     for r in runs:
         asked = (r.dataset, r.labels, r.shots, r.split, r.image_size, r.validation, r.flip)
         if data[0] != asked: data = asked, load_data(r)  # the arms of a seed share it
         s = spec(r, data[1])
         ids[r] = id = f"{spec_hash(s)}-p{TRAINING_PROTOCOL}"
         if id in [ids[o] for o in missing] or read_record(runs_folder()/id): continue
-        with own_random_state(): weights = _start(r, data[1]).state_dict().values()
+        made = json.dumps({k: s.get(k) for k in _builds} | dict(classes=data[1].class_names))
+        if made not in sizes:
+            with own_random_state(): sizes[made] = sum(w.nbytes for w in _start(r, data[1]).state_dict().values())
         missing[r] = dict(like=_like(s), steps=s['steps'], images=s['steps']*min(s['train']['batch_size'], s['images']),
-                          bytes=sum(w.nbytes for w in weights))
+                          bytes=sizes[made])
     return ids, missing
 
 # %% ../nbs/method/22_experiments.ipynb #1348d353

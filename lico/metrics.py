@@ -286,9 +286,11 @@ def _redraw(what):
     "New values for a parameter or for all that a module holds."
     if torch.is_tensor(what): return what.copy_(torch.randn_like(what)*what.std(correction=0) + what.mean())
     for module in what.modules():
-        if hasattr(module, 'reset_parameters'): module.reset_parameters()
-        else:
-            for parameter in module.parameters(recurse=False): _redraw(parameter)
+        own, resets = list(module.parameters(recurse=False)), hasattr(module, 'reset_parameters')
+        before = [p.clone() for p in own]
+        if resets: module.reset_parameters()
+        for p, value in zip(own, before):  # a reset misses what a layer's weight is computed from, as under spectral norm
+            if not resets or p.equal(value) and value.std(correction=0) > 0: _redraw(p)
 
 # %% ../nbs/method/18_metrics.ipynb #a53ec878
 @contextlib.contextmanager
@@ -366,6 +368,7 @@ def random_affine(
     area: tuple = (0.08, 1),  # smallest and largest share of the image's area in the window
     degrees: float = 0,  # largest rotation
     flip: bool = True,  # mirror half of them
+    size: tuple = (1, 1),  # (H, W) of the images, by which a rotation turns and does not shear
 ) -> torch.Tensor:
     """Random windows as affine maps [n, 2, 3] from the coordinates of the moved image to those of the image, both
     in [-1, 1] (`affine_grid`'s convention)."""
@@ -377,8 +380,9 @@ def random_affine(
     mirror = draw(-1, 1).sign() if flip else torch.ones(n)
     w, h = (share*ratio).sqrt().clamp(max=1), (share/ratio).sqrt().clamp(max=1)
     cos, sin = angle.cos(), angle.sin()
-    rows = (torch.stack([w*mirror*cos, -h*sin, (1 - w)*draw(-1, 1)], 1),
-            torch.stack([w*mirror*sin, h*cos, (1 - h)*draw(-1, 1)], 1))
+    H, W = size
+    rows = (torch.stack([w*mirror*cos, -h*sin*H/W, (1 - w)*draw(-1, 1)], 1),
+            torch.stack([w*mirror*sin*W/H, h*cos, (1 - h)*draw(-1, 1)], 1))
     return torch.stack(rows, 1)
 
 # %% ../nbs/method/18_metrics.ipynb #696e92d0

@@ -289,7 +289,7 @@ def _classes(probe, x, target, batch_size):
                          f"or one for each of {len(x)} images")
     if target.min() < 0 or target.max() >= probe.classes:
         raise ValueError(f"target {target.tolist()}: expected class indices from 0 to {probe.classes - 1}")
-    return target.long().expand(len(x))
+    return target.long().clone().expand(len(x))  # one made in inference mode cannot be saved for a gradient
 
 # %% ../nbs/method/17_saliency.ipynb #544d9cd8
 def explain(
@@ -329,8 +329,8 @@ def explain(
     reshape     for layers whose layout cannot be told: a function from what the layer gives to [B, channels, h, w].
     score       a function from the network's output to one number a class for each image, [B, K], such as
                 torch.sigmoid for many labels; or "softmax", or "logit". None: logits where gradients are taken,
-                their softmax where pictures are hidden; what is probabilities already is left as it is. One column
-                means a sigmoid and two classes. An output with .logits is unwrapped.
+                their softmax where pictures are hidden; what is probabilities already (it sums to one, or ends in a
+                sigmoid) is left as it is. One column means two classes. An output with .logits is unwrapped.
     batch_size  images per pass; bounds the memory. None: as many as are fast.
     seed        of rise, smoothgrad and random."""
     names, net, size = _check(net, x, method, score, batch_size, options), unwrapped(net), batch_size or usual_batch(x)

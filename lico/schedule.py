@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TrainOptions', 'options_from', 'learning_rate', 'steps_per_epoch', 'deal', 'has_bfloat16', 'refuse_precision',
-           'full_float32', 'Average']
+           'Average']
 
 # %% ../nbs/method/13_schedule.ipynb #621f836c
-import contextlib, math
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -93,32 +93,6 @@ def refuse_precision(
     if precision == 'bf16' and not has_bfloat16(where):
         raise ValueError(f"precision = bf16 is slower than fp32 on this {where.type}, which has no instructions for it "
                          "(AMX or AVX512-BF16 on a processor): use precision = fp32, or another machine")
-
-# %% ../nbs/method/13_schedule.ipynb #3d9c5378
-def _switches():
-    "Where this version of torch keeps the precision of each kind of operation."
-    b = torch.backends
-    kinds = [getattr(of, kind, None) for of, kind in ((b.cudnn, 'conv'), (b.cudnn, 'rnn'), (b.cuda, 'matmul'),
-             (b.mkldnn, 'conv'), (b.mkldnn, 'rnn'), (b.mkldnn, 'matmul'))]
-    return [kind for kind in kinds if hasattr(kind, 'fp32_precision')]
-
-def _old_switches():
-    "The older switches for all operations; `None` where the new ones contradict each other."
-    try: return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError: return None
-
-@contextlib.contextmanager
-def full_float32():
-    "Inside, float32 is float32 in every convolution and product, on every device."
-    new, old = [(kind, kind.fp32_precision) for kind in _switches()], _old_switches()
-    try:
-        torch.set_float32_matmul_precision('highest')
-        torch.backends.cudnn.allow_tf32 = False
-        for kind, _ in new: kind.fp32_precision = 'ieee'
-        yield
-    finally:
-        if old: torch.set_float32_matmul_precision(old[0]); torch.backends.cudnn.allow_tf32 = old[1]
-        for kind, before in new: kind.fp32_precision = before
 
 # %% ../nbs/method/13_schedule.ipynb #1a1d5b3c
 class Average:

@@ -15,11 +15,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from .networks import looking, undisturbed
+from .networks import full_float32, looking, undisturbed
 from .config import choose, derive_seed, device, hardware, preset as read_preset
 from .data import test_batches, training_batches
-from .model import load_checkpoint, save_checkpoint, tensors_digest
-from .schedule import (Average, TrainOptions, deal, full_float32, learning_rate, options_from, refuse_precision,
+from .model import load_checkpoint, refuse_other_forward, save_checkpoint, tensors_digest
+from .schedule import (Average, TrainOptions, deal, learning_rate, options_from, refuse_precision,
                            steps_per_epoch)
 from .together import Batch, all_of, group_size, is_first, join_group, share
 from .watch import (LogFile, check_finite, images_digest, mean_row, refuse_other_run, settings_of, warn_extended,
@@ -205,7 +205,7 @@ def _refuse_number(name, value):
 
 def refuse_bad_call(model, data, numbers_given, options):
     """Refuse what `fit` cannot train: another kind of model, other classes, a length that is none, options that are
-    not the optimiser's."""
+    not the optimiser's, a network that is tested as something else than what is trained."""
     if not hasattr(model, 'backbone'):
         raise ValueError(f"fit trains CrossEntropy(net) or LICO(net, prompts), not {type(model).__name__}: "
                          "put the network into one of them")
@@ -220,6 +220,9 @@ def refuse_bad_call(model, data, numbers_given, options):
     if not any(p.requires_grad for p in model.backbone.parameters()):
         raise ValueError(f"{type(model.backbone).__name__} has nothing to train: none of its parameters has "
                          "requires_grad=True; set it for those that shall be trained")
+    if hasattr(model.backbone, 'forward_head'):
+        where = next(model.backbone.parameters()).device
+        refuse_other_forward(model.backbone, next(iter(test_batches(data, data.train[:2], 2, where))))
 
 # %% ../nbs/method/15_training.ipynb #643b7aee
 def _evaluate(t, row, evaluations, progress):

@@ -14,6 +14,7 @@ from pathlib import Path
 from .data import Files
 from .files import append, write_atomic
 from .losses import inactive
+from .networks import plain_attributes
 from .together import is_first
 
 # %% ../nbs/method/14_watch.ipynb #8f1e7328
@@ -90,10 +91,6 @@ def check_finite(
                              "of the term that is not finite; the weights and the last checkpoint are from before it")
 
 # %% ../nbs/method/14_watch.ipynb #ebf6a662
-def _plain(value):
-    if isinstance(value, (list, tuple)): return all(map(_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
 def settings_of(model):
     """The kind and every plain attribute of each module, by name: options of the loss, class names, where the class
     stands."""
@@ -102,7 +99,7 @@ def settings_of(model):
         own = dict(kind=type(m).__name__)
         for k, v in vars(m).items():
             if is_dataclass(v): own.update({f'{k}.{field}': value for field, value in asdict(v).items()})
-            elif k != 'training' and not k.startswith('_') and _plain(v): own[k] = v
+        own.update({k: v for k, v in plain_attributes(m).items() if not k.startswith('_')})
         out.update({f'{path}.{k}'.lstrip('.'): v for k, v in own.items()})
     return out
 

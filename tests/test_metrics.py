@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from hypothesis import given, settings, strategies as st
 from torch import nn
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from lico.metrics import (blur, deletion, energy_pointing_game, insertion, mosu, overall, parameter_layers,
                           pointing_game, random_affine, randomised,
@@ -485,3 +486,22 @@ def test_rotations_and_mirrors():
             and torch.allclose(torch.linalg.det(theta[:, :, :2]).abs(), torch.tensor(0.2), atol=1e-5))
     ratio = x_axis.norm(dim=1)/y_axis.norm(dim=1)
     assert 0.75 - 1e-4 <= ratio.min() < 0.8 and 1.25 < ratio.max() <= 4/3 + 1e-4
+
+
+@pytest.mark.parametrize('norm', (nn.utils.spectral_norm, nn.utils.weight_norm, nn.utils.parametrizations.spectral_norm))
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_layers_whose_weight_is_computed_are_randomised(norm):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(norm(nn.Conv2d(3, 8, 3, bias=False))).eval(), uniform(2, 3, 8, 8)
+    with torch.no_grad():
+        before = net(x)
+        with randomised(net, ['0']): assert F.cosine_similarity(before.flatten(1), net(x).flatten(1)).max() < .9
+        assert torch.equal(before, net(x))
+
+
+def test_rotations_of_images_that_are_not_square():
+    "In pixels both directions are stretched alike, but for the window's own aspect."
+    H, W = 32, 64
+    pixels = torch.diag(torch.tensor([W/2., H/2.]))
+    stretch = torch.linalg.svdvals(pixels @ random_affine(500, 0, (1, 1), 90, False, (H, W))[:, :, :2] @ pixels.inverse())
+    assert (stretch[:, 0]/stretch[:, 1]).max() < 4/3 + 1e-4

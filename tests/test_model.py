@@ -5,7 +5,10 @@ import pytest, torch
 from torch import nn
 from lico.backbones import adapt, create_backbone
 from lico.losses import LossOptions, calibrated_taus, log_adjacency, manifold_matching, row_entropy
+from lico.data import load
 from lico.model import LICO, CrossEntropy
+from lico.rivals import SupCon
+from lico.training import fit
 
 torch.set_num_threads(1)
 K, M, d = 5, 3, 6
@@ -79,7 +82,7 @@ def test_the_centre_leaves_transport_alone_and_encodes_each_class_once():
     assert not torch.isclose(one, two)
     with pytest.raises(ValueError, match='prompt rows of 8 classes for 8 images: mm_centre needs those of asked'):
         maps = centred.backbone.forward_features(x)
-        centred.matching(maps, maps.flatten(2), *centred.text(y))
+        centred.matching(centred.pooled(maps), maps.flatten(2), *centred.text(y))
 
 
 def test_gradients_with_every_control():
@@ -215,3 +218,38 @@ def test_two_misfits_are_said_at_once():
     with pytest.raises(ValueError, match=f'the backbone has 10 classes and the prompts {K}: .*; the feature maps have '
                                          'one position at 32 pixels'):
         LICO(create_backbone('resnet18', 10, 32), Prompts())
+
+
+class Plain(nn.Module):
+    "A network of somebody's, whose last block normalises."
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2)
+        self.layer4 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.fc = nn.Linear(8, K)
+    def forward(self, x): return self.fc(self.layer4(self.stem(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize('name', ('adapted', 'mobilenetv4_conv_small'))
+@pytest.mark.parametrize('bf16', (False, True), ids=('fp32', 'autocast'))
+def test_normalisations_see_a_batch_once_whatever_the_loss_reads(name, bf16):
+    states = {}
+    for kind in ('CE', 'LICO', 'SupCon'):
+        torch.manual_seed(0)
+        net = adapt(Plain(), 'layer4', K, 16) if name == 'adapted' else create_backbone(name, K, 32)
+        model = {'CE': CrossEntropy, 'SupCon': SupCon}.get(kind, lambda net: LICO(net, Prompts(), LossOptions(
+            mm_features='pooled', mm_rows='class', mm_text='raw', tau='fixed', beta=0)))(net.train()).train()
+        x = torch.rand(8, 3, net.image_size, net.image_size, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            for _ in range(3): model(x, torch.arange(8) % 3)
+        states[kind] = dict(net.named_buffers())
+    for k, v in states['CE'].items(): assert torch.equal(v, states['LICO'][k]) and torch.equal(v, states['SupCon'][k]), k
+
+
+def test_a_network_that_is_tested_as_something_else_is_refused_before_training():
+    net = create_backbone('resnet10t', 10, 32)
+    net.register_forward_pre_hook(lambda m, images: (images[0]*0,))
+    data, before = load('digits', labels=40), net.conv1[0].weight.detach().clone()
+    with pytest.raises(ValueError, match='ResNet gives other logits than its forward_head'):
+        fit(CrossEntropy(net), data, steps=1, progress=False)
+    assert torch.equal(before, net.conv1[0].weight)

@@ -697,3 +697,79 @@ def test_kept_copies_go_with_their_networks():
     assert len(networks._copies) <= 2
     del net; nets.clear(); gc.collect()
     assert len(networks._copies) == 0
+
+
+def close(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+class Capped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.deeper, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.cap, self.scale = 6., torch.tensor(20.)
+    def forward(self, x):
+        return self.head(self.deeper(self.conv(x).relu().clamp(max=self.cap)).relu().mean((2, 3))*self.scale)
+
+
+@pytest.mark.parametrize('change', (dict(cap=.3), dict(scale=torch.tensor(5.))), ids=('number', 'tensor'))
+def test_attributes_of_a_network_belong_to_it(change):
+    "The first image is too dark for the change to be seen in it."
+    net, x = seeded(Capped), torch.rand(10, 3, 64, 64)*3
+    x[0] = 0
+    insertion(net, x, torch.rand(10, 64, 64), 1)
+    for k, v in change.items(): setattr(net, k, v)
+    close(insertion(net, x, torch.rand(10, 64, 64), 1).curve[:, -1], net(x).softmax(1)[:, 1].detach())
+
+
+class Normalised(timm.models.resnet.ResNet):
+    "What comes before timm's two halves."
+    def forward(self, x): return super().forward((x - .5)/.1)
+
+
+def hooked(module, images): return ((images[0] - .5)/.1,)
+
+
+@pytest.mark.parametrize('how', ('subclass', 'hook'))
+def test_what_comes_before_timm_s_halves_counts(how):
+    torch.manual_seed(0)
+    make = Normalised if how == 'subclass' else timm.models.resnet.ResNet
+    net = make(timm.models.resnet.BasicBlock, (1, 1, 1, 1), num_classes=7, channels=(8, 16, 32, 64)).eval()
+    if how == 'hook': net.register_forward_pre_hook(hooked)
+    x = torch.rand(2, 3, 64, 64)
+    close(explain(net, x, 3), explain(net, x, 3, layer='layer4'))
+
+
+@pytest.mark.parametrize('columns, shape', ((1, (-1, 1)), (1, (-1,)), (5, (-1, 5))))
+def test_a_sigmoid_s_answer_is_probabilities(columns, shape):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, columns),
+                        nn.Sigmoid())
+    whole, x, saliency = nn.Sequential(net, Shaped(shape)), pictures(2), torch.rand(2, 16, 16)
+    with torch.no_grad(): net[4].bias.fill_(-6); p = net(x)
+    wanted = torch.cat([1 - p, p], 1)[:, 0] if columns == 1 else p[:, 0]
+    assert p.max() < .1
+    close(insertion(whole, x, saliency, 0).curve[:, -1], wanted)
+    if columns == 1: close(explain(whole, x, None, 'smoothgrad', seed=1), explain(whole, x, 0, 'smoothgrad', seed=1))
+
+
+class Shaped(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+    def forward(self, p): return p.view(self.shape)
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_classes_that_were_predicted_in_inference_mode(method):
+    net, x = small(), pictures(2)
+    with torch.inference_mode(): y = net(x).argmax(1)
+    close(explain(net, x, y, method, **FAST.get(method, {})), explain(net, x, y.tolist(), method, **FAST.get(method, {})))
+
+
+def test_tf32_is_off_while_a_network_is_looked_at():
+    seen, before = [], torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('high')
+    try:
+        with undisturbed(small()): seen.append(torch.get_float32_matmul_precision())
+        seen.append(torch.get_float32_matmul_precision())
+    finally: torch.set_float32_matmul_precision(before)
+    assert seen == ['highest', 'high']

@@ -131,7 +131,7 @@ def test_in_anyones_own_autocast():
     assert maps.dtype == torch.bfloat16 and {t.dtype for t in given} == {torch.float32}
     rows = maps.float().flatten(2)
     assert torch.equal(out.ce, F.cross_entropy(out.logits, y)) and torch.equal(out.ot, ot_alignment(rows, mapped))
-    assert torch.equal(out.mm, m.matching(maps.float(), rows, raw, mapped)[0])
+    assert torch.equal(out.mm, m.matching(m.pooled(maps), rows, raw, mapped)[0])
 
 
 def test_other_peoples_settings_do_not_count(monkeypatch):

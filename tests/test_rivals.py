@@ -13,8 +13,8 @@ from lico.data import load
 from lico.experiments import Run, frame, load_data, run, spec, start
 from lico.model import CrossEntropy
 from lico.rivals import (CGC, GCC, LabelSmoothing, SupCon, cgc_loss, composites, gcc_loss, random_views,
-                         statistics_kept, supcon_loss,
-                         tile, view)
+                         supcon_loss, tile, view)
+from lico.networks import statistics_kept
 from lico.training import fit
 
 KINDS = (CGC, GCC)

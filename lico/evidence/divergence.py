@@ -83,7 +83,7 @@ def gap(
     mapped = model.mapping(raw)
     for maps, y in batches:
         rows = feature_rows(model.backbone, maps)
-        kl, stats = model.matching(maps, rows, *(text[model.asked(y)] for text in (raw, mapped)))
+        kl, stats = model.matching(model.pooled(maps), rows, *(text[model.asked(y)] for text in (raw, mapped)))
         found.append(dict(kl=float(kl), cosine=float(mean_cosine(rows)), **{k: float(v) for k, v in stats.items()}))
     return {k: float(np.mean([o[k] for o in found])) for k in found[0]}
 

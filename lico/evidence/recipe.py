@@ -126,7 +126,7 @@ def set_temperatures(
     where, y = next(model.parameters()).device, data.train.y[at]
     x, y = next(test_batches(data, data.train[at], len(at), where)), y.to(where)
     with undisturbed(model.backbone): maps = model.backbone.forward_features(x)
-    model.calibrate(maps, feature_rows(model.backbone, maps), *model.text(model.asked(y)), y)
+    model.calibrate(model.pooled(maps), feature_rows(model.backbone, maps), *model.text(model.asked(y)), y)
 
 # %% ../../nbs/evidence/42_recipe.ipynb #89c6d637
 def above_chance(
