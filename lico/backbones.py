@@ -271,7 +271,7 @@ def _skipped(net, maps):
 
 # %% ../nbs/method/10_backbones.ipynb #fd802edd
 def _trace(net, x, layer):
-    "One pass: what the layer, and each module that is called once before it, gave; the layer's calls; the last linear layer."
+    "One pass: what the layer and modules called once before it gave; the layer's calls; the last linear layer."
     order, outs, handles, calls = [], {}, [], []
     for name, m in net.module.named_modules():
         def hear(out, name=name): order.append(name); outs[name] = out

@@ -289,7 +289,8 @@ def _redraw(what):
         own, resets = list(module.parameters(recurse=False)), hasattr(module, 'reset_parameters')
         before = [p.clone() for p in own]
         if resets: module.reset_parameters()
-        for p, value in zip(own, before):  # a reset misses what a layer's weight is computed from, as under spectral norm
+        # a reset misses what a layer's weight is computed from, as under spectral norm
+        for p, value in zip(own, before):
             if not resets or p.equal(value) and value.std(correction=0) > 0: _redraw(p)
 
 # %% ../nbs/method/18_metrics.ipynb #a53ec878

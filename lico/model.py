@@ -85,9 +85,10 @@ def refuse_other_forward(
     with undisturbed(backbone, x.device), torch.no_grad():
         whole = rows_of_output(backbone(x.clone()), len(x))
         halves = rows_of_output(backbone.forward_head(backbone.forward_features(x.clone())), len(x))
-    if whole.shape == halves.shape and torch.allclose(whole, halves, rtol=1e-3, atol=1e-4*float(whole.abs().max())): return
-    raise ValueError(f"{type(backbone).__name__} gives other logits than its forward_head(forward_features(x)), which is "
-                     "what is trained: put what its forward or its hooks do, such as a normalisation, into "
+    near = dict(rtol=1e-3, atol=1e-4*float(whole.abs().max()))
+    if whole.shape == halves.shape and torch.allclose(whole, halves, **near): return
+    raise ValueError(f"{type(backbone).__name__} gives other logits than its forward_head(forward_features(x)), which "
+                     "is what is trained: put what its forward or its hooks do, such as a normalisation, into "
                      "forward_features, or use lico.backbones.adapt(net, layer, num_classes, image_size)")
 
 # %% ../nbs/method/12_model.ipynb #c4a3d95d

@@ -79,8 +79,8 @@ def undisturbed(
     net: nn.Module,  # the network to be asked inside
     device='cpu',  # where it computes
 ):
-    """Eval mode, no parameter that asks for a gradient, gradients on, neither autocast nor inference mode, `full_float32`,
-    and a random state to spend; afterwards all is what it was. Nests, also in threads."""
+    """Eval mode, no parameter that asks for a gradient, gradients on, neither autocast nor inference mode,
+    `full_float32`, and a random state to spend; afterwards all is what it was. Nests, also in threads."""
     changes = [(id(o), partial(_still, o)) for o in {*net.modules(), *net.parameters()}]
     changes += [(0, _random_state), (1, _full), *([(2, _eager)] if _compiled(net) else [])]
     held = []

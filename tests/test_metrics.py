@@ -488,7 +488,8 @@ def test_rotations_and_mirrors():
     assert 0.75 - 1e-4 <= ratio.min() < 0.8 and 1.25 < ratio.max() <= 4/3 + 1e-4
 
 
-@pytest.mark.parametrize('norm', (nn.utils.spectral_norm, nn.utils.weight_norm, nn.utils.parametrizations.spectral_norm))
+@pytest.mark.parametrize('norm', (nn.utils.spectral_norm, nn.utils.weight_norm,
+                                  nn.utils.parametrizations.spectral_norm))
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 def test_layers_whose_weight_is_computed_are_randomised(norm):
     torch.manual_seed(0)
@@ -503,5 +504,6 @@ def test_rotations_of_images_that_are_not_square():
     "In pixels both directions are stretched alike, but for the window's own aspect."
     H, W = 32, 64
     pixels = torch.diag(torch.tensor([W/2., H/2.]))
-    stretch = torch.linalg.svdvals(pixels @ random_affine(500, 0, (1, 1), 90, False, (H, W))[:, :, :2] @ pixels.inverse())
+    turned = random_affine(500, 0, (1, 1), 90, False, (H, W))[:, :, :2]
+    stretch = torch.linalg.svdvals(pixels @ turned @ pixels.inverse())
     assert (stretch[:, 0]/stretch[:, 1]).max() < 4/3 + 1e-4

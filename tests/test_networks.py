@@ -705,7 +705,8 @@ def close(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 class Capped(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.deeper, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+        self.conv, self.deeper = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
         self.cap, self.scale = 6., torch.tensor(20.)
     def forward(self, x):
         return self.head(self.deeper(self.conv(x).relu().clamp(max=self.cap)).relu().mean((2, 3))*self.scale)
@@ -762,7 +763,7 @@ class Shaped(nn.Module):
 def test_classes_that_were_predicted_in_inference_mode(method):
     net, x = small(), pictures(2)
     with torch.inference_mode(): y = net(x).argmax(1)
-    close(explain(net, x, y, method, **FAST.get(method, {})), explain(net, x, y.tolist(), method, **FAST.get(method, {})))
+    close(*(explain(net, x, of, method, **FAST.get(method, {})) for of in (y, y.tolist())))
 
 
 def test_tf32_is_off_while_a_network_is_looked_at():

@@ -276,12 +276,11 @@ def maps_sentence(
     """Whether LICO's Grad-CAM maps are better: insertion − deletion, less each network's own random map, and on
     photographs the pointing game, beside what the mean map of other photographs reaches."""
     seen = large[large.saliency == 'grad-cam'].groupby('arm')[['pointing_others', 'alike']].mean()
-    others, own = seen.pointing_others, seen.alike
+    others, own, names = seen.pointing_others, seen.alike, ('semantic', 'semantic-shuffled')
     return (f"No verdict was declared. Grad-CAM's insertion − deletion less that of each network's own random map, "
             f"LICO less cross-entropy: {_gains(above_random(small), 'overall', ('paper', 'repaired'), 'CE')} "
-            f"({_seeds(small, 'F')}), {_gains(above_random(large), 'overall', ('semantic', 'semantic-shuffled'), 'CE')} "
-            f"({_seeds(large, 'G')}); pointing game "
-            f"{_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled'), 'CE')} (G). But G's maps of different "
+            f"({_seeds(small, 'F')}), {_gains(above_random(large), 'overall', names, 'CE')} ({_seeds(large, 'G')}); "
+            f"pointing game {_gains(large, 'pointing_game', names, 'CE')} (G). But G's maps of different "
             f"photographs are alike: they correlate with the mean map of the *other* photographs by "
             f"{own['semantic']:.2f} (cross-entropy's {own['CE']:.2f}, transport alone {own['CE+OT']:.2f}), which hits "
             f"in {others['semantic']:.0f} % ({others['CE']:.0f}, {others['CE+OT']:.0f}).")
