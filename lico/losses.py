@@ -13,10 +13,14 @@ from dataclasses import asdict, dataclass
 from .config import check_options, choose
 
 # %% ../nbs/method/01_losses.ipynb #508cf0b1
+def _length(x):
+    "The length of each row of `x`, [..., 1]; infinite for a zero row, which stays zero if divided by it."
+    length = x.norm(dim=-1, keepdim=True)
+    return length.masked_fill(length == 0, math.inf)
+
 def _unit(x):
     "The rows of `x` at length one; a zero row stays zero and gets a zero gradient."
-    length = x.norm(dim=-1, keepdim=True)
-    return x/length.masked_fill(length == 0, math.inf)
+    return x/_length(x)
 
 # %% ../nbs/method/01_losses.ipynb #46e88830
 class _Gram(torch.autograd.Function):
@@ -180,11 +184,6 @@ def inactive(
     if min(entropies) < IDENTITY: return 'identity'
 
 # %% ../nbs/method/01_losses.ipynb #88634399
-def _shrink(x):
-    "What makes the rows of `x` one long, [..., 1]; zero, with a zero gradient, where a row is zero."
-    length = x.norm(dim=-1, keepdim=True)
-    return 1/length.masked_fill(length == 0, math.inf)
-
 def cost_matrix(
     F,  # [B, N, d']: feature rows of each image
     G,  # [B, M, d']: prompt rows of its class
@@ -194,7 +193,7 @@ def cost_matrix(
     if F.ndim != 3 or G.ndim != 3 or len(F) != len(G) or F.shape[2] != G.shape[2]:
         raise ValueError(f"features {list(F.shape)} and prompts {list(G.shape)}: expected [B, N, d'] and [B, M, "
                          "d'] of one batch and one width")
-    f, g = _shrink(F), _shrink(G).mT
+    f, g = 1/_length(F), 1/_length(G).mT
     return ((f > 0).to(F.dtype) + (g > 0).to(G.dtype) - 2*(F@G.mT)*f*g).clamp_min(0)
 
 # %% ../nbs/method/01_losses.ipynb #068c995d
