@@ -85,9 +85,10 @@ def check_finite(
     largest: float = 0.,  # of the running statistics of batch normalisation
 ):
     "Raise `FloatingPointError` if the loss, its gradient or a statistic is not finite."
-    if all(map(math.isfinite, (row['loss'], row['grad_norm'], largest))): return
+    finite = math.isfinite(row['loss']) and math.isfinite(row['grad_norm'])
+    if finite and math.isfinite(largest): return
     terms = ', '.join(f"{k} {row[k]:.3g}" for k in ('ce', 'mm', 'ot', 'tau', 'grad_norm') if k in row)
-    what = "the loss" if math.isfinite(largest) else "a statistic of batch normalisation"
+    what = "a statistic of batch normalisation" if finite else "the loss"
     raise FloatingPointError(f"{what} is not finite at step {step} ({terms}): lower the learning rate or the weight "
                              "of the term that is not finite; the network and the last checkpoint are from before it")
 
