@@ -343,6 +343,7 @@ def _exported(net, size, K):
                                          f"names need [2, {K}]: give each of its outputs a name of its own")
     return content.getvalue()
 
+# %% ../nbs/method/12_model.ipynb #71cede6d
 def save_network(
     net: nn.Module,  # the plain classifier, [B, 3, S, S] to [B, K]; left as it was
     folder,  # made if need be

@@ -100,7 +100,8 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text(encoding='utf-8') == 'old' and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize('write', [lambda p: files.write_atomic(p, ''), lambda p: files.append(p, ''), files.make_folder])
+@pytest.mark.parametrize('write', [lambda p: files.write_atomic(p, ''), lambda p: files.append(p, ''),
+                                   files.make_folder])
 @pytest.mark.parametrize('name, advice', [('ENOSPC', 'make room there'), ('EDQUOT', 'make room there'),
                                           ('EACCES', 'see that it can be written to'), ('EROFS', 'see that it can')])
 def test_room_is_asked_for_where_it_lacks(tmp_path, monkeypatch, write, name, advice):

@@ -528,7 +528,8 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, fault):
     ('ab', lambda logits, x: logits, r'\[2, 3\] for 2 images, and 2 different class names need \[2, 2\]'),
     ('abcd', lambda logits, x: logits, r'\[2, 3\] for 2 images, and 4 different'),
     ('aba', lambda logits, x: logits, r'\[2, 3\] for 2 images, and 2 different'),
-    ('abc', lambda logits, x: logits[0], r'\[3\] for 2 images'), ('abc', lambda logits, x: dict(l=logits), 'gives dict')])
+    ('abc', lambda logits, x: logits[0], r'\[3\] for 2 images'),
+    ('abc', lambda logits, x: dict(l=logits), 'gives dict')])
 def test_each_output_has_a_class_name(tmp_path, names, give, found):
     with pytest.raises(ValueError, match=f'Small gives {found}' if found[0] != 'g' else f'Small {found}'):
         save_network(Small(give), tmp_path/'x', names, about())

@@ -470,6 +470,6 @@ def test_a_step_that_fails_leaves_all_as_it_was(monkeypatch, at, error):
 def test_a_run_that_diverges_leaves_a_network_that_is_finite():
     "Of these steps, the running variances overflow before the loss does."
     model = small()
-    with pytest.raises(FloatingPointError, match='a statistic .* the network and the last checkpoint are from before it'):
+    with pytest.raises(FloatingPointError, match='a statistic .* the network and .* are from before it'):
         fit(model, load('digits', labels=40), steps=60, lr=1e6, progress=False)
     assert all(t.isfinite().all() for t in model.state_dict().values())
