@@ -211,7 +211,7 @@ class Adapted(nn.Module):
 
     def extra_repr(self): return f"layer={self.layer!r}"
 
-    def forward(self, x): return rows_of_output(self.module(x), len(x))
+    def forward(self, x): return rows_of_output(self.module(x), x.shape[0])  # len(x) would fix it in torch.export
 
     def get_classifier(self): return self.module.get_submodule(self.classifier)
 

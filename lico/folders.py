@@ -281,7 +281,7 @@ def _seen(name):
     "A class name as it looks: white space is one space, what has no width is not there."
     return ' '.join(''.join(c for c in spoken(name) if unicodedata.category(c) != 'Cf').split())
 
-def _alike(tree, found):
+def _alike(found):
     "A sentence where class folders hold folders of the same names, as parts of a dataset do."
     inner = {name: {f.rpartition('/')[0].rpartition('/')[2] for f in files} for name, files in found[0].items()}
     names = set.union(*inner.values())
@@ -327,7 +327,7 @@ def image_tree(
     where = [tree.inner(part, in_part=True) for part in where] if parts else where
     found = [_classes(tree, part) for part in where]
     _check(tree, found, where)
-    said += _passed_over(tree, where, found, parts.get('val', ()) if len(parts) == 3 else ()) + _alike(tree, found)
+    said += _passed_over(tree, where, found, parts.get('val', ()) if len(parts) == 3 else ()) + _alike(found)
     if not parts: found = [dict(zip(found[0], part)) for part in zip(*(_split(o, at) for o in found[0].values()))]
     return *found, said
 

@@ -9,7 +9,7 @@ __all__ = ['BACKBONE_NEEDS', 'Output', 'wide', 'exact', 'refuse_no_backbone', 'r
            'load_network', 'loading_lines']
 
 # %% ../nbs/method/12_model.ipynb #d0b06ac8
-import copy, functools, hashlib, json
+import copy, functools, hashlib, io, json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from torch import nn, Tensor
 
 from .backbones import create_backbone, feature_rows, made_of
 from . import pixels
-from .files import SUMS, read_checked, read_sums, sha256, write_atomic, write_sums
+from .files import SUMS, read_checked, read_sums, sha256, write_atomic, write_summed
+from .networks import unwrapped
 from .data import Files
 from .pixels import window_source
 from .losses import LossOptions, calibrated_taus, kl_rows, log_adjacency, mean_cosine, ot_alignment, row_entropy
@@ -305,18 +306,22 @@ def _file_seal(header, body):
     sha.update(body)
     return sha.hexdigest()
 
+def _sealed(tensors, state):
+    "The bytes of a safetensors file with a checksum of its own."
+    from safetensors.torch import save
+    header, body = _header(save(_apart(tensors), metadata=dict(state=json.dumps(state))))
+    header['__metadata__']['seal'] = _file_seal(header, body)
+    text = json.dumps(header).encode()
+    text += b' '*(-len(text) % 8)
+    return b''.join([len(text).to_bytes(8, 'little'), text, body])
+
 def save_checkpoint(
     path,  # the file to write
     tensors: dict,  # name -> tensor
     state: dict,  # what JSON can hold
 ):
     "Write tensors and state into one safetensors file, whole or not at all."
-    from safetensors.torch import save
-    header, body = _header(save(_apart(tensors), metadata=dict(state=json.dumps(state))))
-    header['__metadata__']['seal'] = _file_seal(header, body)
-    text = json.dumps(header).encode()
-    text += b' '*(-len(text) % 8)
-    write_atomic(path, b''.join([len(text).to_bytes(8, 'little'), text, body]))
+    write_atomic(path, _sealed(tensors, state))
 
 # %% ../nbs/method/12_model.ipynb #fb42f620
 def _opened(content):
@@ -350,36 +355,49 @@ def preprocessing_of(
     square = dict(window='whole_square', resize=S, interpolation='bicubic')
     return dict(window if on_disk else square, crop=S, image_size=S, mean=list(data.mean), std=list(data.std))
 
-def _exported(net, size):
-    "The network as `torch.export` has it, for any number of images."
-    batch = {0: torch.export.Dim('batch')}
-    try: return torch.export.export(net, (torch.zeros(2, 3, size, size),), dynamic_shapes=(batch,))
+def _unwrapped_copy(net):
+    "The network in float32 and eval mode on the CPU, without wrappers around it or its parts."
+    net = copy.deepcopy(unwrapped(net)).cpu().float().to(memory_format=torch.contiguous_format).eval()
+    for name, part in reversed([*net.named_modules(remove_duplicate=False)]):
+        if unwrapped(part) is not part: net.set_submodule(name, unwrapped(part))
+    return net
+
+def _exported(net, size, K):
+    "The bytes of what `torch.export` makes of the network, for any number of images; K numbers an image are expected."
+    x, batch, content = torch.zeros(2, 3, size, size), {0: torch.export.Dim('batch')}, io.BytesIO()
+    try:
+        with torch.no_grad(): out = net(x)
+        torch.export.save(torch.export.export(net, (x,), dynamic_shapes=(batch,)), content)
     except Exception as e:  # of many kinds
         raise ValueError(f"torch.export cannot take {type(net).__name__} ({str(e).strip().splitlines()[0]}): "
                          "rewrite what depends on values, or ship its weights with its code") from None
+    found = list(out.shape) if torch.is_tensor(out) else type(out).__name__
+    if found != [2, K]: raise ValueError(f"{type(net).__name__} gives {found} for 2 images, and {K} different class "
+                                         f"names need [2, {K}]: give each of its outputs a name of its own")
+    return content.getvalue()
 
+# %% ../nbs/method/12_model.ipynb #71cede6d
 def save_network(
     net: nn.Module,  # the plain classifier, [B, 3, S, S] to [B, K]; left as it was
     folder,  # made if need be
-    class_names,  # K names
+    class_names,  # K different names
     preprocessing: dict,  # from `preprocessing_of`
     backbone: str = '',  # what `create_backbone` calls it; '': nothing that it knows
 ):
-    "Write what is shipped: weights, class names, preprocessing and checksums, for everyone to read."
-    folder, plain = Path(folder), copy.deepcopy(net).cpu().to(memory_format=torch.contiguous_format).eval()
-    backbone, found, _ = made_of(backbone)
-    if options := {**found, **getattr(net, 'arguments', {})}: preprocessing = dict(preprocessing, arguments=options)
-    about, files = dict(backbone=backbone, class_names=list(class_names), **preprocessing), {}
-    write_atomic(folder/'network.json', json.dumps(about, indent=1, ensure_ascii=False))
-    save_checkpoint(folder/'network.safetensors', plain.state_dict(), about)
-    torch.export.save(_exported(plain, about['image_size']), folder/'network.pt2')
-    code = window_source(getattr(pixels, about['window']), *(about[k] for k in ('image_size', 'mean', 'std')))
-    write_atomic(folder/'preprocess.py', code)
-    for name in ('network.json', 'network.safetensors', 'network.pt2', 'preprocess.py'):
-        files[name] = sha256((folder/name).read_bytes())
-    write_sums(folder, files)
-    folder.chmod(0o755)
-    for name in (*files, SUMS): (folder/name).chmod(0o644)
+    "Write what is shipped: weights, class names, preprocessing and checksums, for everyone to read; all or nothing."
+    plain, (backbone, found, _) = _unwrapped_copy(net), made_of(backbone)
+    if options := {**found, **getattr(plain, 'arguments', {})}: preprocessing = dict(preprocessing, arguments=options)
+    about = dict(backbone=backbone, class_names=list(class_names), **preprocessing)
+    size, window = about['image_size'], getattr(pixels, about['window'])
+    files = {'network.json': json.dumps(about, indent=1, ensure_ascii=False),
+             'network.safetensors': _sealed(plain.state_dict(), about),
+             'network.pt2': _exported(plain, size, len({*class_names})),
+             'preprocess.py': window_source(window, size, about['mean'], about['std'])}
+    folder, new = Path(folder), not Path(folder).exists()
+    write_summed(folder, lambda: files)
+    (folder/'.lock').unlink(missing_ok=True)  # is not shipped
+    for path, mode in [(folder, 0o755)]*new + [(folder/name, 0o644) for name in (*files, SUMS)]:
+        path.chmod(path.stat().st_mode | mode)
 
 # %% ../nbs/method/12_model.ipynb #6deb803e
 @dataclass
@@ -421,16 +439,16 @@ def load_network(
     return Shipped(net.eval(), names, about)
 
 # %% ../nbs/method/12_model.ipynb #d558f0d3
-_lines = """import hashlib, json, sys, torch
+_lines = """import hashlib, json, torch
 from PIL import Image
 folder = {folder!r}
 read = lambda name: open(f'{{folder}}/{{name}}', 'rb').read()
 sums = [o.split('  ', 1) for o in read('SHA256SUMS').decode().splitlines()]
 assert all(hashlib.sha256(read(name)).hexdigest() == seal for seal, name in sums), f'{{folder}} is damaged'
 names, net = json.loads(read('network.json'))['class_names'], torch.export.load(f'{{folder}}/network.pt2').module()
-sys.path.insert(0, folder)
-from preprocess import preprocess
-def classify(path): return dict(zip(names, net(preprocess(Image.open(path))[None])[0].softmax(0).tolist()))
+exec(read('preprocess.py'), own := {{}})
+def classify(path, names=names, net=net, preprocess=own['preprocess']):
+    return dict(zip(names, net(preprocess(Image.open(path))[None])[0].softmax(0).tolist()))
 """
 
 def loading_lines(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .networks import full_float32, looking, undisturbed
 from .config import choose, derive_seed, device, hardware, preset as read_preset
 from .data import test_batches, training_batches
+from .files import make_folder
 from .model import load_checkpoint, refuse_other_forward, save_checkpoint, tensors_digest
 from .schedule import (Average, TrainOptions, deal, learning_rate, options_from, refuse_precision,
                            steps_per_epoch)
@@ -56,28 +57,31 @@ def _kept(net):
     def frozen(m): return isinstance(m, _BatchNorm) and m.affine and not any(p.requires_grad for p in m.parameters())
     return [m for m in net.modules() if frozen(m) or net.training and not m.training]
 
-def _accelerator():
-    "accelerate's view of this process and those beside it."
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    # 'no': whatever accelerate's own settings say
-    return Accelerator(cpu=device().type == 'cpu', mixed_precision='no', kwargs_handlers=[unused])
+def _placed(model):
+    "The device of this process, and the model on it; beside others, with the mean of their gradients."
+    if group_size() == 1: return device(), model.to(device())
+    from accelerate import PartialState  # the device alone: accelerate's own settings do not count
+    where = PartialState(cpu=device().type == 'cpu').device
+    own = None if where.type == 'cpu' else [where]
+    return where, nn.parallel.DistributedDataParallel(model.to(where), own, find_unused_parameters=True)
 
 class _Trainer:
     "The state of one training run."
     def __init__(self, model, data, o, steps, seed):
-        self.accelerator, self.plain, self.data, self.o = _accelerator(), model, data, o
+        self.plain, self.data, self.o = model, data, o
         self.steps, self.seed, self.step, self.log, self.predicted = steps, seed, 0, [], None
         self.extended_at = None  # the step at which a longer run went on from a shorter one
         self.kept, self.per_epoch = _kept(model.backbone), steps_per_epoch(len(data.train), o.batch_size)
         for m in model.backbone.modules():
             if isinstance(m, _BatchNorm): m.momentum = o.bn_momentum
         model.backbone.to(memory_format=torch.channels_last)
+        self.device, self.model = _placed(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimiser = torch.optim.SGD(trained, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
-        self.model, self.optimiser = self.accelerator.prepare(model, optimiser)
+        self.optimiser = torch.optim.SGD(trained, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+        self.statistics = [b for m in model.backbone.modules() if isinstance(m, _BatchNorm)
+                           for b in (m.running_mean, m.running_var) if b is not None]
         self.average = Average(model.backbone, o.ema) if o.ema else None
-        self.hardware = list(dict.fromkeys(all_of(hardware(self.accelerator.device))))
+        self.hardware = list(dict.fromkeys(all_of(hardware(self.device))))
 
     def train_mode(self):
         "Everything in training mode but what stays as it is."
@@ -90,22 +94,34 @@ class _Trainer:
         if (least := min(B, n - (self.per_epoch - 1)*B)) < group_size():
             raise ValueError(f"a batch of {least} images cannot be shared by {group_size()} processes: use fewer")
         return training_batches(self.data, deal(n, B, self.steps, self.seed, self.step), self.o.noise,
-                                self.accelerator.device, share())
+                                self.device, share())
 
 # %% ../nbs/method/15_training.ipynb #008c2b5c
+@contextlib.contextmanager
+def _undone(model):
+    "What a step that fails has changed without an optimiser, statistics and temperatures, is put back."
+    before = [b.clone() for b in model.buffers()]
+    try: yield
+    except BaseException:
+        with torch.no_grad(): [b.copy_(old) for b, old in zip(model.buffers(), before)]
+        raise
+
 def _advance(t, x, y):
     "One step on this process's share of a batch; its numbers, and how many images the batch has."
     torch.manual_seed(derive_seed(t.seed, 'step', t.step))
     for group in t.optimiser.param_groups: group['lr'] = learning_rate(t.step, t.steps, t.per_epoch, t.o)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=t.o.precision == 'bf16'): out = t.model(x, y)
-    t.optimiser.zero_grad()
-    t.accelerator.backward(out.loss)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in t.plain.parameters() if p.grad is not None])
-    right = Batch(x).whole((out.logits.argmax(1) == y).float())
-    terms = dict(loss=out.loss, ce=out.ce, mm=out.mm, ot=out.ot, grad_norm=norm, train_accuracy=100*right.mean(),
-                 **out.stats)
-    row = dict(zip(terms, torch.stack([v.detach().float().to(x.device) for v in terms.values()]).tolist()))
-    check_finite(row, t.step)
+    with _undone(t.plain):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=t.o.precision == 'bf16'): out = t.model(x, y)
+        t.optimiser.zero_grad()
+        out.loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in t.plain.parameters() if p.grad is not None])
+        right = Batch(x).whole((out.logits.argmax(1) == y).float())
+        terms = dict(loss=out.loss, ce=out.ce, mm=out.mm, ot=out.ot, grad_norm=norm, train_accuracy=100*right.mean(),
+                     **out.stats)
+        largest = torch.nn.utils.get_total_norm(t.statistics, math.inf)
+        found = torch.stack([v.detach().float().to(x.device) for v in (*terms.values(), largest)]).tolist()
+        row = dict(zip(terms, found))
+        check_finite(row, t.step, found[-1])
     t.optimiser.step()
     if t.average: t.average.update(t.plain.backbone)
     t.step += 1
@@ -116,25 +132,26 @@ def _test(t, progress):
     images, weights = t.data.test, t.average and t.average.weights()
     if group_size() > 1: images = images[torch.arange(len(images))[share()]]
     own = predict(t.plain.backbone, t.data, images, weights, progress=progress)
-    t.predicted = Batch(own.to(t.accelerator.device)).whole(own.to(t.accelerator.device)).cpu()
+    t.predicted = Batch(own.to(t.device)).whole(own.to(t.device)).cpu()
     return accuracy(t.predicted, t.data.test.y)
 
 # %% ../nbs/method/15_training.ipynb #006d44d9
-def _shown(t, rows):
+def _shown(row, train, tested):
     "What stands beside the bar: terms of the newest step, the accuracy of this epoch's batches and of the last test."
-    out = {k: f"{v:.3g}" for k, v in rows[-1].items() if k in ('ce', 'mm', 'ot', 'tau') and not math.isnan(v)}
-    out['train'] = f"{sum(r['train_accuracy'] for r in rows)/len(rows):.0f}%"
-    return out if t.predicted is None else out | dict(test=f'{accuracy(t.predicted, t.data.test.y):.1f}%')
+    out = {k: f"{v:.3g}" for k, v in row.items() if k in ('ce', 'mm', 'ot', 'tau') and not math.isnan(v)}
+    return out | dict(train=f'{train:.0f}%') | tested
 
 def _epoch(t, batches, bar):
     "One pass over the labelled images, or what is left of the steps; its row of the log."
-    began, rows, images = time.perf_counter(), [], []
+    began, rows, images, right = time.perf_counter(), [], [], 0.
+    tested = {} if t.predicted is None else dict(test=f'{accuracy(t.predicted, t.data.test.y):.1f}%')
     t.train_mode()
     for x, y in batches:
         row, n = _advance(t, x, y)
         rows.append(row); images.append(n)
+        right += row['train_accuracy']
         bar.update()
-        bar.set_postfix(_shown(t, rows), refresh=False)
+        if not bar.disable: bar.set_postfix(_shown(row, right/len(rows), tested), refresh=False)
         if t.step % t.per_epoch == 0 or t.step == t.steps: break
     extended = {} if t.extended_at is None else dict(extended_at=t.extended_at)
     return dict(epoch=len(t.log) + 1, step=t.step, lr=t.optimiser.param_groups[0]['lr'],
@@ -143,7 +160,7 @@ def _epoch(t, batches, bar):
 # %% ../nbs/method/15_training.ipynb #8c050467
 def _identity(t, evaluations):
     "Everything that decides where a training ends, by name."
-    data, where = t.data, t.accelerator.device.type
+    data, where = t.data, t.device.type
     out = dict(seed=t.seed, steps=t.steps, evaluations=evaluations,
                **{k: v for k, v in asdict(t.o).items() if k != 'epochs'})
     out |= dict(device=where, processes=group_size(), threads=torch.get_num_threads() if where == 'cpu' else None)
@@ -264,6 +281,7 @@ def fit(
     refuse_precision(o.precision, device())
     steps = steps or o.epochs*steps_per_epoch(len(data.train), o.batch_size)
     with _own_state():
+        if folder and is_first(): make_folder(folder)
         t = _Trainer(model, data, o, steps, seed)
         if folder:
             t.run = _identity(t, evaluations)

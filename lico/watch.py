@@ -83,12 +83,15 @@ def warn_inactive(
 def check_finite(
     row: dict,  # the numbers of a step
     step: int,
+    largest: float = 0.,  # of the running statistics of batch normalisation
 ):
-    "Raise `FloatingPointError` if the loss or its gradient is not finite."
-    if math.isfinite(row['loss']) and math.isfinite(row['grad_norm']): return
+    "Raise `FloatingPointError` if the loss, its gradient or a statistic is not finite."
+    finite = math.isfinite(row['loss']) and math.isfinite(row['grad_norm'])
+    if finite and math.isfinite(largest): return
     terms = ', '.join(f"{k} {row[k]:.3g}" for k in ('ce', 'mm', 'ot', 'tau', 'grad_norm') if k in row)
-    raise FloatingPointError(f"the loss is not finite at step {step} ({terms}): lower the learning rate or the weight "
-                             "of the term that is not finite; the weights and the last checkpoint are from before it")
+    what = "a statistic of batch normalisation" if finite else "the loss"
+    raise FloatingPointError(f"{what} is not finite at step {step} ({terms}): lower the learning rate or the weight "
+                             "of the term that is not finite; the network and the last checkpoint are from before it")
 
 # %% ../nbs/method/14_watch.ipynb #ebf6a662
 def settings_of(model):

@@ -100,6 +100,20 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text(encoding='utf-8') == 'old' and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize('write', [lambda p: files.write_atomic(p, ''), lambda p: files.append(p, ''),
+                                   files.make_folder])
+@pytest.mark.parametrize('name, advice', [('ENOSPC', 'make room there'), ('EDQUOT', 'make room there'),
+                                          ('EACCES', 'see that it can be written to'), ('EROFS', 'see that it can')])
+def test_room_is_asked_for_where_it_lacks(tmp_path, monkeypatch, write, name, advice):
+    import builtins, errno, os, tempfile
+    def fails(*args, **options): raise OSError(getattr(errno, name), os.strerror(getattr(errno, name)))
+    monkeypatch.setattr(tempfile, 'TemporaryFile', fails)
+    with monkeypatch.context() as m:
+        m.setattr(builtins, 'open', fails)
+        with pytest.raises(OSError) as e: write(tmp_path/'a')
+    assert f'): {advice}' in str(e.value)
+
+
 RESULTS = sorted(p for p in (config.root()/'nbs').glob('*.ipynb') if p.stem not in ('index', 'any_network'))
 
 

@@ -429,3 +429,119 @@ def test_a_shipped_network_needs_no_lico(tmp_path):
             with pytest.raises(ValueError, match=f'{name} is damaged'): load_network(folder)
         (folder/name).write_bytes(content)
     assert load_network(folder)
+
+
+class Small(torch.nn.Module):
+    "A classifier of images of 8 pixels that `torch.export` takes in a second."
+    def __init__(self, give=lambda logits, x: logits):
+        super().__init__()
+        self.conv, self.fc, self.give = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 3), give
+
+    def forward(self, x): return self.give(self.fc(self.conv(x).relu().mean((2, 3))), x)
+
+
+def about(mean=0.5): return dict(window='whole_square', resize=8, interpolation='bicubic', crop=8, image_size=8,
+                                 mean=[mean]*3, std=[0.25]*3)
+
+
+def test_each_shipped_network_has_its_own_preprocessing(tmp_path, monkeypatch):
+    "Also beside another one, in one and the same script, and beside somebody's own module of that name."
+    from PIL import Image
+    Image.new('RGB', (8, 8), 'red').save(tmp_path/'red.png')
+    (tmp_path/'preprocess.py').write_text('preprocess = None', encoding='utf-8')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    script, path = {}, list(sys.path)
+    for mean in (0.1, 0.9):
+        save_network(Small(), tmp_path/f'{mean}', ['a', 'b', str(mean)], about(mean))
+        exec(loading_lines(tmp_path/f'{mean}'), script)
+        script[mean] = script['classify']
+    assert sys.path == path and 'preprocess' not in sys.modules
+    for mean in (0.1, 0.9):
+        shipped = load_network(tmp_path/f'{mean}')
+        p = shipped.net(shipped.prepare(Image.open(tmp_path/'red.png'))[None]).softmax(1)[0].tolist()
+        assert script[mean](tmp_path/'red.png') == pytest.approx(dict(zip(['a', 'b', str(mean)], p)), abs=1e-6)
+
+
+def _partly_compiled(net):
+    net.conv = torch.compile(net.conv)
+    return net
+
+def _compiled_in_place(net):
+    net.compile()
+    return net
+
+def _adapted(net):
+    from lico.backbones import adapt
+    return adapt(net, 'conv', 3, 8)
+
+
+@pytest.mark.parametrize('wrap', [_adapted, torch.nn.DataParallel, torch.compile, _compiled_in_place, _partly_compiled,
+                                  lambda net: torch.compile(_adapted(net)), torch.nn.Module.half],
+                         ids=['adapted', 'DataParallel', 'compiled', 'in place', 'partly', 'both', 'half'])
+def test_a_network_is_shipped_however_it_is_wrapped(tmp_path, wrap):
+    "For any number of images; the one that was given is left as it was."
+    net = Small()
+    save_network(wrap(net), tmp_path/'x', 'abc', about())
+    half, shipped, net = next(net.parameters()).dtype == torch.half, load_network(tmp_path/'x').net, net.float().eval()
+    assert half == (wrap is torch.nn.Module.half)
+    with torch.no_grad(), torch.compiler.set_stance('force_eager'):
+        for n in (1, 3): torch.testing.assert_close(shipped(x := torch.rand(n, 3, 8, 8)), net(x))
+
+
+def test_what_timm_builds_is_shipped_by_name_however_it_is_wrapped(tmp_path, monkeypatch):
+    from lico import model
+    from lico.backbones import create_backbone
+    monkeypatch.setattr(model, '_exported', lambda *args: b'')
+    net = create_backbone('resnet18', 3, 32, output_stride=16)
+    state = net.state_dict()
+    net.layer1 = torch.compile(net.layer1)
+    save_network(torch.nn.DataParallel(net), tmp_path, 'abc', about() | dict(image_size=32), 'resnet18')
+    shipped = load_network(tmp_path)
+    assert same(shipped.net.state_dict(), state) and shipped.net.feature_shape == net.feature_shape
+    assert hasattr(net.layer1, '_orig_mod'), 'left as it was'
+
+
+@pytest.mark.parametrize('fault', ['network', 'window', 'full'])
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, fault):
+    folder, good = tmp_path/'x', Small()
+    save_network(good, folder, 'abc', about())
+    held = {p.name: p.read_bytes() for p in folder.iterdir()}
+    bad, what = Small(), about()
+    if fault == 'network': bad = Small(lambda logits, x: logits if x.mean().item() > 0 else -logits)
+    if fault == 'window': what |= dict(window='none')
+    if fault == 'full':
+        write = files.write_atomic
+        def full(path, data):
+            if path.name.startswith('.preprocess'): raise OSError('full')
+            write(path, data)
+        monkeypatch.setattr(files, 'write_atomic', full)
+    with pytest.raises((ValueError, AttributeError, OSError)): save_network(bad, folder, 'abc', what)
+    assert {k: (folder/k).read_bytes() for k in held} == held
+    x = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(load_network(folder).net(x), good(x))
+    monkeypatch.undo()
+    save_network(Small(), folder, 'abc', about())
+    assert {p.name for p in folder.iterdir()} == held.keys()
+
+
+@pytest.mark.parametrize('names, give, found', [
+    ('ab', lambda logits, x: logits, r'\[2, 3\] for 2 images, and 2 different class names need \[2, 2\]'),
+    ('abcd', lambda logits, x: logits, r'\[2, 3\] for 2 images, and 4 different'),
+    ('aba', lambda logits, x: logits, r'\[2, 3\] for 2 images, and 2 different'),
+    ('abc', lambda logits, x: logits[0], r'\[3\] for 2 images'),
+    ('abc', lambda logits, x: dict(l=logits), 'gives dict')])
+def test_each_output_has_a_class_name(tmp_path, names, give, found):
+    with pytest.raises(ValueError, match=f'Small gives {found}' if found[0] != 'g' else f'Small {found}'):
+        save_network(Small(give), tmp_path/'x', names, about())
+    assert not (tmp_path/'x').exists(), 'nothing was written'
+
+
+@pytest.mark.parametrize('mode', [0o2775, 0o700])
+def test_a_folder_that_was_there_keeps_its_mode(tmp_path, mode):
+    "Its files are for everyone to read, and for the group to write where the umask says so."
+    tmp_path.chmod(mode)
+    old = os.umask(0o002)
+    try: save_network(Small(), tmp_path, 'abc', about())
+    finally: os.umask(old)
+    assert tmp_path.stat().st_mode & 0o7777 == mode
+    assert {p.stat().st_mode & 0o7777 for p in tmp_path.iterdir()} == {0o664}

@@ -134,18 +134,21 @@ def test_in_anyones_own_autocast():
     assert torch.equal(out.mm, m.matching(m.pooled(maps), rows, raw, mapped)[0])
 
 
-def test_other_peoples_settings_do_not_count(monkeypatch):
-    "What `accelerate config` wrote down would put all of it into autocast, and the record would not know."
+@pytest.mark.parametrize('name, value', [('MIXED_PRECISION', 'bf16'), ('GRADIENT_ACCUMULATION_STEPS', '4'),
+                                         ('DYNAMO_BACKEND', 'EAGER')])
+def test_other_peoples_settings_do_not_count(monkeypatch, name, value):
+    "What `accelerate config` wrote down would change what is trained, and the record would not know."
     from accelerate.state import AcceleratorState
-    weights = []
-    for value in ('no', 'bf16'):
+    logs, weights, compiled = [], [], []
+    monkeypatch.setattr(torch, 'compile', lambda net, *args, **options: compiled.append(net) or net)
+    for set_ in (False, True):
         AcceleratorState._reset_state(True)
-        monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', value)
+        if set_: monkeypatch.setenv(f'ACCELERATE_{name}', value)
         m = started('CE')
-        fit(m, load('digits', labels=40), steps=1, progress=False)
+        logs.append(fit(m, load('digits', labels=40), steps=1, progress=False)[0]['grad_norm'])
         weights.append(m.backbone.fc.weight)
     AcceleratorState._reset_state(True)
-    assert torch.equal(*weights)
+    assert torch.equal(*weights) and logs[0] == logs[1] and not compiled
 
 
 def test_a_run_says_its_precision(lico_root, able):

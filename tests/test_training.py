@@ -427,3 +427,49 @@ def test_the_bar_shows_accuracy(capsys):
     fit(small(), load('digits', labels=100), epochs=3, evaluations=3)
     shown = capsys.readouterr().err
     assert 'ce=' in shown and 'train=' in shown and 'test=' in shown and '%' in shown.split('test=')[-1][:6]
+
+
+def test_what_is_shown_costs_nothing_where_nothing_is_shown(monkeypatch):
+    "And else the last test is looked at once an epoch, and no earlier step again."
+    called, shown = [], []
+    monkeypatch.setattr(training, 'accuracy', lambda *a: called.append(a) or 50.)
+    monkeypatch.setattr(training, '_shown', lambda row, *a: shown.append((row['train_accuracy'], *a)) or {})
+    for progress in (False, True): fit(small(), load('digits', labels=100), epochs=3, evaluations=3, progress=progress)
+    assert len(called) == 2*(3 + 2), 'three tests, and each epoch behind one'
+    assert len(shown) == 6, 'two steps an epoch, of one of the two'
+    assert shown[1][1] == (shown[0][0] + shown[1][0])/2 and [o[2] for o in shown] == [{}]*2 + [dict(test='50.0%')]*4
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, '_advance', lambda *a: pytest.fail('a step was done'))
+    (tmp_path/'file').write_text('', encoding='utf-8')
+    for folder in (tmp_path/'file', tmp_path/'file'/'below', '/proc/lico'):
+        with pytest.raises(OSError, match=f'cannot write {folder} .*see that it can be written to, or name another'):
+            fit(small(), load('digits', labels=40), steps=1, folder=folder, progress=False)
+
+
+@pytest.mark.parametrize('error', [FloatingPointError, KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize('at', [0, 2])
+def test_a_step_that_fails_leaves_all_as_it_was(monkeypatch, at, error):
+    "Weights, and also what no optimiser changes: statistics of batch normalisation, temperatures of the first batch."
+    data, before, advance = load('digits', labels=40), {}, training._advance
+    r = Run(labels=40, backbone='wrn_10_1', method='LICO', options=dict(tau='calibrated', mm_features='pooled'))
+    model = build(r, load_data(r), load_text_encoder('minilm'))
+    def told(t, x, y):
+        before.update({k: v.clone() for k, v in model.state_dict().items()})
+        return advance(t, x, y)
+    def fails(row, step, largest):
+        if step == at: raise error('of a step')
+    monkeypatch.setattr(training, '_advance', told)
+    monkeypatch.setattr(training, 'check_finite', fails)
+    with pytest.raises(error, match='of a step'): fit(model, data, steps=3, progress=False)
+    assert any('running_var' in k for k in before) and 'tau.value' in before
+    for k, v in model.state_dict().items(): torch.testing.assert_close(v, before[k], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_run_that_diverges_leaves_a_network_that_is_finite():
+    "Of these steps, the running variances overflow before the loss does."
+    model = small()
+    with pytest.raises(FloatingPointError, match='a statistic .* the network and .* are from before it'):
+        fit(model, load('digits', labels=40), steps=60, lr=1e6, progress=False)
+    assert all(t.isfinite().all() for t in model.state_dict().values())
