@@ -7,8 +7,8 @@ from scipy.special import log_softmax, rel_entr
 
 from lico.backbones import create_backbone
 from lico.config import root
-from lico.evidence.divergence import (Snapshots, compose, curves, divergence_sentences, ends, gap, map_batches,
-                                      weights_along)
+from lico.evidence.divergence import (Snapshots, compose, curves, divergence_sentences, draw_curves, ends, gap,
+                                      map_batches, weights_along)
 from lico.evidence.store import write_results
 from lico.experiments import Run, build, load_data, run, runs_folder
 from lico.text import load_text_encoder
@@ -129,8 +129,8 @@ def toy():
     "Five views of three seeds, two steps; KL after training differs by known factors."
     views = [('CE', 'first', 'first'), ('CE', 'first', 'learned'), ('CE', 'learned', 'learned'),
              ('LICO', 'learned', 'learned'), ('LICO', 'first', 'first')]
-    rows = [dict(method=m, prompts=p, tau_of=t, step=k, seed=s, kl=1. if k == 0 else [2, 1, 1, .5 + .1*s, 4][i], tau=1.,
-                 cosine=.5, dataset='digits', labels='all', backbone='wrn_10_1', preset='paper', id=f'{s}-p1')
+    rows = [dict(method=m, prompts=p, tau_of=t, step=k, seed=s, kl=1. if k == 0 else [2, 1, 1, .5 + .1*s, 4][i],
+                 tau=1. if k == 0 or t == 'first' else 3., cosine=.5, dataset='digits', labels='all', backbone='wrn_10_1', preset='paper', id=f'{s}-p1')
             for i, (m, p, t) in enumerate(views) for s in range(3) for k in (0, 9)]
     return pd.DataFrame(rows)
 
@@ -144,11 +144,29 @@ def test_factors_are_geometric_means_over_pairs():
     d = np.log(np.array([.5, .6, .7])/2)
     low, high = (math.exp(d.mean() + s*stats.t.ppf(.975, 2)*stats.sem(d)) for s in (-1, 1))
     said = divergence_sentences(toy())
-    assert f"LICO's is {math.exp(d.mean()):.3g} times ({low:.3g} to {high:.3g}) the baseline's" in said
-    assert ("the baseline's is 0.5 times (0.5 to 0.5) what it was" in said
-            and "from before training it is 2 times (2 to 2)" in said)
-    assert "is 0.25 times the baseline's" in divergence_sentences(
-        toy()[lambda o: o.seed == 0]), 'no interval of one seed'
+    assert f"LICO's KL ends at {math.exp(d.mean()):.3g} ({low:.3g} to {high:.3g}) of the baseline's: 0.5 (" in said
+    features = f"{2*math.exp(d.mean()):.3g} ({2*low:.3g} to {2*high:.3g}) from the features"
+    assert f": 0.5 (0.5 to 0.5) from τ, 1 (1 to 1) from the prompts, {features}." in said
+    assert "the features alone make it 2 (2 to 2)." in said
+    one = divergence_sentences(toy()[lambda o: o.seed == 0])
+    assert "ends at 0.25 of the baseline's: 0.5 from τ, 1 from" in one, 'no interval of one seed'
+
+
+def test_a_fixed_tau_is_not_exchanged():
+    "The view that only exchanges it would repeat the baseline's, and hide it in the picture."
+    import matplotlib.pyplot as plt
+    fixed = toy().assign(tau=.1, preset='repaired')
+    fixed = fixed.assign(kl=fixed.kl.where((fixed.method != 'CE') | (fixed.prompts != 'first') | (fixed.step == 0), 2.))
+    both = pd.concat([toy(), fixed]).assign(entropy_image=.5, entropy_text=.5)
+    exchanged = 'CE, first prompts, learned τ'
+    c = ends(both)
+    assert c[c['view'] == exchanged].preset.tolist() == ['paper'] and len(c) == 9
+    assert ("of the baseline's: 0.5 (0.5 to 0.5) from the prompts, "
+            in divergence_sentences(both).splitlines()[1] == divergence_sentences(fixed))
+    fig = draw_curves(both)
+    drawn = [{line.get_color() for line in ax.lines} for ax in fig.axes[:2]]
+    assert len(drawn[0]) == 5 and len(drawn[1]) == 4 and drawn[1] < drawn[0]
+    plt.close(fig)
 
 
 def test_rows_of_other_seeds_are_kept(tmp_path):

@@ -10,7 +10,7 @@ from lico.config import root
 from lico.data import load
 from lico.evidence.embeddings import (
     MEASURES, centroids, collect_embeddings, describe, draw_embeddings, embed, harder_splits,
-    linear_probe, measure_features, order_correlation, order_sentences, pooled_features)
+    linear_probe, measure_features, order_correlation, order_sentences, picture_sentence, pooled_features)
 from lico.evidence.stats import METRICS, conditions, paired
 from lico.evidence.store import read_points, read_results, write_results
 from lico.experiments import Run, run
@@ -122,6 +122,17 @@ def test_order_sentences_have_the_textbooks_interval():
     assert (f'changes by +{d.mean():.2f} ± {half:.2f}' in order_sentences(df)
             and 'from -0.50 to 0.31' in order_sentences(df))
     assert order_sentences(df.drop(columns='ordinal')) == ''
+
+
+def test_the_picture_is_held_against_the_features():
+    "Figure 9's committed rows: the seven that agree and the one that does not, counted by hand."
+    df = read_results(TOP/'figures'/'figure9')
+    of = [f'{m}{end}' for m in ('silhouette', 'ordinal') for end in ('', '_embedded')]
+    assert picture_sentence(paired(conditions(df), of)) == (
+        'The picture says what the features say in 7 of 8 rows (4 of them: nothing sure), but not here: order, 0 before 1, '
+        'digits, all labels, LICO (repaired): +0.21 ± 0.07 in the features, +0.04 ± 0.17 in the picture.')
+    two = picture_sentence(paired(conditions(df[df.seed < 2]), ['ordinal', 'ordinal_embedded']))
+    assert 'cannot be told from fewer than three pairs' in two
 
 
 def test_committed_points_are_of_committed_networks():

@@ -57,6 +57,19 @@ def test_methods_of_saliency_are_compared_in_the_same_words():
         ' method   '] and len(forest(c).axes) == 1
 
 
+@pytest.mark.parametrize('printed', [True, False])
+def test_every_forest_says_what_a_filled_mark_is(printed):
+    "With a printed difference and without; and its dots can be seen."
+    c = compare(comparison(), 13).assign(half_width=[.5, 9.])
+    fig = forest(c if printed else c.drop(columns=['printed_value', 'printed_baseline']))
+    said = [o.get_text() for legend in fig.legends for o in legend.get_texts()]
+    assert said == ['filled: the 95 % interval leaves 0 out', *['printed']*printed]
+    filled = [o.lines[0].get_markerfacecolor() != 'white' for o in fig.axes[0].containers]
+    assert filled == (abs(c.difference) > c.half_width).tolist() and len(set(filled)) == 2
+    dots = [line for line in fig.axes[0].lines if line.get_marker() == '.']
+    assert len(dots) == 2 and all(line.get_markersize() >= 6 and line.get_alpha() >= .5 for line in dots)
+
+
 @pytest.mark.parametrize('mean, half, text', [(1.234, .5, '+1.23 ± 0.50'), (-.001, math.inf, '+0.00'),
                                               (-1.5, math.nan, '-1.50')])
 def test_signed(mean, half, text): assert signed(mean, half) == text

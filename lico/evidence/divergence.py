@@ -150,14 +150,22 @@ def curves(
 # %% ../../nbs/evidence/33_divergence.ipynb #6be49845
 _papers = {('CE', 'first'), ('LICO', 'learned')}
 
+def _view(method, prompts, tau_of):
+    is_papers = prompts == tau_of and (method, prompts) in _papers
+    return f'{method}, {prompts} prompts, {tau_of} τ' + (" (the paper's curve)" if is_papers else '')
+
 def view_name(r) -> str:
     "What a row of `curves` compares, in words."
-    is_papers = r.prompts == r.tau_of and (r.method, r.prompts) in _papers
-    return f'{r.method}, {r.prompts} prompts, {r.tau_of} τ' + (" (the paper's curve)" if is_papers else '')
+    return _view(r.method, r.prompts, r.tau_of)
 
-def _with_views(df): return df.assign(view=[view_name(r) for r in df.itertuples()])
+_views = [_view(method, *of) for method, both in VIEWS.items() for of in both]
 
 _setting = ['dataset', 'labels', 'backbone', 'preset']
+
+def _with_views(df):
+    "The rows and what they compare, without those that exchange a τ which is fixed: they repeat others."
+    learned = df.groupby(_setting).tau.transform('nunique') > 1
+    return df.assign(view=[view_name(r) for r in df.itertuples()])[learned | (df.prompts == df.tau_of)]
 
 def ends(
     df: pd.DataFrame,  # from `curves`, of one or more seeds
@@ -189,26 +197,24 @@ def _ratio(part, a, b):
     end = part[part.step == part.step.max()].pivot(index='seed', columns='view', values='kl')
     e = interval(np.log(end[a]/end[b]))
     low, high = (math.exp(e.mean + s*e.half_width) if math.isfinite(e.half_width) else math.nan for s in (-1, 1))
-    return f'{math.exp(e.mean):.3g} times' + ('' if math.isnan(low) else f' ({low:.3g} to {high:.3g})')
+    return f'{math.exp(e.mean):.3g}' + ('' if math.isnan(low) else f' ({low:.3g} to {high:.3g})')
+
+def _factors(ratio, tau):
+    "The factor between the paper's two curves, and the three that it is made of; `tau`: whether τ was learned."
+    ce, ce_tau, ce_all, lico, lico_first = _views
+    parts = {'τ': (ce_tau, ce)} if tau else {}
+    parts |= {'the prompts': (ce_all, ce_tau if tau else ce), 'the features': (lico, ce_all)}
+    said = [f'{ratio(*views)} from {of}' for of, views in parts.items()]
+    return (f"LICO's KL ends at {ratio(lico, ce)} of the baseline's: {', '.join(said)}. With the prompts and τ from "
+            f"before training, the features alone make it {ratio(lico_first, ce)}.")
 
 def divergence_sentences(
     df: pd.DataFrame,  # from `curves`, of one or more seeds
 ) -> str:
-    "The paper's two curves, and what is left of their difference as one thing after the other is exchanged."
-    c, df, said = ends(df), _with_views(df), []
-    ce, ce_tau, ce_all, lico, lico_first = [view_name(o) for o in df.drop_duplicates('view').itertuples()]
-    for where, part in df.groupby(_setting, sort=False):
-        o = c[(c[_setting] == list(where)).all(axis=1)].set_index('view')
-        fall = lambda v: f"{o['KL after'][v]:.2e} nats and falls at {o['% of looks that fall'][v]:.0f} % of looks"
-        ratio = functools.partial(_ratio, part)
-        said.append(f"* **{in_markdown(dataset_title(where[0]))}, {where[1]} labels, {where[2]}, {where[3]}**: "
-                    f"from {o['KL before'][lico]:.2e} nats LICO's KL goes to {fall(lico)}, "
-                    f"the baseline's to {fall(ce)}; LICO's is {ratio(lico, ce)} the baseline's. Exchanged one by one: "
-                    f"under LICO's τ ({o['τ after'][lico]:.3g}) the baseline's is {ratio(ce_tau, ce)} what it was; "
-                    f"under LICO's τ and prompts, so that only the features differ, "
-                    f"LICO's is {ratio(lico, ce_all)} the baseline's; "
-                    f"with the prompts and τ from before training it is {ratio(lico_first, ce)} the baseline's.")
-    return '\n'.join(said)
+    "What is left of the paper's two curves' difference as one thing after the other is exchanged, a Markdown list."
+    return '\n'.join(f"* **{in_markdown(dataset_title(where[0]))}, {where[1]} labels, {where[2]}, {where[3]}**: "
+                     f"{_factors(functools.partial(_ratio, part), _views[1] in set(part['view']))}"
+                     for where, part in _with_views(df).groupby(_setting, sort=False))
 
 # %% ../../nbs/evidence/33_divergence.ipynb #079c704c
 def _draw_column(above, middle, below, part, views):
@@ -231,7 +237,7 @@ def draw_curves(
     "Figure 10: a column for each setting and preset; means over seeds with bands of a standard deviation."
     import matplotlib.pyplot as plt, seaborn as sns
     df = _with_views(df)
-    views, columns = list(dict.fromkeys(df['view'])), [part for _, part in df.groupby(_setting, sort=False)]
+    views, columns = [v for v in _views if v in set(df['view'])], [o for _, o in df.groupby(_setting, sort=False)]
     size = dict(figsize=(5*len(columns), 8), dpi=75, height_ratios=(3, 1, 2))
     fig, axes = plt.subplots(3, len(columns), sharex='col', sharey='row', squeeze=False, layout='constrained', **size)
     for axs, part in zip(axes.T, columns): _draw_column(*axs, part, views)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDERS', 'VEHICLES', 'MEASURES', 'pooled_features', 'centroids', 'order_correlation', 'linear_probe', 'harder_splits',
            'embed', 'describe', 'text_order', 'measure_features', 'collect_embeddings', 'draw_embeddings',
-           'order_sentences']
+           'order_sentences', 'picture_sentence']
 
 # %% ../../nbs/evidence/32_embeddings.ipynb #99b42b49
 import functools, math
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..config import derive_seed
 from ..data import test_batches
 from .report import arm_label, dataset_title, in_markdown, in_picture, signed
-from .stats import interval
+from .stats import METRICS, interval
 from .store import read_points, read_results, rows_of, train, write_results
 from ..experiments import load_backbone, load_data, run_of
 from ..networks import undisturbed
@@ -218,3 +218,28 @@ def order_sentences(
         order = o.ordinal_text.iloc[0]
         said.append(f"* The names themselves, as {encoder} encodes them, have an order's correlation of {order:.2f}.")
     return '\n'.join(said)
+
+# %% ../../nbs/evidence/32_embeddings.ipynb #aa4663e0
+def _side(r):
+    "On which side of 0 the whole interval lies: 1, -1, or 0 if it holds 0."
+    return (r.difference > r.half_width) - (r.difference < -r.half_width)
+
+def _both_said(a, b):
+    "What features and picture say, of the same setting."
+    where = f'{METRICS[a.metric].title}, {in_markdown(dataset_title(a.dataset))}, {a.labels} labels, {arm_label(a)}'
+    features, picture = (signed(o.difference, o.half_width) for o in (a, b))
+    return f'{where}: {features} in the features, {picture} in the picture'
+
+def picture_sentence(
+    c: pd.DataFrame,  # from `paired`, of measures and the same `…_embedded`
+) -> str:
+    "How often the picture says what the features say, and where it does not."
+    of = {m: list(c[c.metric == m].itertuples()) for m in dict.fromkeys(c.metric)}
+    both = [(a, b) for m in of if f'{m}_embedded' in of for a, b in zip(of[m], of[f'{m}_embedded'], strict=True)
+            if math.isfinite(a.half_width)]
+    if not both: return 'Whether the picture says what the features say cannot be told from fewer than three pairs.'
+    other = '; '.join(_both_said(a, b) for a, b in both if _side(a) != _side(b))
+    same = [_side(a) for a, b in both if _side(a) == _side(b)]
+    return (f'The picture says what the features say in {len(same)} of {len(both)} rows ({same.count(0)} of them: '
+            'nothing sure)'
+            + (f', but not here: {other}.' if other else '.'))

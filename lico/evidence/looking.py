@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SUBJECTS', 'LOOKED_AT', 'LOOKS', 'CELL', 'on_photographs', 'sprite_sheet', 'cell', 'look_at', 'departures',
-           'looking_json', 'looked_runs', 'collect_looking', 'looking_table', 'less_random_table', 'read_sheet',
-           'draw_looking']
+           'looking_json', 'looked_runs', 'collect_looking', 'looking_table', 'less_random_table',
+           'less_random_sentence', 'read_sheet', 'draw_looking', 'map_on_sheet', 'alike_sentence']
 
 # %% ../../nbs/evidence/43_looking.ipynb #2971c97f
 import io, json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np, pandas as pd, torch
@@ -193,17 +194,27 @@ def looking_table(
             for image, seen in df.groupby('image', sort=False) for arm, o in seen.groupby('arm', sort=False)]
     return pd.DataFrame(rows).fillna('').to_markdown(index=False, disable_numparse=True)
 
+def _less_random(df):
+    "Means over the photographs less those of the same network's random map, a row a method and arm."
+    means = df.groupby(['saliency', 'arm'], sort=False)[['insertion', 'deletion']].mean()
+    return (means - means.xs('random').reindex(means.index, level='arm')).drop(index='random', level='saliency')
+
 def less_random_table(
     df: pd.DataFrame,  # from `collect_looking`, "random" among the methods
 ) -> str:
     "Means over the photographs of insertion / deletion less those of the same network's random map, as Markdown."
-    scores = ['insertion', 'deletion']
-    means = df.groupby(['saliency', 'arm'], sort=False)[scores].mean()
-    less = means - means.xs('random').reindex(means.index, level='arm')
-    said = lambda method, arm: ' / '.join(signed(v, np.nan, 1) for v in less.loc[method, arm])
-    methods = [m for m in df.saliency.unique() if m != 'random']
-    cells = {arm: {m: said(m, arm) for m in methods if (m, arm) in less.index} for arm in df.arm.unique()}
-    return pd.DataFrame(cells).fillna('').rename_axis('method').to_markdown(disable_numparse=True)
+    said = {arm: {} for arm in df.arm.unique()}
+    for (method, arm), r in _less_random(df).iterrows():
+        said[arm][method] = ' / '.join(signed(v, np.nan, 1) for v in r)
+    return pd.DataFrame(said).fillna('').rename_axis('method').to_markdown(disable_numparse=True)
+
+def less_random_sentence(
+    df: pd.DataFrame,  # from `collect_looking`, "random" among the methods
+) -> str:
+    "In how many cells of `less_random_table` a map is better than the random one."
+    less = _less_random(df)
+    return (f"Insertion is better than the random map's in {(less.insertion > 0).sum()} of {len(less)} cells, "
+            f"deletion in {(less.deletion < 0).sum()} of {len(less)}.")
 
 # %% ../../nbs/evidence/43_looking.ipynb #2bf6dae7
 def read_sheet(
@@ -220,23 +231,24 @@ def read_sheet(
 
 def _pictures(axes, looks, sheets, row):
     "The photograph, and the first map of each network with what it names."
-    axes[0].imshow(cell(next(iter(sheets.values())), row, 0)); axes[0].set_ylabel(looks.image.iloc[0], fontsize=8)
+    axes[0].imshow(cell(next(iter(sheets.values())), row, 0)); axes[0].set_ylabel(looks.image.iloc[0], fontsize=10)
     for ax, r in zip(axes[1:], looks.drop_duplicates('arm').itertuples()):
         ax.imshow(cell(sheets[r.arm], row, 1))
-        ax.set_xlabel(f'{in_picture(r.name.split(",")[0])}, {r.probability:.0f} %', fontsize=7)
-        if row == 0: ax.set_title(f'{r.arm}\n{r.saliency}', fontsize=8)
+        ax.set_xlabel(f'{in_picture(r.name.split(",")[0])}, {r.probability:.0f} %', fontsize=9)
+        if row == 0: ax.set_title(f'{r.arm}\n{r.saliency}', fontsize=10)
     for ax in axes: ax.set(xticks=[], yticks=[])
 
-def _two_curves(axes, looks):
+def _two_curves(axes, looks, first_row, last_row):
     "The networks' curves of the first method, and dotted those of the random map."
     first = looks.saliency.iloc[0]
     for ax, kind in zip(axes, ('insertion', 'deletion')):
         for k, (arm, own) in enumerate(looks.groupby('arm', sort=False)):
             for r in own[own.saliency.isin([first, 'random'])].itertuples():
-                ax.plot(_numbers(r.fraction), _numbers(getattr(r, f'{kind}_curve')), color=f'C{k}', lw=1.2,
-                        ls='-' if r.saliency == first else ':', label=arm if r.saliency == first else None)
-        ax.set(xlim=(0, 100), ylim=(0, None)); ax.tick_params(labelsize=6)
-        ax.set_title(f'{kind}: p in %, random dotted', fontsize=7)
+                ax.plot(_numbers(r.fraction), _numbers(getattr(r, f'{kind}_curve')), color=f'C{k}', lw=1.4,
+                        ls='-' if r.saliency == first else ':', label=f'{arm}, {r.saliency}')
+        ax.set(xlim=(0, 100), ylim=(0, None)); ax.tick_params(labelsize=8)
+        if first_row: ax.set_title(f'{kind}\nprobability, %', fontsize=10)
+        if last_row: ax.set_xlabel(f"pixels {'put back' if kind == 'insertion' else 'taken away'}, %", fontsize=9)
 
 def draw_looking(
     df: pd.DataFrame,  # from `collect_looking`
@@ -246,10 +258,36 @@ def draw_looking(
     import matplotlib.pyplot as plt
     sheets = {r.arm: read_sheet(folder, r) for r in df.drop_duplicates('arm').itertuples()}
     images = df.image.drop_duplicates().tolist()
-    fig = plt.figure(figsize=(1.2*(1 + len(sheets)) + 3.6, 1.4*len(images)), layout='constrained', dpi=75)
+    fig = plt.figure(figsize=(1.4*(1 + len(sheets)) + 4.6, 1.55*len(images) + 1), layout='constrained', dpi=75)
     axes = fig.subplots(len(images), 3 + len(sheets), squeeze=False, width_ratios=[1]*(1 + len(sheets)) + [1.3]*2)
     for i, (row, image) in enumerate(zip(axes, images)):
         _pictures(row[:-2], df[df.image == image], sheets, i)
-        _two_curves(row[-2:], df[df.image == image])
-    axes[0, -1].legend(fontsize=6, frameon=False)
+        _two_curves(row[-2:], df[df.image == image], i == 0, i == len(images) - 1)
+    fig.legend(*axes[0, -1].get_legend_handles_labels(), loc='outside lower center', ncols=len(sheets), fontsize=9)
     return fig
+
+# %% ../../nbs/evidence/43_looking.ipynb #6954f1ec
+def map_on_sheet(
+    sheet, row: int, column: int,  # as in `cell`
+    side: int = 14,  # squares a side
+) -> np.ndarray:
+    "The map of a cell, up to a monotone scale, [side*side]."
+    photo, over = (np.asarray(cell(sheet, row, k).convert('L'), float) for k in (0, column))
+    return (over - .35*photo).reshape(side, CELL//side, side, CELL//side).mean((1, 3)).ravel()
+
+# %% ../../nbs/evidence/43_looking.ipynb #a16bb55a
+def alike_sentence(
+    df: pd.DataFrame,  # from `collect_looking`
+    folder,  # where its sheets are
+) -> str:
+    "How alike two networks' maps of the same photograph are, by the first method, and one network's of two."
+    from scipy.stats import spearmanr
+    rows, method = range(df.image.nunique()), df.saliency.iloc[0]
+    maps = {r.arm: [map_on_sheet(read_sheet(folder, r), i, 1) for i in rows]
+            for r in df.drop_duplicates('id').itertuples()}
+    mean = lambda pairs: np.mean([spearmanr(a, b).statistic for a, b in pairs])
+    same = {f'{a} and {b}': mean(zip(maps[a], maps[b])) for a, b in combinations(maps, 2)}
+    said = lambda found: '; '.join(f'{k} {v:.2f}' for k, v in sorted(found.items(), key=lambda o: -o[1]))
+    own = said({arm: mean(combinations(m, 2)) for arm, m in maps.items()})
+    other = f'Of two networks and the same photograph: {said(same)}. ' if same else ''
+    return f'Mean rank correlation of two {method} maps. {other}Of one network and two photographs: {own}.'

@@ -170,7 +170,7 @@ def _panel(ax, part, places, labels, colours):
     "The rows of one metric, each at its place among the labels."
     for y, r in zip(places, part.itertuples()):
         colour, sure = colours[arm_label(r)], math.isfinite(r.half_width)
-        if r.n <= 50: ax.plot(r.differences, [y + .22]*r.n, '.', ms=4, color=colour, alpha=.35, mew=0)
+        if r.n <= 50: ax.plot(r.differences, [y + .26]*r.n, '.', ms=6.5, color=colour, alpha=.6, mew=0)
         ax.errorbar(r.difference, y, xerr=r.half_width if sure else 0, fmt='o', ms=5, capsize=3, color=colour,
                     mfc=colour if sure and abs(r.difference) > r.half_width else 'white')
         if not math.isnan(getattr(r, 'printed_value', math.nan)):
@@ -197,14 +197,14 @@ def forest_size(c: pd.DataFrame) -> tuple:
     "Width and height of a forest plot, in inches."
     panels, side_by_side = _panels(c)
     rows = [len(labels) for _, _, labels in panels]
-    return (2.6*len(rows) + 3, 1.1 + .3*rows[0]) if side_by_side else (8, 1.1 + .3*(sum(rows) + 2*len(rows)))
+    return (2.6*len(rows) + 3, 1.3 + .3*rows[0]) if side_by_side else (8, 1.3 + .3*(sum(rows) + 2*len(rows)))
 
 def forest(
     c: pd.DataFrame,  # from `compare` or `paired`
     fig=None,  # a figure or subfigure to draw into
 ):
-    """Every row's difference with its 95 % interval and its pairs, a panel a metric; the printed difference as a
-    diamond."""
+    """Every row's difference with its 95 % interval, filled where that leaves 0 out, and its pairs, a panel a metric;
+    the printed difference as a diamond."""
     import matplotlib.pyplot as plt, seaborn as sns
     from matplotlib.lines import Line2D
     (panels, side_by_side), arms = _panels(c), list(dict.fromkeys(map(arm_label, c.itertuples())))
@@ -213,9 +213,10 @@ def forest(
             else dict(nrows=len(panels), height_ratios=[1 + len(labels) for _, _, labels in panels]))
     colours = dict(zip(arms, sns.color_palette('deep', len(arms))))
     for ax, panel in zip(fig.subplots(squeeze=False, **grid).flat, panels): _panel(ax, *panel, colours)
+    shown = [Line2D([], [], marker='o', color='k', ls='', ms=5, label='filled: the 95 % interval leaves 0 out')]
     if 'printed_value' in c and c.printed_value.notna().any():
-        fig.legend(handles=[Line2D([], [], marker='D', mfc='none', mec='k', ls='', label='printed')], fontsize=7,
-                   loc='outside upper right', frameon=False)
+        shown.append(Line2D([], [], marker='D', mfc='none', mec='k', ls='', label='printed'))
+    fig.legend(handles=shown, fontsize=7, loc='outside upper right', ncols=2, frameon=False)
     return fig
 
 # %% ../../nbs/evidence/29_report.ipynb #5ff4c7ae
