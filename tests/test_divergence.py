@@ -130,7 +130,8 @@ def toy():
     views = [('CE', 'first', 'first'), ('CE', 'first', 'learned'), ('CE', 'learned', 'learned'),
              ('LICO', 'learned', 'learned'), ('LICO', 'first', 'first')]
     rows = [dict(method=m, prompts=p, tau_of=t, step=k, seed=s, kl=1. if k == 0 else [2, 1, 1, .5 + .1*s, 4][i],
-                 tau=1. if k == 0 or t == 'first' else 3., cosine=.5, dataset='digits', labels='all', backbone='wrn_10_1', preset='paper', id=f'{s}-p1')
+                 tau=1. if k == 0 or t == 'first' else 3., cosine=.5, dataset='digits', labels='all',
+                 backbone='wrn_10_1', preset='paper', id=f'{s}-p1')
             for i, (m, p, t) in enumerate(views) for s in range(3) for k in (0, 9)]
     return pd.DataFrame(rows)
 

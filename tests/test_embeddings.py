@@ -129,7 +129,8 @@ def test_the_picture_is_held_against_the_features():
     df = read_results(TOP/'figures'/'figure9')
     of = [f'{m}{end}' for m in ('silhouette', 'ordinal') for end in ('', '_embedded')]
     assert picture_sentence(paired(conditions(df), of)) == (
-        'The picture says what the features say in 7 of 8 rows (4 of them: nothing sure), but not here: order, 0 before 1, '
+        'The picture says what the features say in 7 of 8 rows (4 of them: nothing sure), but not here: order, '
+        '0 before 1, '
         'digits, all labels, LICO (repaired): +0.21 ± 0.07 in the features, +0.04 ± 0.17 in the picture.')
     two = picture_sentence(paired(conditions(df[df.seed < 2]), ['ordinal', 'ordinal_embedded']))
     assert 'cannot be told from fewer than three pairs' in two
