@@ -232,7 +232,7 @@ def _extent(rows):
     many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
     each = (f'{many(rows[rows.block == k].n.max(), BLOCKS[k])} of {what(BLOCKS[k])} ({k})' for k in ran)
     left = [k for k in BLOCKS if k not in ran]
-    return '; '.join(each) + (f"; {', '.join(left)} of the programme are not run" if left else '')
+    return '; '.join(each) + (f"; {', '.join(left)} are not run" if left else '')
 
 def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts and of the further ones
@@ -243,18 +243,17 @@ def findings(
     whole = {r.contrast: r for r in rows[rows.block.map(_counts).astype(bool)].drop_duplicates('contrast').itertuples()}
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
-    transport, shuffled, contrast, smoothing, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
+    transport, shuffled, contrast, smoothing, _, _, *beyond = (whole[c.says] for c in SECONDARY)
     beside = rows[(rows.contrast == names_2.contrast) & ~rows.block.map(_counts).astype(bool)]
-    elsewhere = ''.join(f'. On {BLOCKS[r.block].dataset} right less wrong names give {_points(r, PRIMARY[1].arm)}'
-                        for r in beside.itertuples())
+    elsewhere = ''.join(f', on {BLOCKS[r.block].dataset} {_points(r, PRIMARY[1].arm)}' for r in beside.itertuples())
     said = [f"**Does LICO gain accuracy?** {_answer(repaired, semantic)}: with {_data(rows)}, over the "
             f"{repaired.base:.1f} % of cross-entropy, {_points(repaired, 'repaired')} and "
-            f"{_points(semantic, 'semantic')} points. Transport alone gains {_points(transport)}; what matching adds "
-            f"to it is {_points(beyond[1])} and {_points(beyond[2])}. Label smoothing gains {_points(smoothing)}, "
+            f"{_points(semantic, 'semantic')} points. Transport alone gains {_points(transport)}, to which matching "
+            f"adds {_points(beyond[1])} and {_points(beyond[2])}; label smoothing gains {_points(smoothing)}, "
             f"supervised contrast {_points(contrast)}.",
             f"**Has language a part in it?** {_answer(names_1, names_2)}: right names less the same names on wrong "
-            f"classes give {_points(names_1, 'repaired')} and {_points(names_2, 'semantic')} points, less invented "
-            f"words {_points(invented, 'repaired')}; wrong names gain {_points(shuffled, 'repaired')}{elsewhere}.",
+            f"classes: {_points(names_1, 'repaired')}, {_points(names_2, 'semantic')}{elsewhere}; wrong names gain "
+            f"{_points(shuffled, 'repaired')}.",
             f"**Does the paper's text, taken literally, work?** {_answer(literal)}: {_points(literal, 'paper')}, and "
             f"{_points(beyond[0])} beside transport alone; {_matching(literal.active)}.",
             f"**Are its maps better?** {maps}",
