@@ -20,11 +20,10 @@ from torch import nn, Tensor
 from .backbones import create_backbone, feature_rows, made_of
 from . import pixels
 from .files import SUMS, read_checked, read_sums, sha256, write_atomic, write_summed
-from .networks import unwrapped
 from .data import Files
 from .pixels import window_source
 from .losses import LossOptions, calibrated_taus, kl_rows, log_adjacency, mean_cosine, ot_alignment, row_entropy
-from .networks import rows_of_output, statistics_kept, undisturbed
+from .networks import rows_of_output, statistics_kept, undisturbed, unwrapped
 from .together import Batch
 
 # %% ../nbs/method/12_model.ipynb #aea12418

@@ -277,13 +277,12 @@ def maps_sentence(
     photographs the pointing game, beside what the mean map of other photographs reaches."""
     seen = large[large.saliency == 'grad-cam'].groupby('arm')[['pointing_others', 'alike']].mean()
     others, own, names = seen.pointing_others, seen.alike, ('semantic', 'semantic-shuffled')
-    return (f"No verdict declared. Grad-CAM's insertion − deletion less the random map's, LICO less cross-entropy: "
+    return (f"No verdict declared. Grad-CAM's insertion − deletion above the random map's, LICO minus cross-entropy: "
             f"{_gains(above_random(small), 'overall', ('paper', 'repaired'), 'CE')} ({_seeds(small, 'F')}), "
             f"{_gains(above_random(large), 'overall', names, 'CE')} ({_seeds(large, 'G')}); pointing game "
-            f"{_gains(large, 'pointing_game', names[:1], 'CE')}. But G's maps hardly change with the photograph: they "
-            f"correlate with the *others'* mean map by {own['semantic']:.2f} (cross-entropy {own['CE']:.2f}, transport "
-            f"alone {own['CE+OT']:.2f}), which hits in {others['semantic']:.0f} % ({others['CE']:.0f}, "
-            f"{others['CE+OT']:.0f}).")
+            f"{_gains(large, 'pointing_game', names, 'CE')}. But G's maps hardly change with the photograph: each "
+            f"correlates by {own['semantic']:.2f} with the mean map of the *other* photographs (cross-entropy "
+            f"{own['CE']:.2f}, transport alone {own['CE+OT']:.2f}), which alone hits in {others['semantic']:.0f} %.")
 
 def coverage_sentence(
     n: pd.DataFrame,  # from `coverage`
@@ -294,5 +293,5 @@ def coverage_sentence(
                  rows.drop_duplicates(['table', 'claim'])['where'].value_counts())
     return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, "
             f"{by.get(GRADES[1], 0)} on other natural images, {by.get('not testable here', 0)} are not testable here "
-            f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.runnable} have a notebook that gives "
-            f"them at `-p profile paper`; measured: {total.measured}, on a stand-in: {total.stand_in}.")
+            f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} is measured and "
+            f"{total.stand_in} on a stand-in; {total.runnable} run at `-p profile paper`.")

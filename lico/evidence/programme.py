@@ -205,8 +205,10 @@ _says = dict(supported='Yes', contradicted='No, the other way round', inconclusi
 def _said(r):
     "A verdict in words."
     if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter, if any'
-    small = r.verdict == 'supported' and abs(r.difference) + r.half_width < r.margin
-    return f'Yes, but less than the {r.margin:g} point that would matter' if small else _says.get(r.verdict, r.verdict)
+    if r.verdict == 'supported' and r.difference - r.half_width < r.margin:
+        small = r.difference + r.half_width < r.margin
+        return f"Yes, {'less than' if small else 'perhaps'} the {r.margin:g} point that would matter"
+    return _says.get(r.verdict, r.verdict)
 
 def _answer(*rows):
     "The verdicts of some contrasts in words, each once."
@@ -217,7 +219,7 @@ def _points(r, name=''):
 
 def _matching(active):
     if active > 0: return f'matching had something to say at the end of {active:.0%} of the runs'
-    return 'at the end of every run its matching had nothing to say'
+    return "at every run's end its matching had nothing to say"
 
 def _data(rows):
     "The labels and the data of the blocks that are pooled, in words."
@@ -245,17 +247,17 @@ def findings(
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     transport, shuffled, contrast, smoothing, _, _, *beyond = (whole[c.says] for c in SECONDARY)
     beside = rows[(rows.contrast == names_2.contrast) & ~rows.block.map(_counts).astype(bool)]
-    elsewhere = ''.join(f', on {BLOCKS[r.block].dataset} {_points(r, PRIMARY[1].arm)}' for r in beside.itertuples())
+    elsewhere = ''.join(f', without verdict on {BLOCKS[r.block].dataset} {_points(r)}' for r in beside.itertuples())
     said = [f"**Does LICO gain accuracy?** {_answer(repaired, semantic)}: with {_data(rows)}, over the "
             f"{repaired.base:.1f} % of cross-entropy, {_points(repaired, 'repaired')} and "
             f"{_points(semantic, 'semantic')} points. Transport alone gains {_points(transport)}, to which matching "
             f"adds {_points(beyond[1])} and {_points(beyond[2])}; label smoothing gains {_points(smoothing)}, "
             f"supervised contrast {_points(contrast)}.",
-            f"**Has language a part in it?** {_answer(names_1, names_2)}: right names less the same names on wrong "
+            f"**Has language a part in it?** {_answer(names_1, names_2)}: right names minus the same names on wrong "
             f"classes: {_points(names_1, 'repaired')}, {_points(names_2, 'semantic')}{elsewhere}; wrong names gain "
             f"{_points(shuffled, 'repaired')}.",
-            f"**Does the paper's text, taken literally, work?** {_answer(literal)}: {_points(literal, 'paper')}, and "
-            f"{_points(beyond[0])} beside transport alone; {_matching(literal.active)}.",
+            f"**Does the paper's text, taken literally, work?** {_answer(literal)}: {_points(literal, 'paper')}; "
+            f"minus transport alone {_points(beyond[0])}; {_matching(literal.active)}.",
             f"**Are its maps better?** {maps}",
             f"**How far does this go?** {_extent(rows)}."]
     return '\n'.join(f'* {s}' for s in said)
