@@ -89,8 +89,8 @@ def check_finite(
     finite = math.isfinite(row['loss']) and math.isfinite(row['grad_norm'])
     if finite and math.isfinite(largest): return
     terms = ', '.join(f"{k} {row[k]:.3g}" for k in ('ce', 'mm', 'ot', 'tau', 'grad_norm') if k in row)
-    what = "a statistic of batch normalisation" if finite else "the loss"
-    raise FloatingPointError(f"{what} is not finite at step {step} ({terms}): lower the learning rate or the weight "
+    what = "a statistic of batch normalisation is not finite at step " if finite else "the loss is not finite at step "
+    raise FloatingPointError(f"{what}{step} ({terms}): lower the learning rate or the weight "
                              "of the term that is not finite; the network and the last checkpoint are from before it")
 
 # %% ../nbs/method/14_watch.ipynb #ebf6a662

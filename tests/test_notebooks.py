@@ -47,6 +47,7 @@ def smoke(notebook, lico_root, **parameters):
     return lico_root/'data'/'smoke'/notebook
 
 
+@pytest.mark.slow
 def test_table3_from_any_folder(tmp_path):
     p = papermill('table3.ipynb', '-p', 'profile', 'smoke', cwd=tmp_path, lico_root=tmp_path)
     assert p.returncode == 0, p.stderr[-3000:]
@@ -184,6 +185,7 @@ def test_what_is_refused_is_said_in_one_sentence(lico_root, given, sentence):
     assert '\n' not in str(e.value) and len(str(e.value)) > 40
 
 
+@pytest.mark.slow
 def test_the_last_line_of_papermill_is_that_sentence(tmp_path):
     p = papermill('table3.ipynb', '-p', 'profile', 'smoke', '-p', 'sedes', '0', cwd=tmp_path, lico_root=tmp_path,
                   output='x.ipynb')
