@@ -117,6 +117,7 @@ def _no_gradient(net):
     return ValueError(f"the answer of {type(net).__name__} has no gradient (it is detached, under no_grad, or of whole "
                       "numbers, as quantised networks are): use a method that needs none, such as rise")
 
+# %% ../nbs/method/16_cams.ipynb #376ce0f9
 class Probe:
     "A network within `undisturbed`, as the methods ask it: numbers for the classes, and maps of a layer."
     def __init__(self,

@@ -236,6 +236,7 @@ def _extent(rows):
     left = [k for k in BLOCKS if k not in ran]
     return '; '.join(each) + (f"; {', '.join(left)} are not run" if left else '')
 
+# %% ../../nbs/evidence/34_programme.ipynb #35d840c8
 def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts and of the further ones
     maps: str,  # the sentence on maps
