@@ -626,6 +626,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lico/evidence/programme.py'),
                                          'lico.evidence.programme.asked_of_block': ( 'evidence/programme.html#asked_of_block',
                                                                                      'lico/evidence/programme.py'),
+                                         'lico.evidence.programme.beside_float32': ( 'evidence/programme.html#beside_float32',
+                                                                                     'lico/evidence/programme.py'),
                                          'lico.evidence.programme.block_runs': ( 'evidence/programme.html#block_runs',
                                                                                  'lico/evidence/programme.py'),
                                          'lico.evidence.programme.collect_block': ( 'evidence/programme.html#collect_block',

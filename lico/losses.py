@@ -218,8 +218,9 @@ def _scalings(C, eps, n_iter, tol):
     u = 1/(N*(v@K))
     for _ in range(n_iter):
         excess = M*v*(u@K.mT)
-        if tol and (excess - 1).abs().mean(2).max() < tol: break
-        low, high = torch.stack((new := v/excess).aminmax()).tolist()
+        # one wait for a GPU
+        off, low, high = torch.stack(((excess - 1).abs().mean(2).max(), *(new := v/excess).aminmax())).tolist()
+        if tol and off < tol: break
         if 1/far < low and high < far: v = new
         else:
             del K  # four matrices at a time are enough

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'BLOCKS', 'PRIMARY', 'SECONDARY', 'ProgrammeArm', 'Block', 'block_runs', 'arm_name', 'Contrast', 'smallest',
-           'contrast_rows', 'contrast_table', 'draw_contrasts', 'findings', 'asked_of_block', 'maps_of_block',
-           'collect_block', 'above_random', 'map_table']
+           'contrast_rows', 'contrast_table', 'draw_contrasts', 'beside_float32', 'findings', 'asked_of_block',
+           'maps_of_block', 'collect_block', 'above_random', 'map_table']
 
 # %% ../../nbs/evidence/34_programme.ipynb #d35fda54
 import math
@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 
 from ..config import choose
 from .report import forest, signed
-from .stats import (METRICS, conditions, differences, holm, interval, of_runs, paired, pairs, sign_flip,
+from .stats import (METRICS, SETTING, conditions, differences, holm, interval, of_runs, paired, pairs, sign_flip,
                                  smallest_difference, verdict)
 from .map_scores import OF_OTHERS
 from .store import collect
@@ -62,6 +62,7 @@ class Block:
     metrics: tuple = ('insertion', 'deletion')  # of its maps
     also: dict = field(default_factory=lambda: dict.fromkeys(('grad-cam', 'random'), _baselines))  # method -> more
     pooled: bool = True  # its accuracies are in the means over blocks
+    precision: str = 'fp32'  # of its training
 
 _all = tuple(a for a in ARMS if a != 'CGC')
 _few = ('CE', 'CE+SupCon', 'repaired', 'repaired-shuffled', 'semantic', 'semantic-shuffled')
@@ -72,17 +73,20 @@ BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smal
           'C': Block('cifar100-part', 'wrn_28_2', 400, _few, 10, says='many classes, where meaning could matter'),
           'D': Block('cifar10', 'wrn_28_2', 4000, _four, 5, _maps, 300, 'many labels'),
           'E': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None,
-                     (*_four, 'semantic', 'CGC'), 5, _maps, 200,
+                     (*_four, 'semantic', 'semantic-shuffled', 'CGC'), 5, _maps, 200,
                      "photographs, a network with ImageNet's weights, maps with boxes",
-                     dict(pretrained=True, image_size=112, output_stride=16, epochs=10),
-                     ('insertion', 'deletion', 'pointing_game', 'energy'), pooled=False),
+                     dict(pretrained=True, image_size=112, output_stride=16, epochs=5),
+                     ('insertion', 'deletion', 'pointing_game', 'energy'),
+                     {'grad-cam': (*_baselines, *OF_OTHERS), 'random': _baselines}, pooled=False),
           'F': Block('cifar10', 'wrn_28_2', 40, _four, 10, ('grad-cam', 'random'), 50, 'A again on a CPU, for maps',
                      also={}, pooled=False),
           'G': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None,
                      ('CE', 'CE+OT', 'semantic', 'semantic-shuffled'), 5, ('grad-cam', 'random'), 100,
                      'one epoch on a CPU, for language among 100 classes',
                      dict(pretrained=True, image_size=96, output_stride=16, epochs=1),
-                     ('insertion', 'deletion', 'pointing_game', 'energy'), {'grad-cam': OF_OTHERS}, pooled=False)}
+                     ('insertion', 'deletion', 'pointing_game', 'energy'), {'grad-cam': OF_OTHERS}, pooled=False),
+          'A16': Block('cifar10', 'wrn_28_2', 40, ('CE', 'repaired'), 20, says='A again in bfloat16', pooled=False,
+                       precision='bf16')}
 
 # %% ../../nbs/evidence/34_programme.ipynb #e9e83057
 def block_runs(
@@ -93,7 +97,8 @@ def block_runs(
 ) -> list:
     "The runs of a block, all arms of a seed together, so that a block that is stopped has whole seeds."
     b = BLOCKS[choose('block', name, BLOCKS)]
-    options = lambda a: {} if a.class_text == 'names' else dict(class_text=a.class_text)
+    in_bits = {} if b.precision == 'fp32' else dict(precision=b.precision)
+    options = lambda a: in_bits | ({} if a.class_text == 'names' else dict(class_text=a.class_text))
     how = b.how | {k: v for k, v in fixed.items() if v is not None}
     if fixed.get('steps'): how.pop('epochs', None)
     return [Run(dataset=dataset, labels=b.labels, backbone=b.backbone, method=ARMS[a].method, preset=ARMS[a].preset,
@@ -198,6 +203,22 @@ def draw_contrasts(
     kinds = rows.block.where(rows.block == 'all', 'block ' + rows.block).replace('all', 'all blocks')
     return forest(rows.assign(arm=rows.contrast.str.replace(' beats? ', ' − ', regex=True), kind=kinds,
                               metric='accuracy_last', reference='the reference'), fig)
+
+# %% ../../nbs/evidence/34_programme.ipynb #d0a1581c
+def beside_float32(
+    full: pd.DataFrame,  # rows of block A
+    half: pd.DataFrame,  # rows of block A16
+    margin: float = .5,  # points of accuracy
+) -> pd.DataFrame:
+    "One row an arm: what training in bfloat16 adds to its accuracy, and whether that is nothing (`equivalent`)."
+    rows = []
+    for arm in dict.fromkeys(half.arm):
+        own = pd.concat([df[df.arm == arm] for df in (full, half)])
+        o, = pairs(of_runs(own), 'fp32', [k for k in SETTING if k not in ('precision', 'training')], ('precision',))
+        e = interval((o.accuracy_last - o.accuracy_last_base).round(9))
+        rows.append(dict(arm=arm, n=e.n, base=o.accuracy_last_base.mean(), difference=e.mean, half_width=e.half_width,
+                         margin=margin, p_within=e.p_within(margin), equivalent=e.p_within(margin) < .05))
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/evidence/34_programme.ipynb #533e4167
 _says = dict(supported='Yes', contradicted='No, the other way round', inconclusive='Cannot tell')
