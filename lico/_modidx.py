@@ -307,6 +307,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'lico/evidence/benchmark.py'),
                                          'lico.evidence.benchmark._step': ('evidence/benchmark.html#_step', 'lico/evidence/benchmark.py'),
                                          'lico.evidence.benchmark._tower': ('evidence/benchmark.html#_tower', 'lico/evidence/benchmark.py'),
+                                         'lico.evidence.benchmark._variant': ( 'evidence/benchmark.html#_variant',
+                                                                               'lico/evidence/benchmark.py'),
                                          'lico.evidence.benchmark._violation': ( 'evidence/benchmark.html#_violation',
                                                                                  'lico/evidence/benchmark.py'),
                                          'lico.evidence.benchmark.benchmark': ( 'evidence/benchmark.html#benchmark',

@@ -231,8 +231,9 @@ def invent_words(
 ):
     "A twin of the encoder that knows one Gaussian word more for each token in `ids`, and the ids of these words."
     table, sizes = enc.table.weight, [len(o) for o in ids]
-    std, mean = torch.std_mean(table, 0)
-    words = mean + std*torch.randn(sum(sizes), enc.embed_dim, generator=torch.Generator().manual_seed(seed)).to(table)
+    std, mean = torch.std_mean(table.cpu(), 0)  # the same words wherever the encoder is
+    words = torch.randn(sum(sizes), enc.embed_dim, generator=torch.Generator().manual_seed(seed))
+    words = (mean + std*words).to(table)
     twin = copy.copy(enc)
     twin.__dict__['_modules'] = {**enc._modules, 'table': nn.Embedding.from_pretrained(torch.cat([table, words]))}
     return twin, list((len(table) + torch.arange(len(words))).split(sizes))

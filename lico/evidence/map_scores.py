@@ -18,6 +18,7 @@ from ..files import locked, python_command, read_sealed, write_sealed
 from .cases import Cases
 from ..experiments import MEASURING_PROTOCOL
 from ..model import tensors_digest
+from ..networks import full_float32
 from ..metrics import blur, deletion, energy_pointing_game, insertion, mosu, pointing_game, random_affine, ses
 from ..saliency import METHODS, explain
 
@@ -167,7 +168,8 @@ def scores(
         chunks = [range(i, min(i + 8, len(cases))) for i in range(0, len(cases), 8)]
         missing = [list(c) for c in chunks if not {wanted[i] for i in c} <= set(done.case)]
         for index in tqdm(missing, f'{saliency}, 8 images', unit='step', delay=2, leave=False, disable=not progress):
-            rows = _chunk(cases, index, saliency, metrics, batch_size, options).assign(
+            with full_float32(): rows = _chunk(cases, index, saliency, metrics, batch_size, options)
+            rows = rows.assign(
                 case=[wanted[i] for i in index], **{k: stamp()[k] for k in ('hardware', 'instructions', 'torch')})
             done = pd.concat([done, rows]).drop_duplicates('case', keep='last') if len(done) else rows
             write_sealed(path, done.to_csv(index=False, float_format='%.5g'))
