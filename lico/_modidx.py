@@ -609,8 +609,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'lico/evidence/programme.py'),
                                          'lico.evidence.programme._answer': ( 'evidence/programme.html#_answer',
                                                                               'lico/evidence/programme.py'),
-                                         'lico.evidence.programme._counts': ( 'evidence/programme.html#_counts',
-                                                                              'lico/evidence/programme.py'),
                                          'lico.evidence.programme._data': ('evidence/programme.html#_data', 'lico/evidence/programme.py'),
                                          'lico.evidence.programme._extent': ( 'evidence/programme.html#_extent',
                                                                               'lico/evidence/programme.py'),
