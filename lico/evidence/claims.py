@@ -16,10 +16,10 @@ from ..config import parameters, root
 from .arms import (TABLES, arm_named, arm_of, columns_of, grade, grid, paper_dataset, printed_as,
                                 printed_dataset, printed_place)
 from .printed import printed_numbers, results
-from .programme import ARMS, BLOCKS, above_random
+from .programme import ARMS, BLOCKS, above_random, contrast_rows
 from .report import signed
-from .stats import (GRADES, METRICS, conditions, differences, holm, interval, of_runs, paired, pairs,
-                                 smallest_difference, verdict)
+from .stats import (FEWEST, GRADES, METRICS, conditions, differences, holm, interval, of_runs, paired,
+                                 pairs, smallest_difference, verdict)
 from .store import read_results
 
 # %% ../../nbs/evidence/36_claims.ipynb #49eb0254
@@ -162,21 +162,34 @@ def _row(claim, preset, where, settings):
                 margin=min(smallest_difference(claim.metric, r.labels) for r in rows),
                 folders=', '.join(sorted({o['folder'] for o in settings})), estimate=e)
 
+def _enough(settings):
+    "Those that can have a verdict; all of them where none can."
+    return [o for o in settings if len(o['d']) >= FEWEST] or settings
+
+def _same(r): return round(r.difference, 9), round(r.p, 9)
+
+def _of_the_programme():
+    "What tells a primary contrast: its corrected p value."
+    rows = contrast_rows(blocks()).dropna(subset=['p_holm'])
+    return {_same(r): r.p_holm for r in rows.itertuples()}
+
 def claim_rows() -> pd.DataFrame:
     """One row a claim and preset on its best grade of evidence; a claim of which nothing is known has one row with
-    what it needs."""
+    what it needs. A comparison that is a primary contrast has its correction from there, the others are a family."""
     rows = []
     for c in CLAIMS:
         found = {k: list(v.values()) for k, v in _measured(c).items() if k[1] != 'demonstration'}
         best = min((GRADES.index(g) for _, g in found), default=None)
-        own = [_row(c, preset, g, o) for (preset, g), o in found.items() if GRADES.index(g) == best]
+        own = [_row(c, preset, g, _enough(o)) for (preset, g), o in found.items() if GRADES.index(g) == best]
         rows += own or [dict(table=c.table, claim=c.says, metric=c.metric, where='not testable here', needs=c.needs)]
     df = pd.DataFrame(rows).reindex(columns=['table', 'claim', 'metric', 'preset', 'where', 'settings', 'seeds', 'n',
                                              'data', 'printed_base', 'printed_value', 'printed', 'base', 'value',
                                              'difference', 'half_width', 'p', 'active', 'failed', 'margin', 'folders',
                                              'needs', 'estimate'])
-    papers = df['where'] == GRADES[0]
-    df.loc[papers, 'p_holm'] = holm(df[papers].p)
+    papers, declared = df['where'] == GRADES[0], _of_the_programme()
+    df['p_holm'] = [declared.get(_same(r), math.nan) for r in df.itertuples()]
+    others = papers & df.p_holm.isna()
+    df.loc[others, 'p_holm'] = holm(df[others].p)
     said = [verdict(r.estimate, r.p_holm, r.margin, r.where, r.failed) if r.where == GRADES[0] else ''
             for r in df.itertuples()]
     return df.assign(verdict=said).drop(columns='estimate')
