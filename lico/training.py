@@ -100,10 +100,14 @@ class _Trainer:
 @contextlib.contextmanager
 def _undone(model):
     "What a step that fails has changed without an optimiser, statistics and temperatures, is put back."
-    before = [b.clone() for b in model.buffers()]
+    kinds = {}
+    for b in model.buffers(): kinds.setdefault((b.dtype, b.device), []).append(b)
+    before = [torch.cat([b.flatten() for b in alike]) for alike in kinds.values()]  # few calls: a GPU waits for each
     try: yield
     except BaseException:
-        with torch.no_grad(): [b.copy_(old) for b, old in zip(model.buffers(), before)]
+        with torch.no_grad():
+            for alike, old in zip(kinds.values(), before):
+                for b, o in zip(alike, old.split([b.numel() for b in alike])): b.copy_(o.view_as(b))
         raise
 
 def _advance(t, x, y):
