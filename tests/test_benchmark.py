@@ -87,7 +87,7 @@ def test_a_picture_of_rows_that_are_and_are_not_reached():
 def test_smoke(lico_root):
     run('benchmark', profile='smoke')
     df = pd.read_csv(lico_root/'data'/'smoke'/'benchmark'/'results.csv')
-    assert {1, 2, 3, 4, 6, 7, 8, 12} == set(df.number) and df.hardware.notna().all() and df.id.is_unique
+    assert {1, 2, 3, 4, 6, 7, 8, 12, 13} == set(df.number) and df.hardware.notna().all() and df.id.is_unique
     assert df.value.notna().sum() > 15 and df[df.value.isna()].note.str.startswith('not measured').all()
 
 

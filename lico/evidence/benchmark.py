@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'MEASUREMENTS', 'training_step', 'precisions', 'input_pipeline', 'transport', 'growth', 'imports',
-           'first_command', 'whole_training', 'benchmark']
+           'first_command', 'whole_training', 'started', 'benchmark']
 
 # %% ../../nbs/evidence/41_benchmark.ipynb #1ab9dfac
 import contextlib, io, math, os, resource, subprocess, sys, tempfile, time
@@ -20,7 +20,7 @@ from ..data import Images, load, training_batches
 from ..datasets import imagenet_names
 from .store import write_results
 from .passes import CIFAR10, masked_passes, other_libraries, random_pictures, testing
-from .timing import alternate, exponent, missing, peak_memory, row, seconds
+from .timing import alternate, exponent, missing, operations, peak_memory, row, seconds
 from ..losses import LossOptions, cost_matrix, sinkhorn
 from ..networks import full_float32
 from ..model import LICO, CrossEntropy
@@ -251,9 +251,22 @@ def _images_a_second(model, data, o, precision):
     while len(rates)*part < o.steps: rates.append(part*t.batch_size/seconds(some, o.where))
     return rates[1:] or rates
 
+# %% ../../nbs/evidence/41_benchmark.ipynb #f8aef314
+def started(o):
+    "Row 13: the operations that a LICO step starts, beside those of a step of cross-entropy."
+    try: prompts = PromptLearner(load_text_encoder('minilm'), CIFAR10)
+    except FileNotFoundError:
+        yield missing(13, 'operations of a LICO step', 'CE step', 'MiniLM is not installed')
+        return
+    torch.manual_seed(0)
+    net = create_backbone(o.trained, 10, 32).to(o.where)
+    x, y = _batch(o, 10)
+    ce, lico = (operations(_step(m, x, y)) for m in (CrossEntropy(net), LICO(net, prompts).to(o.where)))
+    yield row(13, 'operations of a LICO step', 'CE step', [lico/ce], note=f'{lico} and {ce}')
+
 # %% ../../nbs/evidence/41_benchmark.ipynb #9557f3d9
 MEASUREMENTS = {1: masked_passes, 2: other_libraries, 4: training_step, 5: precisions, 6: testing, 7: input_pipeline,
-                8: transport, 9: growth, 10: imports, 11: first_command, 12: whole_training}
+                8: transport, 9: growth, 10: imports, 11: first_command, 12: whole_training, 13: started}
 
 def benchmark(
     p,  # parameters of the notebook
