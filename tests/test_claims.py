@@ -8,7 +8,8 @@ from lico.config import parameters, root
 from lico.evidence import claims
 from lico.evidence.arms import TABLES
 from lico.evidence.claims import CLAIMS, claim_rows, claims_table, coverage, maps_sentence
-from lico.evidence.programme import ARMS, BLOCKS, PRIMARY, arm_name, block_runs, contrast_rows, maps_of_block
+from lico.evidence.programme import (ARMS, BLOCKS, PRIMARY, SECONDARY, arm_name, beside_float32, block_runs,
+                                     contrast_rows, findings, maps_of_block)
 from test_stats import rows
 
 BASE = np.array([60., 61., 62., 63., 64.])
@@ -110,6 +111,38 @@ def test_a_block_beside_the_means():
     df, without = contrast_rows(made), contrast_rows({k: made[k] for k in 'AB'})
     assert df[df.block != 'F'].reset_index(drop=True).equals(without)
     assert df[df.block == 'F'].n.tolist() == [10]*3
+
+
+def test_a_block_of_few_seeds_stands_beside():
+    "Three whole seeds of C change no pooled mean and no verdict, and are told."
+    made = {k: programme(k, repaired=3) for k in 'ABC'}
+    made['C'] = made['C'][made['C'].seed < 3]
+    df, without = contrast_rows(made), contrast_rows({k: made[k] for k in 'AB'})
+    assert df[df.block != 'C'].reset_index(drop=True).equals(without) and not df[df.block == 'C'].pooled.any()
+    every = pd.concat([df, contrast_rows(made, SECONDARY, family=False)])
+    said = findings(every, 'Nobody looked.')
+    assert '40 and 250 labels of cifar10' in said and 'without verdict on cifar100-part (3 seeds) ' in said
+    assert 'C: cifar100-part, 400 labels, 3 of 10' in said and 'D, E, F, G, A16 are not run' in said
+
+
+def test_what_half_of_the_bits_cost():
+    "Pairs of one arm and seed in both precisions: a shift is found, and nothing is equivalent to itself only."
+    full = programme('A').assign(precision='fp32', training='a')
+    half = full[full.arm.isin(BLOCKS['A16'].arms)].assign(id=lambda d: d.id + 'h', precision='bf16', training='b')
+    cost = lambda d: half.assign(accuracy_last=half.accuracy_last + d*(half.arm == 'repaired') + .1*(-1.)**half.seed)
+    same, worse = beside_float32(full, cost(0)), beside_float32(full, cost(-.6))
+    assert same.equivalent.all() and same.n.tolist() == [20, 20] and same.difference.tolist() == pytest.approx([0, 0])
+    assert worse.equivalent.tolist() == [True, False] and worse.difference[1] == pytest.approx(-.6)
+
+
+def test_one_comparison_has_one_verdict(lico_root):
+    "A claim that is a primary contrast has that contrast's correction, for five, and not one of its own."
+    store('language-A', programme('A', repaired=.6).assign(profile='paper'))
+    whose = 'LICO gains accuracy, with few labels and with all', 'repaired'
+    claim = claim_rows().set_index(['claim', 'preset']).loc[whose]
+    primary = contrast_rows(claims.blocks()).set_index('contrast').loc['LICO repaired beats cross-entropy']
+    assert claim.p == pytest.approx(primary.p) and claim.p_holm == primary.p_holm > claim.p
+    assert claim.verdict == primary.verdict
 
 
 def test_maps_of_a_block_are_evidence_for_table_1(lico_root):
