@@ -7,9 +7,10 @@ import numpy as np, pandas as pd, pytest
 from lico.config import parameters, root
 from lico.evidence import claims
 from lico.evidence.arms import TABLES
-from lico.evidence.claims import CLAIMS, claim_rows, claims_table, coverage, maps_sentence
-from lico.evidence.programme import (ARMS, BLOCKS, PRIMARY, SECONDARY, arm_name, beside_float32, block_runs,
-                                     contrast_rows, findings, maps_of_block)
+from lico.evidence.claims import CLAIMS, claim_rows, claims_table, coverage, maps_sentence, printed_gain
+from lico.evidence.programme import (ARMS, BLOCKS, PRIMARY, SECONDARY, arm_name, block_runs, contrast_rows,
+                                     done_again, findings, maps_of_block)
+from lico.evidence.stats import holm
 from test_stats import rows
 
 BASE = np.array([60., 61., 62., 63., 64.])
@@ -121,18 +122,21 @@ def test_a_block_of_few_seeds_stands_beside():
     assert df[df.block != 'C'].reset_index(drop=True).equals(without) and not df[df.block == 'C'].pooled.any()
     every = pd.concat([df, contrast_rows(made, SECONDARY, family=False)])
     said = findings(every, 'Nobody looked.')
-    assert '40 and 250 labels of cifar10' in said and 'without verdict on cifar100-part (3 seeds) ' in said
-    assert 'C: cifar100-part, 400 labels, 3 of 10' in said and 'D, E, F, G, A16 are not run' in said
+    assert '40 and 250 labels of cifar10 (A, B)' in said and 'without verdict on cifar100-part (C) ' in said
+    assert 'C: cifar100-part, 400 labels, 3 of 10 seeds' in said and 'D, E, F, G, A16 are not run' in said
 
 
-def test_what_half_of_the_bits_cost():
-    "Pairs of one arm and seed in both precisions: a shift is found, and nothing is equivalent to itself only."
-    full = programme('A').assign(precision='fp32', training='a')
-    half = full[full.arm.isin(BLOCKS['A16'].arms)].assign(id=lambda d: d.id + 'h', precision='bf16', training='b')
+def test_what_doing_runs_again_adds():
+    "Pairs of one arm and seed: a shift is found, the spread is that of the differences, and no pair is made up."
+    full = programme('A')
+    half = full[full.arm.isin(BLOCKS['A16'].arms)].assign(id=lambda d: d.id + 'h')
     cost = lambda d: half.assign(accuracy_last=half.accuracy_last + d*(half.arm == 'repaired') + .1*(-1.)**half.seed)
-    same, worse = beside_float32(full, cost(0)), beside_float32(full, cost(-.6))
-    assert same.equivalent.all() and same.n.tolist() == [20, 20] and same.difference.tolist() == pytest.approx([0, 0])
-    assert worse.equivalent.tolist() == [True, False] and worse.difference[1] == pytest.approx(-.6)
+    same, worse = done_again(full, cost(0)), done_again(full, cost(-.6))
+    assert same.equivalent.all() and same.n.tolist() == [20, 20, 40] and same.arm.tolist() == ['CE', 'repaired', 'all']
+    assert same.difference.tolist() == pytest.approx([0, 0, 0]) and same.sd[0] == pytest.approx(.1*(20/19)**.5)
+    assert worse.equivalent.tolist() == [True, False, True] and worse.difference[1] == pytest.approx(-.6)
+    few = done_again(full, half[half.seed < 2])
+    assert few.arm.tolist() == ['all'] and few.n.tolist() == [4]
 
 
 def test_one_comparison_has_one_verdict(lico_root):
@@ -140,9 +144,20 @@ def test_one_comparison_has_one_verdict(lico_root):
     store('language-A', programme('A', repaired=.6).assign(profile='paper'))
     whose = 'LICO gains accuracy, with few labels and with all', 'repaired'
     claim = claim_rows().set_index(['claim', 'preset']).loc[whose]
+    assert math.isclose(printed_gain(claim_rows()), 24.9 - 23.4, abs_tol=.06)
     primary = contrast_rows(claims.blocks()).set_index('contrast').loc['LICO repaired beats cross-entropy']
     assert claim.p == pytest.approx(primary.p) and claim.p_holm == primary.p_holm > claim.p
     assert claim.verdict == primary.verdict
+    store('table10', rows('DC on', BASE), rows('DC off', BASE + 20*NOISE), labels='all')
+    other = claim_rows().set_index('claim').loc['without the dynamic context accuracy is lost']
+    six = holm([other.p, *contrast_rows(claims.blocks()).p])
+    assert other.p_holm == pytest.approx(six[0]) and other.p_holm > other.p
+
+
+def test_runs_on_different_machines_are_no_pairs():
+    df = programme('A').assign(hardware=lambda d: np.where(d.arm == 'CE', 'one', 'another'))
+    assert 'LICO repaired beats cross-entropy' not in set(contrast_rows({'A': df}).contrast)
+    assert 'right names beat shuffled names (repaired)' in set(contrast_rows({'A': df}).contrast)
 
 
 def test_maps_of_a_block_are_evidence_for_table_1(lico_root):
@@ -165,8 +180,8 @@ def test_the_sentence_on_maps():
     large = maps('G', 'pointing_game', **arms).assign(overall=maps('G', 'overall', **arms).overall)
     large = large.assign(pointing_others=80, alike=large.arm.map(lambda a: .5 + .4*(a == 'semantic')))
     said = maps_sentence(small, large)
-    assert 'cross-entropy: +1.00 ± 0.00 (`paper`) and +2.00 ± 0.00 (`repaired`) (F, 10 seeds)' in said
-    assert '+3.00 ± 0.00 (`semantic`) and +2.00 ± 0.00 (`semantic-shuffled`) (G, 5 seeds)' in said
+    assert 'cross-entropy: +1.00 ± 0.00 (`paper`) and +2.00 ± 0.00 (`repaired`) (F)' in said
+    assert '+3.00 ± 0.00 (`semantic`) and +2.00 ± 0.00 (`semantic-shuffled`) (G)' in said
     assert 'pointing game +6.00 ± 0.00 (`semantic`) and +4.00 ± 0.00 (`semantic-shuffled`).' in said
     assert 'by 0.90 with the mean map' in said
     assert '(cross-entropy 0.50, transport alone 0.50), which alone hits in 80 %' in said

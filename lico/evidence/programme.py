@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'BLOCKS', 'PRIMARY', 'SECONDARY', 'ProgrammeArm', 'Block', 'block_runs', 'arm_name', 'Contrast', 'smallest',
-           'contrast_rows', 'contrast_table', 'draw_contrasts', 'beside_float32', 'findings', 'asked_of_block',
+           'contrast_rows', 'contrast_table', 'draw_contrasts', 'done_again', 'findings', 'asked_of_block',
            'maps_of_block', 'collect_block', 'above_random', 'map_table']
 
 # %% ../../nbs/evidence/34_programme.ipynb #d35fda54
@@ -16,8 +16,8 @@ import numpy as np, pandas as pd
 
 from ..config import choose
 from .report import forest, signed
-from .stats import (FEWEST, METRICS, SETTING, conditions, differences, holm, interval, of_runs, paired,
-                                 pairs, sign_flip, smallest_difference, verdict)
+from .stats import (FEWEST, METRICS, conditions, differences, holm, interval, of_runs, paired, pairs,
+                                 sign_flip, smallest_difference, verdict)
 from .map_scores import OF_OTHERS
 from .store import collect
 from ..experiments import Run
@@ -143,8 +143,8 @@ def _found(df, contrast):
     found = iter(pairs(conditions(of_runs(own)), contrast.reference, treatment=('arm', 'text_encoder')))
     return next((differences(o, 'accuracy_last') for o in found), None)
 
-_columns = ['contrast', 'of', 'block', 'pooled', 'settings', 'n', 'base', 'difference', 'half_width', 'p', 'p_flip', 'margin',
-            'p_within', 'failed', 'active', 'differences', 'estimate']
+_columns = ['contrast', 'of', 'block', 'pooled', 'settings', 'n', 'base', 'difference', 'half_width', 'p', 'p_flip',
+            'margin', 'p_within', 'failed', 'active', 'differences', 'estimate']
 
 # %% ../../nbs/evidence/34_programme.ipynb #550ab4b1
 def contrast_rows(
@@ -163,9 +163,9 @@ def contrast_rows(
             groups = [found[k] for k in mine]
             e, margin = interval(*(g['d'] for g in groups)), min(map(smallest, mine))
             base, failed, active = (sum(g[k] for g in groups)/len(groups) for k in ('base', 'failed', 'active'))
-            rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where, pooled=set(mine) <= set(pooled),
-                             settings=len(groups), n=e.n,
-                             base=base, difference=e.mean, half_width=e.half_width, p=e.p(),
+            rows.append(dict(contrast=c.says, of=f'{c.arm} − {c.reference}', block=where,
+                             pooled=set(mine) <= set(pooled), settings=len(groups), n=e.n, base=base,
+                             difference=e.mean, half_width=e.half_width, p=e.p(),
                              p_flip=sign_flip(np.concatenate([g['d']/len(g['d']) for g in groups])),
                              margin=margin, p_within=e.p_within(margin), failed=failed, active=active,
                              differences=[float(d) for g in groups for d in g['d']], estimate=e))
@@ -174,9 +174,10 @@ def contrast_rows(
 
 def _with_verdicts(df):
     "The rows with Holm's p of the contrasts as wholes, and their verdicts; blocks that are not pooled have none."
-    whole = ~df.duplicated('contrast') & df.pooled.astype(bool)
-    corrected = pd.Series(holm(df[whole].p), df[whole].index)
-    says = {i: verdict(r.estimate, corrected[i], r.margin, failed=r.failed) for i, r in df[whole].iterrows()}
+    whole = df[df.pooled.astype(bool)].drop_duplicates('contrast')
+    missing = max(0, len(PRIMARY) - len(whole))  # of the five, those without a p value count too
+    corrected = pd.Series(holm([*whole.p, *[math.nan]*missing])[:len(whole)], whole.index)
+    says = {i: verdict(r.estimate, corrected[i], r.margin, failed=r.failed) for i, r in whole.iterrows()}
     return df.assign(p_holm=corrected, verdict=pd.Series(says, dtype=object)).drop(columns='estimate')
 
 # %% ../../nbs/evidence/34_programme.ipynb #c790d87c
@@ -204,31 +205,32 @@ def draw_contrasts(
                               metric='accuracy_last', reference='the reference'), fig)
 
 # %% ../../nbs/evidence/34_programme.ipynb #d0a1581c
-def beside_float32(
-    full: pd.DataFrame,  # rows of block A
-    half: pd.DataFrame,  # rows of block A16
+def done_again(
+    first: pd.DataFrame,  # rows of results
+    again: pd.DataFrame,  # of the same arms and seeds in another precision or on another machine
     margin: float = .5,  # points of accuracy
 ) -> pd.DataFrame:
-    "One row an arm: what training in bfloat16 adds to its accuracy, and whether that is nothing (`equivalent`)."
+    """What doing runs again adds to their accuracy, a row an arm of at least 3 pairs, and one over all: the mean,
+    the standard deviation `sd` of the differences, and whether two one-sided tests hold the mean within the margin."""
+    both = of_runs(first).merge(of_runs(again), on=['arm', 'seed', 'split'], suffixes=('_first', ''),
+                                validate='one_to_one')
+    both['d'] = (both.accuracy_last - both.accuracy_last_first).round(9)
     rows = []
-    for arm in dict.fromkeys(half.arm):
-        own = pd.concat([df[df.arm == arm] for df in (full, half)])
-        o, = pairs(of_runs(own), 'fp32', [k for k in SETTING if k not in ('precision', 'training')], ('precision',))
-        e = interval((o.accuracy_last - o.accuracy_last_base).round(9))
-        rows.append(dict(arm=arm, n=e.n, base=o.accuracy_last_base.mean(), difference=e.mean, half_width=e.half_width,
-                         margin=margin, p_within=e.p_within(margin), equivalent=e.p_within(margin) < .05))
+    for arm, o in [(k, o) for k, o in both.groupby('arm', sort=False) if len(o) > 2] + [('all', both)]:
+        e = interval(o.d)
+        rows.append(dict(arm=arm, n=e.n, base=o.accuracy_last_first.mean(), difference=e.mean, half_width=e.half_width,
+                         sd=o.d.std(), margin=margin, p_within=e.p_within(margin),
+                         equivalent=e.p_within(margin) < .05))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/evidence/34_programme.ipynb #533e4167
-_says = dict(supported='Yes', contradicted='No, the other way round')
+_says = dict(supported='Yes', contradicted='No, the other way round', inconclusive='Cannot tell')
 
 def _said(r):
     "A verdict in words."
     if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter, if any'
-    if r.verdict == 'supported' and r.difference - r.half_width < r.margin:
-        small = r.difference + r.half_width < r.margin
-        return f"Yes, {'less than' if small else 'perhaps'} the {r.margin:g} point that would matter"
-    if r.verdict == 'inconclusive': return f"Cannot tell (Holm's p {r.p_holm:.2g})"
+    small = r.verdict == 'supported' and r.difference + r.half_width < r.margin
+    if small: return f'Yes, less than the {r.margin:g} point that would matter'
     return _says.get(r.verdict, r.verdict)
 
 def _answer(**rows):
@@ -245,12 +247,23 @@ def _matching(active):
     if active > 0: return f'matching had something to say at the end of {active:.0%} of the runs'
     return "at every run's end its matching had nothing to say"
 
+def _alone(rows, contrast):
+    "The pooled rows of a contrast that are of one block."
+    return rows[rows.pooled & (rows.contrast == contrast) & (rows.block != 'all')]
+
 def _data(rows):
     "The labels and the data of the blocks that are pooled, in words."
     labels = {}
     for k in sorted(set(rows[rows.pooled].block) - {'all'}):
         labels.setdefault(BLOCKS[k].dataset, []).append(str(BLOCKS[k].labels or 'all'))
-    return ' and '.join(f"{' and '.join(n)} labels of {name}" for name, n in labels.items())
+    return ' and '.join(f"{' and '.join(n)} labels of {name}" for name, n in labels.items()) + (
+        f" ({', '.join(k for k in sorted(set(rows[rows.pooled].block)) if k != 'all')})")
+
+def _each(rows, contrast):
+    "What a contrast came to in each of the pooled blocks, if there are several."
+    own = _alone(rows, contrast)
+    each = ', '.join(f'{r.block} {_points(r)}' for r in own.itertuples())
+    return f' ({each})' if len(own) > 1 else ''
 
 def _elsewhere(rows, names):
     "What contrasts came to on the data of no pooled block, in words; `names`: contrast -> how it is called."
@@ -259,15 +272,15 @@ def _elsewhere(rows, names):
     found = {}
     for r in beside.itertuples():
         if BLOCKS[r.block].dataset in pooled: continue
-        found.setdefault((r.block, r.n), []).append(_points(r, names[r.contrast]))
-    said = (f"on {BLOCKS[k].dataset} ({n} seeds) {' and '.join(o)}" for (k, n), o in sorted(found.items()))
+        found.setdefault(r.block, []).append(f'`{names[r.contrast]}` {_points(r)}')
+    said = (f"on {BLOCKS[k].dataset} ({k}) {', '.join(o)}" for k, o in sorted(found.items()))
     return f"; without verdict {', '.join(said)}" if found else ''
 
 def _extent(rows):
     "What was run of the programme, in words."
     ran = sorted(set(rows.block) - {'all'})
-    what = lambda b: f'{b.dataset}, {b.labels or "all"} labels' if b.pooled else b.says.split(',')[0]
-    many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds}'
+    what = lambda b: f'{b.dataset}, ' + (f'{b.labels or "all"} labels' if b.pooled else b.says.split(',')[0])
+    many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
     each = (f'{k}: {what(BLOCKS[k])}, {many(rows[rows.block == k].n.max(), BLOCKS[k])}' for k in ran)
     left = [k for k in BLOCKS if k not in ran]
     return '; '.join(each) + (f"; {', '.join(left)} are not run" if left else '')
@@ -276,24 +289,27 @@ def _extent(rows):
 def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts and of the further ones
     maps: str,  # the sentence on maps
+    printed: float = math.nan,  # the gain in accuracy that the paper prints for the pooled settings, their mean
 ) -> str:
     """Five answers that follow from the numbers: does it work, is it the language, does the literal text work, are
     its maps better, how far does this go."""
     whole = {r.contrast: r for r in rows[rows.pooled].drop_duplicates('contrast').itertuples()}
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
-    transport, shuffled, contrast, smoothing, _, _, *beyond = (whole[c.says] for c in SECONDARY)
+    transport, shuffled, contrast, _, _, _, *beyond = (whole[c.says] for c in SECONDARY)
     elsewhere = _elsewhere(rows, {names_1.contrast: 'repaired', names_2.contrast: 'semantic'})
-    said = [f"**Does LICO gain accuracy?** {_answer(repaired=repaired, semantic=semantic)}: with {_data(rows)}, over the "
-            f"{repaired.base:.1f} % of cross-entropy, {_points(repaired, 'repaired')} and "
-            f"{_points(semantic, 'semantic')} points. Transport alone gains {_points(transport)}, to which matching "
-            f"adds {_points(beyond[1])} and {_points(beyond[2])}; label smoothing gains {_points(smoothing)}, "
-            f"supervised contrast {_points(contrast)}.",
-            f"**Has language a part in it?** {_answer(repaired=names_1, semantic=names_2)}: right names minus the same names on wrong "
-            f"classes: {_points(names_1, 'repaired')}, {_points(names_2, 'semantic')}{elsewhere}. Wrong names gain "
-            f"{_points(shuffled, 'repaired')}.",
-            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {_points(literal, 'paper')}; "
-            f"minus transport alone {_points(beyond[0])}; {_matching(literal.active)}.",
+    base = ' and '.join(f'{r.base:.1f} %' for r in _alone(rows, repaired.contrast).itertuples())
+    said = [f"**Does LICO gain accuracy?** {_answer(repaired=repaired, semantic=semantic)}: with {_data(rows)}, over "
+            f"cross-entropy's {base}, {_points(repaired, 'repaired')} and {_points(semantic, 'semantic')} points"
+            f"{'' if math.isnan(printed) else f'; printed {printed:+.2f}'}. Transport alone gains "
+            f"{_points(transport)}; beyond it, post hoc, {_points(beyond[1])} and {_points(beyond[2])}. "
+            f"Supervised contrast gains {_points(contrast)}.",
+            f"**Has language a part in it?** {_answer(repaired=names_1, semantic=names_2)}. Right names minus the same "
+            f"names on wrong classes: `repaired` {_points(names_1)}{_each(rows, names_1.contrast)}, "
+            f"`semantic` {_points(names_2)}{elsewhere}. With wrong names LICO gains {_points(shuffled, 'repaired')}.",
+            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {_points(literal)}"
+            f"{_each(rows, literal.contrast)}; minus transport alone {_points(beyond[0])}; "
+            f"{_matching(literal.active)}.",
             f"**Are its maps better?** {maps}",
             f"**How far does this go?** {_extent(rows)}."]
     return '\n'.join(f'* {s}' for s in said)

@@ -112,7 +112,7 @@ def sign_flip(
 # of networks; a column that results do not have is left out
 _of_maps = ['kind', 'saliency', 'saliency_options', 'images', 'measuring_protocol']
 SETTING = ['dataset', 'data', 'labels', 'backbone', 'image_size', 'output_stride', 'validation', 'steps',
-           'training', 'threads', 'precision', 'protocol', *_of_maps]
+           'training', 'threads', 'hardware', 'precision', 'protocol', *_of_maps]
 TREATMENT = ['arm', 'method', 'preset', 'options', 'text_encoder']
 
 def _together(df, setting):
