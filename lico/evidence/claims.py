@@ -97,12 +97,13 @@ def _frames(table):
 def _settings(claim, df):
     "{(preset, setting): the paired differences in the direction of a claim, and what is known of them}."
     if claim.metric not in df: return {}
-    df = conditions(df[df.method != 'pretrained']).dropna(subset=[claim.metric])
+    df = df[(df.method != 'pretrained') & df.arm.isin([claim.reference, claim.arm])].dropna(subset=[claim.metric])
+    if df.empty: return {}
+    df = conditions(df)
     df = df[df.saliency == claim.saliency] if claim.saliency else of_runs(df)
     found = {}
     for o in pairs(df, claim.reference):
         r = o.iloc[0]
-        if r.arm != claim.arm: continue
         # not the paper's schedule, or its data in another table
         other = r.profile != 'paper' or math.isnan(_gain(claim, r))
         where = GRADES[1] if grade(r) == GRADES[0] and other else grade(r)
