@@ -156,8 +156,9 @@ def test_one_comparison_has_one_verdict(lico_root):
 
 def test_runs_on_different_machines_are_no_pairs():
     df = programme('A').assign(hardware=lambda d: np.where(d.arm == 'CE', 'one', 'another'))
-    assert 'LICO repaired beats cross-entropy' not in set(contrast_rows({'A': df}).contrast)
-    assert 'right names beat shuffled names (repaired)' in set(contrast_rows({'A': df}).contrast)
+    with pytest.warns(UserWarning, match='20 pairs are left out, whose arms were trained on different kinds of machine'):
+        found = set(contrast_rows({'A': df}).contrast)
+    assert 'LICO repaired beats cross-entropy' not in found and 'right names beat shuffled names (repaired)' in found
 
 
 def test_maps_of_a_block_are_evidence_for_table_1(lico_root):

@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'SETTING', 'TREATMENT', 'GRADES', 'FEWEST', 'Metric', 'sma
            'sign_flip', 'of_runs', 'pairs', 'paired', 'holm', 'conditions', 'differences', 'verdict']
 
 # %% ../../nbs/evidence/24_stats.ipynb #9bd1d62e
-import math
+import math, warnings
 from dataclasses import dataclass, replace
 
 import numpy as np, pandas as pd
@@ -131,7 +131,7 @@ def pairs(
     setting=SETTING, treatment=TREATMENT, unit=('seed', 'split'),  # columns
 ) -> list:
     """For each setting and arm that has any, its pairs: the columns of the arm's row, and with `_base` behind the
-    name those of the reference."""
+    name those of the reference. Warns of those that two kinds of machine leave without a partner."""
     setting, treatment, unit = ([k for k in o if k in df] for o in (setting, treatment, unit))
     df = _together(df, setting)
     base, others = df[df[treatment[0]] == reference], df[df[treatment[0]] != reference]
@@ -143,6 +143,11 @@ def pairs(
                          "two pairs: remove one of them")
     groups = others.groupby(setting + treatment, sort=False, dropna=False)
     found = [base.merge(group, on=setting + shared + unit, suffixes=('_base', '')) for _, group in groups]
+    if 'hardware' in setting and df.hardware.nunique() > 1:
+        anywhere = base.merge(others, on=[k for k in setting if k != 'hardware'] + shared + unit)
+        if lost := len(anywhere) - sum(map(len, found)): warnings.warn(
+            f"{lost} pairs are left out, whose arms were trained on different kinds of machine: "
+            "run both arms of a seed on one kind")
     return [o for o in found if len(o)]
 
 # %% ../../nbs/evidence/24_stats.ipynb #1e38147f
