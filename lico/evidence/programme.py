@@ -268,7 +268,7 @@ def _each(rows, contrast):
 def _elsewhere(rows, names):
     "What contrasts came to on the data of no pooled block, in words; `names`: contrast -> how it is called."
     pooled = {BLOCKS[k].dataset for k in set(rows[rows.pooled].block) - {'all'}}
-    beside = rows[rows.contrast.isin([*names]) & ~rows.block.isin(['all'])]
+    beside = rows[rows.contrast.isin([*names]) & (rows.block != 'all')]
     found = {}
     for r in beside.itertuples():
         if BLOCKS[r.block].dataset in pooled: continue
