@@ -335,7 +335,8 @@ def sweep(
     retries: int = 2,  # how often a run whose worker died is begun again
 ) -> list:
     """The records of many runs, in order; only what is missing is computed. One that fails does not keep the others
-    from being done; which did, and why, is said at the end."""
+    from being done; which did, and why, is said at the end. `runs`: of `Run`; `executor`: `Workers(n)`, submitit's
+    `AutoExecutor`, or `None` for here; `retries`: how often a run whose worker died is begun again."""
     refuse_executor(executor)
     join_group()
     runs = list(dict.fromkeys(runs))

@@ -142,6 +142,8 @@ def _measured(claim):
     "Everything stored of a claim, by preset and grade of evidence."
     found = {}
     for where, df in _frames(claim.table):
+        block = BLOCKS.get(where.removeprefix('language-'))
+        if block and not (block.pooled or METRICS[claim.metric].of_maps): continue  # beside the means of accuracy
         for (preset, *setting), o in _settings(claim, df).items():
             known = found.setdefault((preset if o['row'].method not in ('CGC', 'GCC') else '—', o['grade']), {})
             if tuple(setting) not in known or len(o['d']) > len(known[tuple(setting)]['d']):
@@ -155,6 +157,7 @@ def _row(claim, preset, where, settings):
     gains = [g for g in (_gain(claim, r) for r in rows) if not math.isnan(g)]
     return dict(table=claim.table, claim=claim.says, metric=claim.metric, preset=preset, where=where,
                 settings=len(settings), seeds=min(len(o['d']) for o in settings), n=e.n,
+                pairs=' + '.join(str(len(o['d'])) for o in settings),
                 data=', '.join(f'{r.dataset} {r.labels}' for r in rows),
                 printed_base=mean([b for b, _ in printed]), printed_value=mean([v for _, v in printed]),
                 printed=mean(gains) if gains else math.nan, base=mean([o['base'] for o in settings]),
@@ -187,7 +190,7 @@ def claim_rows() -> pd.DataFrame:
         best = min((GRADES.index(g) for _, g in found), default=None)
         own = [_row(c, preset, g, _enough(o)) for (preset, g), o in found.items() if GRADES.index(g) == best]
         rows += own or [dict(table=c.table, claim=c.says, metric=c.metric, where='not testable here', needs=c.needs)]
-    df = pd.DataFrame(rows).reindex(columns=['table', 'claim', 'metric', 'preset', 'where', 'settings', 'seeds', 'n',
+    df = pd.DataFrame(rows).reindex(columns=['table', 'claim', 'metric', 'preset', 'where', 'settings', 'seeds', 'n', 'pairs',
                                              'data', 'printed_base', 'printed_value', 'printed', 'base', 'value',
                                              'difference', 'half_width', 'p', 'active', 'failed', 'margin', 'folders',
                                              'needs', 'estimate'])
@@ -216,7 +219,7 @@ def claims_table(
     else:
         shown = [dict(table=r.table, claim=r.claim, preset=r.preset, data=r.data,
                       printed=_both(r.printed_base, r.printed_value), measured=_both(r.base, r.value),
-                      **{'+ as claimed': signed(r.difference, r.half_width)}, n=f'{r.seeds:.0f} × {r.settings:.0f}',
+                      **{'+ as claimed': signed(r.difference, r.half_width)}, pairs=r.pairs,
                       active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}',
                       **(dict(verdict=r.verdict) if where == GRADES[0] else {})) for r in own.itertuples()]
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
@@ -319,5 +322,5 @@ def coverage_sentence(
                  rows.drop_duplicates(['table', 'claim'])['where'].value_counts())
     return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, "
             f"{by.get(GRADES[1], 0)} on other natural images, {by.get('not testable here', 0)} are not testable here "
-            f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} is measured and "
+            f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} {'is' if total.measured == 1 else 'are'} measured and "
             f"{total.stand_in} on a stand-in; {total.runnable} run at `-p profile paper`.")
