@@ -190,10 +190,10 @@ def claim_rows() -> pd.DataFrame:
         best = min((GRADES.index(g) for _, g in found), default=None)
         own = [_row(c, preset, g, _enough(o)) for (preset, g), o in found.items() if GRADES.index(g) == best]
         rows += own or [dict(table=c.table, claim=c.says, metric=c.metric, where='not testable here', needs=c.needs)]
-    df = pd.DataFrame(rows).reindex(columns=['table', 'claim', 'metric', 'preset', 'where', 'settings', 'seeds', 'n', 'pairs',
-                                             'data', 'printed_base', 'printed_value', 'printed', 'base', 'value',
-                                             'difference', 'half_width', 'p', 'active', 'failed', 'margin', 'folders',
-                                             'needs', 'estimate'])
+    df = pd.DataFrame(rows).reindex(columns=['table', 'claim', 'metric', 'preset', 'where', 'settings', 'seeds', 'n',
+                                             'pairs', 'data', 'printed_base', 'printed_value', 'printed', 'base',
+                                             'value', 'difference', 'half_width', 'p', 'active', 'failed', 'margin',
+                                             'folders', 'needs', 'estimate'])
     papers, (declared, five) = df['where'] == GRADES[0], _of_the_programme()
     gains = df.claim == next(c.says for c in CLAIMS if c.table == 3)
     df['p_holm'] = [declared.get((r.preset, r.folders), math.nan) if own else math.nan
@@ -322,5 +322,5 @@ def coverage_sentence(
                  rows.drop_duplicates(['table', 'claim'])['where'].value_counts())
     return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, "
             f"{by.get(GRADES[1], 0)} on other natural images, {by.get('not testable here', 0)} are not testable here "
-            f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} {'is' if total.measured == 1 else 'are'} measured and "
+            f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} were measured and "
             f"{total.stand_in} on a stand-in; {total.runnable} run at `-p profile paper`.")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'BLOCKS', 'PRIMARY', 'SECONDARY', 'CHANGES', 'ProgrammeArm', 'Block', 'block_runs', 'arm_name', 'Contrast',
-           'smallest', 'contrast_rows', 'contrast_table', 'draw_contrasts', 'done_again', 'findings', 'asked_of_block',
-           'maps_of_block', 'collect_block', 'above_random', 'map_table']
+           'smallest', 'contrast_rows', 'contrast_table', 'draw_contrasts', 'done_again', 'with_those', 'findings',
+           'asked_of_block', 'maps_of_block', 'collect_block', 'above_random', 'map_table']
 
 # %% ../../nbs/evidence/34_programme.ipynb #d35fda54
 import math
@@ -224,8 +224,20 @@ def done_again(
                          equivalent=e.p_within(margin) < .05))
     return pd.DataFrame(rows)
 
+# %% ../../nbs/evidence/34_programme.ipynb #514740a4
+def with_those(
+    first: pd.DataFrame,  # `id` and `accuracy_last` of some runs
+    blocks: dict,  # block -> its rows of results, some of these runs done again among them
+) -> pd.DataFrame:
+    "The contrasts of names, pooled, with the accuracies of `first` in the place of the same runs', and without."
+    known = first.set_index('id').accuracy_last
+    other = {k: df.assign(accuracy_last=df.id.map(known).fillna(df.accuracy_last)) for k, df in blocks.items()}
+    both = {'with them': other, 'without': blocks}
+    return pd.concat([contrast_rows(o).drop_duplicates('contrast')[:2].assign(runs=k) for k, o in both.items()])
+
 # %% ../../nbs/evidence/34_programme.ipynb #ac147d20
-CHANGES = '''* 2026-11-26, before any run of E: its networks start from ImageNet's weights, at 112 pixels with output stride 16, \
+CHANGES = '''\
+* 2026-11-26, before any run of E: its networks start from ImageNet's weights, at 112 pixels with output stride 16, \
 for 10 epochs; E, which is of the grade *natural images*, stands beside the pooled means of A to D.
 * 2026-11-26, before any map: insertion and deletion for all methods, for Grad-CAM and random maps with mean colour \
 and noise too; pointing game and energy in boxes; each difference also less the network's own random map.
@@ -330,9 +342,9 @@ def findings(
     transport, shuffled, contrast, _, _, _, *beyond = (whole[c.says] for c in SECONDARY)
     elsewhere = _elsewhere(rows, {names_1.contrast: 'repaired', names_2.contrast: 'semantic'})
     base = ' and '.join(f'{r.base:.1f} %' for r in _alone(rows, repaired.contrast).itertuples())
-    said = [f"**Does LICO gain accuracy?** {_answer(repaired=repaired, semantic=semantic)}, in two readings (`repaired`, "
-            f"`semantic`): with {_data(rows)}, over cross-entropy's {base}, {_points(repaired)} and {_points(semantic)} "
-            f"points"
+    said = [f"**Does LICO gain accuracy?** {_answer(repaired=repaired, semantic=semantic)}, in two readings "
+            f"(`repaired`, `semantic`): with {_data(rows)}, over cross-entropy's {base}, {_points(repaired)} and "
+            f"{_points(semantic)} points"
             f"{'' if math.isnan(printed) else f'; printed {printed:+.2f}'}. Transport alone gains "
             f"{_points(transport)}; beyond it, post hoc, {_points(beyond[1])} and {_points(beyond[2])}. "
             f"Supervised contrast gains {_points(contrast)}.",
