@@ -366,6 +366,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'lico.evidence.claims._frames': ('evidence/claims.html#_frames', 'lico/evidence/claims.py'),
                                       'lico.evidence.claims._gain': ('evidence/claims.html#_gain', 'lico/evidence/claims.py'),
                                       'lico.evidence.claims._gains': ('evidence/claims.html#_gains', 'lico/evidence/claims.py'),
+                                      'lico.evidence.claims._in_short': ('evidence/claims.html#_in_short', 'lico/evidence/claims.py'),
                                       'lico.evidence.claims._is_the_papers': ( 'evidence/claims.html#_is_the_papers',
                                                                                'lico/evidence/claims.py'),
                                       'lico.evidence.claims._measured': ('evidence/claims.html#_measured', 'lico/evidence/claims.py'),

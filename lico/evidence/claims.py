@@ -166,6 +166,7 @@ def _row(claim, preset, where, settings):
                 margin=min(smallest_difference(claim.metric, r.labels) for r in rows),
                 folders=', '.join(sorted({o['folder'] for o in settings})), estimate=e)
 
+# %% ../../nbs/evidence/36_claims.ipynb #b237f678
 def _enough(settings):
     "Those that can have a verdict; all of them where none can."
     return [o for o in settings if len(o['d']) >= FEWEST] or settings
@@ -280,15 +281,21 @@ def coverage() -> pd.DataFrame:
     return pd.DataFrame(rows).set_index('table')
 
 # %% ../../nbs/evidence/36_claims.ipynb #82a3d204
+def _in_short(data):
+    "Settings with each dataset named once: cifar10 40, 250."
+    return data.replace(f", {data.split(' ')[0]} ", ', ')
+
 def readme_table(
     rows: pd.DataFrame,  # from `claim_rows`
 ) -> str:
     "The claims tested on the paper's data, five columns: the reference's number and the arm's, printed and measured."
     own = rows[rows['where'] == GRADES[0]]
     if own.empty: return 'None so far.'
-    return pd.DataFrame([{'claim (table, data)': f'{r.claim.split(",")[0]} ({r.table}, {r.data})', 'preset': r.preset,
-                          'printed': _both(r.printed_base, r.printed_value),
-                          'measured': f'{_both(r.base, r.value)}, {signed(r.difference, r.half_width)}',
+    both = lambda *values: _both(*values).replace(' ', '')
+    return pd.DataFrame([{'claim (table, data)': f'{r.claim.split(",")[0]} ({r.table}, {_in_short(r.data)})',
+                          'preset': r.preset,
+                          'printed': both(r.printed_base, r.printed_value),
+                          'measured': f'{both(r.base, r.value)}, {signed(r.difference, r.half_width)}',
                           'verdict': r.verdict}
                          for r in own.itertuples()]).to_markdown(index=False, disable_numparse=True)
 
