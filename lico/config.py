@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'FIELDS', 'PARAMETERS', 'choose', 'root', 'settings', 'check_value', 'check_option', 'gathered',
            'check_options', 'parse_value', 'preset', 'dataset_settings', 'datasets_of_the_paper', 'profile_settings',
-           'parameters', 'derive_seed', 'seed_everything', 'device', 'hardware', 'stamp']
+           'parameters', 'derive_seed', 'seed_everything', 'device', 'memory_format', 'hardware', 'stamp']
 
 # %% ../nbs/method/00_config.ipynb #dc1872af
 import configparser, functools, hashlib, importlib.metadata, math, numbers, os, platform, random
@@ -331,6 +331,14 @@ def device():
     import torch
     if name := os.environ.get('LICO_DEVICE'): return _named_device(name)
     return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+
+def memory_format(
+    where,  # a `torch.device`
+    precision='fp32',  # or "bf16"
+):
+    "The order of axes in memory in which convolutions are fastest: channels last, but for float32 on NVIDIA's GPUs."
+    import torch
+    return torch.contiguous_format if where.type == 'cuda' and precision == 'fp32' else torch.channels_last
 
 # %% ../nbs/method/00_config.ipynb #12da1208
 _libraries = ('torch', 'torchvision', 'timm', 'transformers', 'open_clip_torch', 'accelerate', 'numpy')

@@ -10,7 +10,7 @@ __all__ = ['Images', 'Files', 'Data', 'refuse_path', 'dataset_name', 'load', 'te
 import dataclasses, functools, hashlib, json, numbers, os, sys
 from pathlib import Path
 import numpy as np, torch
-from .config import derive_seed
+from .config import derive_seed, memory_format
 from .datasets import file_bytes, find, image_hashes, repeated_images
 from .folders import as_bytes, as_text, by_hash, composed, look_into, on_disk, readable, table_of_files
 from .pixels import (as_rgb, central_window, each_image, open_image, random_window, read_ahead, read_image, reason,
@@ -366,9 +366,9 @@ def training_batches(
     device=None,  # where the batches shall be; `None`: on the CPU
     share: slice = slice(None),  # the part of each batch to give
 ):
-    "An iterator of augmented, normalised images float32 [B, 3, S, S], channels last, and their labels int64 [B]."
+    "An iterator of augmented, normalised images float32 [B, 3, S, S], in `memory_format`, and their labels int64 [B]."
     make = _file_batches if isinstance(data.train, Files) else _image_batches
-    for x, y in make(data, schedule, noise, device, share): yield x.contiguous(memory_format=torch.channels_last), y
+    for x, y in make(data, schedule, noise, device, share): yield x.contiguous(memory_format=memory_format(x.device)), y
 
 def test_batches(
     data: Data,  # what `load` returned
@@ -376,12 +376,12 @@ def test_batches(
     batch_size: int,  # B
     device=None,  # where the batches shall be; `None`: on the CPU
 ):
-    "An iterator of normalised images float32 [B, 3, S, S], channels last; not augmented."
+    "An iterator of normalised images float32 [B, 3, S, S], in `memory_format`; not augmented."
     if isinstance(images, Files):
         jobs = ((b.tolist(), [None]*len(b)) for b in torch.arange(len(images)).split(batch_size))
         batches = (x for x, *_ in _batches(data, images, jobs, device))
     else: batches = (data.normalise(x.to(device or 'cpu')) for x in images.x.split(batch_size))
-    for x in batches: yield x.contiguous(memory_format=torch.channels_last)
+    for x in batches: yield x.contiguous(memory_format=memory_format(x.device))
 
 # %% ../nbs/method/06_data.ipynb #05d53475
 def preprocessing(

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .config import memory_format
+
 # %% ../nbs/method/09_networks.ipynb #3d9c5378
 def _switches():
     "Where this version of torch keeps the precision of each kind of operation."
@@ -317,7 +319,7 @@ def _copied(net, x, plain, fold):
     try:
         fast = copy.deepcopy(net)
         if fold: fast = folded(fast, x)
-        if sum(isinstance(m, nn.Conv2d) for m in fast.modules()) > 1: fast = fast.to(memory_format=torch.channels_last)
+        if sum(isinstance(m, nn.Conv2d) for m in fast.modules()) > 1: fast = fast.to(memory_format=memory_format(x.device))
         return fast if _agree(plain, fast, x) else None
     except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError): return None
 
@@ -426,8 +428,9 @@ def looking(
     "How to ask a network much, without gradients: a function of images, how many at once, and the network it asks."
     if fast is None: fast = prepared(net, x, plain) if n*x.shape[-2]*x.shape[-1] >= 2**18 else net
     last = any(p.ndim == 4 and not p.is_contiguous() for p in fast.parameters())
+    order = torch.channels_last if last else torch.contiguous_format
     def ask(images):
-        if last: images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=order)
         # a copy may be left with tensors of inference mode, the network itself not
         with torch.inference_mode() if fast is not net else torch.no_grad(): rows = read(fast(images), len(images))
         return rows.clone()

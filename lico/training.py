@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from .networks import full_float32, looking, undisturbed
-from .config import choose, derive_seed, device, hardware, preset as read_preset
+from .config import choose, derive_seed, device, hardware, memory_format, preset as read_preset
 from .data import test_batches, training_batches
 from .files import make_folder
 from .model import load_checkpoint, refuse_other_forward, save_checkpoint, tensors_digest
@@ -57,13 +57,16 @@ def _kept(net):
     def frozen(m): return isinstance(m, _BatchNorm) and m.affine and not any(p.requires_grad for p in m.parameters())
     return [m for m in net.modules() if frozen(m) or net.training and not m.training]
 
-def _placed(model):
+def _placed(model, precision):
     "The device of this process, and the model on it; beside others, with the mean of their gradients."
-    if group_size() == 1: return device(), model.to(device())
-    from accelerate import PartialState  # the device alone: accelerate's own settings do not count
-    where = PartialState(cpu=device().type == 'cpu').device
+    where = device()
+    if group_size() > 1:
+        from accelerate import PartialState  # the device alone: accelerate's own settings do not count
+        where = PartialState(cpu=where.type == 'cpu').device
+    model.to(where).backbone.to(memory_format=memory_format(where, precision))
+    if group_size() == 1: return where, model
     own = None if where.type == 'cpu' else [where]
-    return where, nn.parallel.DistributedDataParallel(model.to(where), own, find_unused_parameters=True)
+    return where, nn.parallel.DistributedDataParallel(model, own, find_unused_parameters=True)
 
 class _Trainer:
     "The state of one training run."
@@ -74,8 +77,7 @@ class _Trainer:
         self.kept, self.per_epoch = _kept(model.backbone), steps_per_epoch(len(data.train), o.batch_size)
         for m in model.backbone.modules():
             if isinstance(m, _BatchNorm): m.momentum = o.bn_momentum
-        model.backbone.to(memory_format=torch.channels_last)
-        self.device, self.model = _placed(model)
+        self.device, self.model = _placed(model, o.precision)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.SGD(trained, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
         self.statistics = [b for m in model.backbone.modules() if isinstance(m, _BatchNorm)

@@ -15,7 +15,7 @@ import numpy as np, pandas as pd, torch
 from tqdm import tqdm
 
 from ..backbones import create_backbone
-from ..config import choose, device, root, stamp
+from ..config import choose, device, memory_format, root, stamp
 from ..data import Images, load, training_batches
 from ..datasets import imagenet_names
 from .store import write_results
@@ -50,10 +50,15 @@ def _tower(prompts, y):
     classes = y.unique()
     return lambda: prompts(classes).sum().backward()
 
-def _batch(o, classes, B=64):
+def _net(o, classes=10, precision='fp32', size=32):
+    "The network that is trained, as training lays it out."
+    net = create_backbone(o.trained, classes, size)
+    return net.to(o.where, memory_format=memory_format(o.where, precision))
+
+def _batch(o, classes, precision='fp32', B=64):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(B, 3, 32, 32, generator=generator), torch.randint(classes, (B,), generator=generator)
-    return x.to(o.where).contiguous(memory_format=torch.channels_last), y.to(o.where)
+    return x.to(o.where).contiguous(memory_format=memory_format(o.where, precision)), y.to(o.where)
 
 def training_step(o, precision='fp32'):
     "Rows 4: a LICO step beside one of cross-entropy, and beside cross-entropy and the bare tower."
@@ -67,9 +72,9 @@ def training_step(o, precision='fp32'):
     cases += [(f'{e}, 100 classes', enc, many, 'shared', math.nan) for e, enc in encoders.items()]
     for name, enc, names, context, reach in cases:
         torch.manual_seed(0)
-        net = create_backbone(o.trained, len(names), 32).to(o.where, memory_format=torch.channels_last)
+        net = _net(o, len(names), precision)
         model = LICO(net, PromptLearner(enc, names, context=context), LossOptions()).to(o.where)
-        x, y = _batch(o, len(names))
+        x, y = _batch(o, len(names), precision)
         times = alternate(dict(ce=_step(CrossEntropy(net), x, y, precision), lico=_step(model, x, y, precision),
                                tower=_tower(model.prompts, y)), o.rounds, o.where)
         what = f"LICO step: {name}{', context per class' if context == 'class' else ''}{said}"
@@ -84,9 +89,8 @@ def precisions(o):
     if not has_bfloat16(o.where):
         yield missing(5, 'training step, bf16', 'fp32', f'this {o.where.type} has no bfloat16 (AMX or AVX512-BF16)')
         return
-    net = create_backbone(o.trained, 10, 32).to(o.where, memory_format=torch.channels_last)
-    batch, model = _batch(o, 10), CrossEntropy(net)
-    times = alternate({p: _step(model, *batch, p) for p in ('fp32', 'bf16')}, o.rounds, o.where)
+    times = alternate({p: _step(CrossEntropy(_net(o, 10, p)), *_batch(o, 10, p), p) for p in ('fp32', 'bf16')},
+                      o.rounds, o.where)
     yield row(5, 'training step, bf16', 'fp32', times.fp32/times.bf16, 2.3, '≥')
     yield from training_step(o, 'bf16')
 
@@ -104,7 +108,7 @@ def _files(folder, n, size):
 def input_pipeline(o):
     "Rows 7: training from memory and from files, beside training on one batch."
     def race(net, data, B, clock=None):
-        model, n = CrossEntropy(net.to(o.where, memory_format=torch.channels_last)), o.batches
+        model, n = CrossEntropy(net), o.batches
         places = [(torch.randint(len(data.train), (B,), generator=torch.Generator().manual_seed(i)), i)
                   for i in range(n*(o.rounds + 1) + 1)]
         coming = training_batches(data, places, device=o.where)
@@ -116,12 +120,12 @@ def input_pipeline(o):
         times = alternate(dict(one=one, pipeline=pipeline), o.rounds, o.where, clock)
         return times.one/times.pipeline
     yield row(7, 'training from memory', 'one batch in memory',
-              race(create_backbone(o.trained, 10, 32), random_pictures(1000, 10), 64), 0.95, '≥')
+              race(_net(o), random_pictures(1000, 10), 64), 0.95, '≥')
     with tempfile.TemporaryDirectory() as folder:
         _files(folder, 256, 128)
         data = load(f'folder:{folder}', image_size=72)
         yield row(7, 'training from files (128 pixels, JPEG)', 'one batch in memory', race(
-            create_backbone(o.trained, 2, 72), data, 8, time.perf_counter), 0.95, '≥', note='time of the clock')
+            _net(o, 2, size=72), data, 8, time.perf_counter), 0.95, '≥', note='time of the clock')
 
 # %% ../../nbs/evidence/41_benchmark.ipynb #db3f392b
 def _violation(plan):
@@ -222,7 +226,7 @@ def whole_training(o):
             continue
         torch.manual_seed(0)
         torch.compiler.reset()  # else the ninth compilation of one function is none
-        net = create_backbone(o.trained, 10, 32).to(o.where, memory_format=torch.channels_last)
+        net = _net(o, 10, precision)
         net.forward_features = compiled(net.forward_features)
         try:
             model = CrossEntropy(net) if method == 'CE' else LICO(
@@ -259,7 +263,7 @@ def started(o):
         yield missing(13, 'operations of a LICO step', 'CE step', 'MiniLM is not installed')
         return
     torch.manual_seed(0)
-    net = create_backbone(o.trained, 10, 32).to(o.where)
+    net = _net(o)
     x, y = _batch(o, 10)
     ce, lico = (operations(_step(m, x, y)) for m in (CrossEntropy(net), LICO(net, prompts).to(o.where)))
     yield row(13, 'operations of a LICO step', 'CE step', [lico/ce], note=f'{lico} and {ce}')

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..networks import folded
 from ..cams import imagenet_classifier
-from ..config import device, root
+from ..config import device, memory_format, root
 from ..data import box_masks, test_batches
 from ..datasets import file_bytes, image_hashes
 from ..files import sha256
@@ -71,7 +71,7 @@ def imagenet_network() -> Network:
     net, _, names = imagenet_classifier()
     sha = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in net.parameters())).hexdigest()
     fast = folded(net, torch.zeros(1, 3, 224, 224))
-    return Network(f'imagenet-{sha[:8]}', fast.to(device(), memory_format=torch.channels_last), _normalise,
+    return Network(f'imagenet-{sha[:8]}', fast.to(device(), memory_format=memory_format(device())), _normalise,
                    tuple(names), 224, _about, 'imagenet_network()')
 
 # %% ../../nbs/evidence/26_cases.ipynb #0360594b

@@ -267,7 +267,12 @@ an hour) held them in the place of the same ten of the H200, so that arms of a s
 against the rule; a reader found it. Now all of B is of the H200. This changed a verdict: with those ten, right \
 names of `repaired` were *equivalent* to wrong ones, +0.30 ± 0.60, and now they are *inconclusive* (`paper` has \
 both).
-* 2026-11-27, when seeds 0 to 4 of F were known: its seeds 5 and 6, as far as there was time.'''
+* 2026-11-27, when seeds 0 to 4 of F were known: its seeds 5 and 6, as far as there was time.
+* 2026-11-27, before the runs that are left, for 15 more minutes of one H200: seeds 5 to 9 of B, 3 to 6 of C, 0 to 2 \
+of E, then 7 to 9 of C, 3 and 4 of E, then Grad-CAM and random maps of E and of B's new networks, seed after seed, \
+as far as there is time. Seed 3 of C, of which four runs were made and left out, is run whole. float32 networks lie \
+in memory with channels first on a GPU now, or as a trial of seconds finds fastest: it changes how sums are rounded. \
+On CPUs seeds 7 to 9 of F.'''
 
 # %% ../../nbs/evidence/34_programme.ipynb #533e4167
 _says = dict(supported='Yes', contradicted='No, the other way round', inconclusive='Cannot tell')
