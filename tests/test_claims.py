@@ -8,8 +8,9 @@ from lico.config import parameters, root
 from lico.evidence import claims
 from lico.evidence.arms import TABLES
 from lico.evidence.claims import CLAIMS, claim_rows, claims_table, coverage, maps_sentence, printed_gain
-from lico.evidence.programme import (ARMS, BLOCKS, PRIMARY, SECONDARY, arm_name, asked_of_block, block_runs,
-                                     contrast_rows, done_again, findings, maps_of_block)
+from lico.evidence.findings import done_again, findings, with_those
+from lico.evidence.programme import (ARMS, BLOCKS, PRIMARY, SECONDARY, above_random, arm_name, asked_of_block,
+                                     block_runs, contrast_rows, map_table, maps_of_block)
 from lico.evidence.stats import holm
 from test_stats import rows
 
@@ -122,8 +123,27 @@ def test_a_block_of_few_seeds_stands_beside():
     assert df[df.block != 'C'].reset_index(drop=True).equals(without) and not df[df.block == 'C'].pooled.any()
     every = pd.concat([df, contrast_rows(made, SECONDARY, family=False)])
     said = findings(every, 'Nobody looked.')
-    assert '40 and 250 labels of cifar10 (A, B)' in said and 'without verdict on cifar100-part (C) ' in said
-    assert 'C: cifar100-part, 400 labels, 3 of 10 seeds' in said and 'D, E, F, G, A16 are not run' in said
+    assert '40 and 250 labels of cifar10 (A, B)' in said and 'C: cifar100-part, 400 labels, 3 of 10 seeds' in said
+    assert 'D, E, F, G, A16, R are not run' in said
+
+
+def test_a_verdict_that_is_not_steady_is_said():
+    """Names that give two points in B and none in A; then the same in both, with B's runs made again in which names
+    give nothing; then the same in both."""
+    def said(a, b, again=None):
+        made = dict(A=programme('A', repaired=a), B=programme('B', repaired=b))
+        made = {k: df.assign(id=k + df.arm + df.seed.astype(str)) for k, df in made.items()}
+        rows = pd.concat([contrast_rows(made), contrast_rows(made, SECONDARY, family=False)])
+        assert rows.verdict[rows.contrast == PRIMARY[0].says].iloc[0] == 'supported'
+        return findings(rows, 'Nobody looked.', again=None if again is None else with_those(again(made), made))
+    yes = 'Yes by the declared rule, but unsteadily (`repaired`)'
+    first = said(0, 5)
+    assert yes in first and '; these differ, p = ' in first and 'made again' not in first
+    names = lambda made: made['B'][made['B'].arm == 'repaired']
+    other = said(2, 2, lambda made: names(made).assign(accuracy_last=lambda d: d.accuracy_last - 4))
+    assert yes in other and '*equivalent* with ten runs of B made again' in other and 'differ' not in other
+    same = said(2, 2, names)
+    assert 'Yes (`repaired`)' in same and 'made again' not in same
 
 
 def test_what_doing_runs_again_adds():
@@ -144,7 +164,7 @@ def test_one_comparison_has_one_verdict(lico_root):
     store('language-A', programme('A', repaired=.6).assign(profile='paper'))
     whose = 'LICO gains accuracy, with few labels and with all', 'repaired'
     claim = claim_rows().set_index(['claim', 'preset']).loc[whose]
-    assert math.isclose(printed_gain(claim_rows()), 24.9 - 23.4, abs_tol=.06)
+    assert printed_gain(claim_rows()) == f'{24.9 - 23.4:+.2f} (A)'
     primary = contrast_rows(claims.blocks()).set_index('contrast').loc['LICO repaired beats cross-entropy']
     assert claim.p == pytest.approx(primary.p) and claim.p_holm == primary.p_holm > claim.p
     assert claim.verdict == primary.verdict
@@ -188,12 +208,22 @@ def test_the_sentence_on_maps():
     arms = {'CE': 0, 'CE+OT': 1, 'semantic': 3, 'semantic-shuffled': 2}
     large = maps('G', 'pointing_game', **arms).assign(overall=maps('G', 'overall', **arms).overall)
     large = large.assign(pointing_others=80, alike=large.arm.map(lambda a: .5 + .4*(a == 'semantic')))
-    said = maps_sentence(small, large)
-    assert 'cross-entropy: +1.00 ± 0.00 (`paper`) and +2.00 ± 0.00 (`repaired`) (F)' in said
-    assert '+3.00 ± 0.00 (`semantic`) and +2.00 ± 0.00 (`semantic-shuffled`) (G)' in said
-    assert 'pointing game +6.00 ± 0.00 (`semantic`) and +4.00 ± 0.00 (`semantic-shuffled`).' in said
-    assert 'by 0.90 with the mean map' in said
-    assert '(cross-entropy 0.50, transport alone 0.50), which alone hits in 80 %' in said
+    more = maps('B', 'overall', **dict.fromkeys(BLOCKS['B'].arms, 0) | {'repaired': 4, 'semantic': 5})
+    bare = more[more.seed < 3].drop(columns=['saliency', 'overall']).drop_duplicates('id')  # no maps
+    said = maps_sentence(pd.concat([bare, more[more.seed >= 3]]), small, large)
+    assert 'on CIFAR-10 +4.00 ± 0.00 (`repaired`) and +5.00 ± 0.00 (`semantic`) (B)' in said
+    assert '+2.00 ± 0.00 (`repaired`) (F); on photographs +3.00 ± 0.00 (`semantic`) (G)' in said
+    assert 'pointing game +6.00 ± 0.00 (`semantic`).' in said and 'by 0.90 with the mean map' in said
+    assert '(cross-entropy 0.50), which alone hits in 80 %' in said
+
+
+def test_networks_without_maps_stand_beside_those_with_some():
+    df = programme('B').assign(id=lambda d: d.arm + d.seed.astype(str))
+    made = pd.concat([df[df.seed > 5].assign(saliency=s, insertion=30. + (s == 'grad-cam'))
+                      for s in ('grad-cam', 'random')])
+    both = pd.concat([df[df.seed <= 5].assign(saliency=np.nan), made])
+    assert above_random(both).insertion.tolist() == [1]*len(df[df.seed > 5])
+    assert map_table(above_random(both)) == map_table(above_random(made))
 
 
 def test_wrong_names_are_no_evidence_for_a_claim(lico_root):

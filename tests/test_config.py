@@ -186,6 +186,13 @@ def test_threads_do_not_share_a_temporary_file(tmp_path):
         198)
 
 
+def test_only_float32_on_an_nvidia_gpu_has_its_channels_first():
+    import torch
+    first = {(where, bits) for where in ('cpu', 'cuda', 'mps') for bits in ('fp32', 'bf16')
+             if config.memory_format(torch.device(where), bits) == torch.contiguous_format}
+    assert first == {('cuda', 'fp32')}
+
+
 @pytest.mark.parametrize('name', ['cuda:1', 'cuda', 'gpu', 'cuda:x', 'mps', 'cpu:1', 'CPU'])
 def test_a_device_that_is_not_there_is_said(monkeypatch, name):
     import torch

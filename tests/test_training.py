@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pandas as pd, pytest, torch
 
-from lico import training
+from lico import data as data_module, networks, training
 from lico.backbones import create_backbone
 from lico.data import load
 from lico.experiments import Run, build, load_data, read_record, run, run_id, runs_folder, spec
@@ -166,6 +166,20 @@ def test_released_preset_trains(lico_root):
 
 
 def network(): return create_backbone('wrn_10_1', num_classes=10, image_size=16)
+
+
+@pytest.mark.parametrize('order', [torch.contiguous_format, torch.channels_last])
+def test_images_and_weights_lie_as_the_device_likes(monkeypatch, order):
+    "In training, and in the copy that is tested: a convolution whose two sides differ turns one round at each call."
+    for m in (data_module, networks, training): monkeypatch.setattr(m, 'memory_format', lambda *where: order)
+    seen, convolution = [], torch.nn.Conv2d.forward
+    def forward(self, x):
+        seen.append([self.training, *(t.is_contiguous(memory_format=order) for t in (x, self.weight))])
+        return convolution(self, x)
+    monkeypatch.setattr(torch.nn.Conv2d, 'forward', forward)
+    fit(CrossEntropy(network()), load('digits', labels=40, image_size=32), steps=2, progress=False)
+    trained, tested = ([o[1:] for o in seen if o[0] == mode] for mode in (True, False))
+    assert len(trained) == 18 and all(map(all, trained)) and all(map(all, tested[-9:]))
 
 
 @pytest.mark.parametrize('n, sizes', [(40, [20, 20]), (41, [20, 21]), (42, [20, 20, 2]), (1, [1]), (21, [21])])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'BLOCKS', 'PRIMARY', 'SECONDARY', 'CHANGES', 'ProgrammeArm', 'Block', 'block_runs', 'arm_name', 'Contrast',
-           'smallest', 'contrast_rows', 'contrast_table', 'draw_contrasts', 'done_again', 'with_those', 'findings',
-           'asked_of_block', 'maps_of_block', 'collect_block', 'above_random', 'map_table']
+           'smallest', 'contrast_rows', 'contrast_table', 'draw_contrasts', 'asked_of_block', 'maps_of_block',
+           'collect_block', 'above_random', 'map_table']
 
 # %% ../../nbs/evidence/34_programme.ipynb #d35fda54
 import math
@@ -16,8 +16,8 @@ import numpy as np, pandas as pd
 
 from ..config import choose, device
 from .report import forest, signed
-from .stats import (FEWEST, METRICS, conditions, differences, holm, interval, of_runs, paired, pairs,
-                                 sign_flip, smallest_difference, verdict)
+from .stats import (FEWEST, METRICS, conditions, differences, holm, interval, of_runs, one_mean, paired,
+                                 pairs, sign_flip, smallest_difference, verdict)
 from .map_scores import OF_OTHERS
 from .store import collect
 from ..experiments import Run
@@ -55,7 +55,7 @@ class Block:
     backbone: str
     labels: int  # `None`: all
     arms: tuple  # keys of `ARMS`
-    seeds: int  # 0 to seeds - 1
+    seeds: int  # how many
     saliency: tuple = ()  # methods whose maps are scored on each network
     images: int = 0  # test images whose maps are scored
     says: str = ''  # what it is for
@@ -64,6 +64,7 @@ class Block:
     also: dict = field(default_factory=lambda: dict.fromkeys(('grad-cam', 'random'), _baselines))  # method -> more
     pooled: bool = True  # its accuracies are in the means over blocks
     precision: str = 'fp32'  # of its training
+    first: int = 0  # of its seeds
 
 _all = tuple(a for a in ARMS if a != 'CGC')
 _few = ('CE', 'CE+SupCon', 'repaired', 'repaired-shuffled', 'semantic', 'semantic-shuffled')
@@ -87,7 +88,9 @@ BLOCKS = {'A': Block('cifar10', 'wrn_28_2', 40, _all, 20, says="the paper's smal
                      dict(pretrained=True, image_size=96, output_stride=16, epochs=1),
                      ('insertion', 'deletion', 'pointing_game', 'energy'), {'grad-cam': OF_OTHERS}, pooled=False),
           'A16': Block('cifar10', 'wrn_28_2', 40, ('CE', 'repaired'), 20, says='A again in bfloat16', pooled=False,
-                       precision='bf16')}
+                       precision='bf16'),
+          'R': Block('cifar10', 'wrn_28_2', 250, ('repaired', 'repaired-shuffled', 'repaired-random'), 15, first=10,
+                     says="B's contrast of names again, with fresh seeds", pooled=False)}
 
 # %% ../../nbs/evidence/34_programme.ipynb #e9e83057
 def block_runs(
@@ -104,7 +107,7 @@ def block_runs(
     if fixed.get('steps'): how.pop('epochs', None)
     return [Run(dataset=dataset, labels=b.labels, backbone=b.backbone, method=ARMS[a].method, preset=ARMS[a].preset,
                 seed=s, options=options(ARMS[a]), **how)
-            for s in (range(b.seeds) if seeds is None else seeds) for a in b.arms]
+            for s in (range(b.first, b.first + b.seeds) if seeds is None else seeds) for a in b.arms]
 
 def arm_name(r: Run) -> str:
     "The label in `ARMS` of a run of the programme."
@@ -145,7 +148,7 @@ def _found(df, contrast):
     return next((differences(o, 'accuracy_last') for o in found), None)
 
 _columns = ['contrast', 'of', 'block', 'pooled', 'settings', 'n', 'base', 'difference', 'half_width', 'p', 'p_flip',
-            'margin', 'p_within', 'failed', 'active', 'differences', 'estimate']
+            'margin', 'p_within', 'p_same', 'failed', 'active', 'differences', 'estimate']
 
 # %% ../../nbs/evidence/34_programme.ipynb #550ab4b1
 def contrast_rows(
@@ -154,7 +157,7 @@ def contrast_rows(
     family: bool = True,  # are they the declared family, with verdicts?
 ) -> pd.DataFrame:
     """One row a contrast over all blocks that count, and one a block below: mean, interval, p values; the verdict of
-    the pooled one. `pooled`: those that count, which have at least 5 whole seeds."""
+    the pooled one. `pooled`: those that count, which have at least 5 whole seeds; `p_same`: that these share a mean."""
     rows = []
     for c in contrasts:
         found = {k: d for k, df in blocks.items() if (d := _found(df, c))}
@@ -168,7 +171,8 @@ def contrast_rows(
                              pooled=set(mine) <= set(pooled), settings=len(groups), n=e.n, base=base,
                              difference=e.mean, half_width=e.half_width, p=e.p(),
                              p_flip=sign_flip(np.concatenate([g['d']/len(g['d']) for g in groups])),
-                             margin=margin, p_within=e.p_within(margin), failed=failed, active=active,
+                             margin=margin, p_within=e.p_within(margin), p_same=one_mean(*(g['d'] for g in groups)),
+                             failed=failed, active=active,
                              differences=[float(d) for g in groups for d in g['d']], estimate=e))
     df = pd.DataFrame(rows, columns=_columns)
     return _with_verdicts(df) if family else df.drop(columns='estimate')
@@ -190,6 +194,8 @@ def contrast_table(
                   difference=signed(r.difference, r.half_width), p=f'{r.p:.2g}',
                   **{'p by sign flips': f'{r.p_flip:.2g}' if r.p_flip == r.p_flip else '—',
                      'p of equivalence': f'{r.p_within:.2g} (± {r.margin:g})' if r.p_within == r.p_within else '—'},
+                  **({'p of one effect': f'{r.p_same:.2g}' if r.p_same == r.p_same else ''}
+                     if rows.p_same.notna().any() else {}),
                   **({"Holm's p": f'{r.p_holm:.2g}' if r.p_holm == r.p_holm else '',
                       'verdict': r.verdict if isinstance(r.verdict, str) else ''} if 'verdict' in rows else {}),
                   active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}')
@@ -204,36 +210,6 @@ def draw_contrasts(
     kinds = rows.block.where(rows.block == 'all', 'block ' + rows.block).replace('all', 'all blocks')
     return forest(rows.assign(arm=rows.contrast.str.replace(' beats? ', ' − ', regex=True), kind=kinds,
                               metric='accuracy_last', reference='the reference'), fig)
-
-# %% ../../nbs/evidence/34_programme.ipynb #d0a1581c
-def done_again(
-    first: pd.DataFrame,  # rows of results
-    again: pd.DataFrame,  # of the same arms and seeds in another precision or on another machine
-    margin: float = .5,  # points of accuracy
-) -> pd.DataFrame:
-    """What doing runs again adds to their accuracy, a row an arm of at least 3 pairs, and one over all: the mean,
-    the standard deviation `sd` of the differences, and whether two one-sided tests hold the mean within the margin."""
-    both = of_runs(first).merge(of_runs(again), on=['arm', 'seed', 'split'], suffixes=('_first', ''),
-                                validate='one_to_one')
-    both['d'] = (both.accuracy_last - both.accuracy_last_first).round(9)
-    rows = []
-    for arm, o in [(k, o) for k, o in both.groupby('arm', sort=False) if len(o) > 2] + [('all', both)]:
-        e = interval(o.d)
-        rows.append(dict(arm=arm, n=e.n, base=o.accuracy_last_first.mean(), difference=e.mean, half_width=e.half_width,
-                         sd=o.d.std(), margin=margin, p_within=e.p_within(margin),
-                         equivalent=e.p_within(margin) < .05))
-    return pd.DataFrame(rows)
-
-# %% ../../nbs/evidence/34_programme.ipynb #514740a4
-def with_those(
-    first: pd.DataFrame,  # `id` and `accuracy_last` of some runs
-    blocks: dict,  # block -> its rows of results, some of these runs done again among them
-) -> pd.DataFrame:
-    "The contrasts of names, pooled, with the accuracies of `first` in the place of the same runs', and without."
-    known = first.set_index('id').accuracy_last
-    other = {k: df.assign(accuracy_last=df.id.map(known).fillna(df.accuracy_last)) for k, df in blocks.items()}
-    both = {'with them': other, 'without': blocks}
-    return pd.concat([contrast_rows(o).drop_duplicates('contrast')[:2].assign(runs=k) for k, o in both.items()])
 
 # %% ../../nbs/evidence/34_programme.ipynb #ac147d20
 CHANGES = '''\
@@ -272,96 +248,13 @@ both).
 of E, then 7 to 9 of C, 3 and 4 of E, then Grad-CAM and random maps of E and of B's new networks, seed after seed, \
 as far as there is time. Seed 3 of C, of which four runs were made and left out, is run whole. float32 networks lie \
 in memory with channels first on a GPU now, or as a trial of seconds finds fastest: it changes how sums are rounded. \
-On CPUs seeds 7 to 9 of F.'''
-
-# %% ../../nbs/evidence/34_programme.ipynb #533e4167
-_says = dict(supported='Yes', contradicted='No, the other way round', inconclusive='Cannot tell')
-
-def _said(r):
-    "A verdict in words."
-    if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter, if any'
-    small = r.verdict == 'supported' and r.difference + r.half_width < r.margin
-    if small: return f'Yes, less than the {r.margin:g} point that would matter'
-    return _says.get(r.verdict, r.verdict)
-
-def _answer(**rows):
-    "The verdicts of some contrasts in words; whose they are where they differ."
-    said = {_said(r): name for name, r in rows.items()}
-    if len(said) == 1: return next(iter(said))
-    told = '; '.join(f'{s[0].lower()}{s[1:]} (`{name}`)' for s, name in said.items())
-    return told[0].upper() + told[1:]
-
-def _points(r, name=''):
-    return signed(r.difference, r.half_width).replace('-', '−') + (f' (`{name}`)' if name else '')
-
-def _matching(active):
-    if active > 0: return f'matching had something to say at the end of {active:.0%} of the runs'
-    return "at every run's end its matching had nothing to say"
-
-def _alone(rows, contrast):
-    "The pooled rows of a contrast that are of one block."
-    return rows[rows.pooled & (rows.contrast == contrast) & (rows.block != 'all')]
-
-def _data(rows):
-    "The labels and the data of the blocks that are pooled, in words."
-    labels = {}
-    for k in sorted(set(rows[rows.pooled].block) - {'all'}):
-        labels.setdefault(BLOCKS[k].dataset, []).append(str(BLOCKS[k].labels or 'all'))
-    return ' and '.join(f"{' and '.join(n)} labels of {name}" for name, n in labels.items()) + (
-        f" ({', '.join(k for k in sorted(set(rows[rows.pooled].block)) if k != 'all')})")
-
-def _each(rows, contrast):
-    "What a contrast came to in each of the pooled blocks, if there are several."
-    own = _alone(rows, contrast)
-    each = ', '.join(f'{r.block} {_points(r)}' for r in own.itertuples())
-    return f' ({each})' if len(own) > 1 else ''
-
-def _elsewhere(rows, names):
-    "What contrasts came to in blocks that are not pooled, in words; `names`: contrast -> how it is called."
-    found = {}
-    for r in rows[rows.contrast.isin([*names]) & ~rows.pooled].itertuples():
-        found.setdefault(r.block, []).append(f'`{names[r.contrast]}` {_points(r)}')
-    said = (f"on {BLOCKS[k].dataset} ({k}) {', '.join(o)}" for k, o in sorted(found.items()))
-    return f"; without verdict {', '.join(said)}" if found else ''
-
-def _extent(rows):
-    "What was run of the programme, in words."
-    ran = sorted(k for k in set(rows.block) - {'all'} if BLOCKS[k].precision == 'fp32')
-    what = lambda b: f'{b.dataset}, ' + (f'{b.labels or "all"} labels' if b.pooled else b.says.split(',')[0])
-    many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
-    each = (f'{k}: {what(BLOCKS[k])}, {many(rows[rows.block == k].n.max(), BLOCKS[k])}' for k in ran)
-    left = [k for k in BLOCKS if k not in set(rows.block)]
-    return '; '.join(each) + (f"; {', '.join(left)} are not run" if left else '')
-
-# %% ../../nbs/evidence/34_programme.ipynb #35d840c8
-def findings(
-    rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts and of the further ones
-    maps: str,  # the sentence on maps
-    printed: float = math.nan,  # the gain in accuracy that the paper prints for the pooled settings, their mean
-) -> str:
-    """Five answers that follow from the numbers: does it work, is it the language, does the literal text work, are
-    its maps better, how far does this go."""
-    whole = {r.contrast: r for r in rows[rows.pooled].drop_duplicates('contrast').itertuples()}
-    if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
-    names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
-    transport, shuffled, contrast, _, _, _, *beyond = (whole[c.says] for c in SECONDARY)
-    elsewhere = _elsewhere(rows, {names_1.contrast: 'repaired', names_2.contrast: 'semantic'})
-    base = ' and '.join(f'{r.base:.1f} %' for r in _alone(rows, repaired.contrast).itertuples())
-    said = [f"**Does LICO gain accuracy?** {_answer(repaired=repaired, semantic=semantic)}, in two readings "
-            f"(`repaired`, `semantic`): with {_data(rows)}, over cross-entropy's {base}, {_points(repaired)} and "
-            f"{_points(semantic)} points"
-            f"{'' if math.isnan(printed) else f'; printed {printed:+.2f}'}. Transport alone gains "
-            f"{_points(transport)}; beyond it, post hoc, {_points(beyond[1])} and {_points(beyond[2])}. "
-            f"Supervised contrast gains {_points(contrast)}.",
-            f"**Has language a part in it?** {_answer(repaired=names_1, semantic=names_2)}. Right names minus the same "
-            f"names on wrong classes: `repaired` {_points(names_1)}{_each(rows, names_1.contrast)}, "
-            f"`semantic` {_points(names_2)}{elsewhere}. With wrong names `repaired` gains {_points(shuffled)}.",
-            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {_points(literal)}"
-            f"{_each(rows, literal.contrast)}; minus transport alone {_points(beyond[0])}; "
-            f"{_matching(literal.active)}.",
-            f"**Are its maps better?** {maps}",
-            f"**How far does this go?** {_extent(rows)}."]
-    return '\n'.join(f'* {s}' for s in said)
+On CPUs seeds 7 to 9 of F.
+* 2026-11-27, when these runs were over: B is whole, C has seeds 0 to 8 (three runs of seed 9 are left out). No run of \
+E: a package was not found there, so its time went to B's maps, of seeds 5 to 8 whole. The layout was channels first.
+* 2026-11-27, when all of B and C was known: whether blocks share an effect (`p of one effect`) stands beside each \
+pooled mean. Right names of `repaired` are *supported* against shuffled ones by B alone, against invented words not \
+at all, and with ten runs made again not any more: so R, before any of its runs: B's network and labels, 15 fresh \
+seeds, right, shuffled and invented names. B's finding is repeated if right less shuffled has p below 0.05 there.'''
 
 # %% ../../nbs/evidence/34_programme.ipynb #8725650f
 def asked_of_block(
@@ -397,6 +290,7 @@ def above_random(
 ) -> pd.DataFrame:
     "The other methods' rows, their metrics less those of the same network's random map."
     measured = [m for m, o in METRICS.items() if o.of_maps and m in rows and rows[m].notna().any()]
+    rows = rows[rows.saliency.notna()]  # some networks may have no maps
     random, others = rows[rows.saliency == 'random'].set_index('id'), rows[rows.saliency != 'random'].copy()
     others[measured] -= random.loc[others.id, measured].to_numpy()
     return others

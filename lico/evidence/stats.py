@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'SETTING', 'TREATMENT', 'GRADES', 'FEWEST', 'Metric', 'smallest_difference', 'Estimate', 'interval',
-           'sign_flip', 'of_runs', 'pairs', 'paired', 'holm', 'conditions', 'differences', 'verdict']
+           'one_mean', 'sign_flip', 'of_runs', 'pairs', 'paired', 'holm', 'conditions', 'differences', 'verdict']
 
 # %% ../../nbs/evidence/24_stats.ipynb #9bd1d62e
 import math, warnings
@@ -94,6 +94,15 @@ def interval(
     v = np.array([d.var(ddof=1)/len(d) for d in groups])/len(groups)**2
     df = v.sum()**2/(v**2/(np.array(sizes) - 1)).sum() if v.any() else sum(sizes) - len(groups)
     return Estimate(mean, float(math.sqrt(v.sum())), float(df), sum(sizes), min(sizes))
+
+# %% ../../nbs/evidence/24_stats.ipynb #747d2250
+def one_mean(
+    *groups,  # paired differences, an array a setting
+) -> float:
+    "p value of all settings having one mean (Welch's analysis of variance); not a number for one, or below 3 pairs."
+    from statsmodels.stats.oneway import anova_oneway
+    if len(groups) < 2 or min(map(len, groups)) < 3 or not all(np.ptp(d) for d in groups): return math.nan
+    return float(anova_oneway([np.asarray(d, float) for d in groups], use_var='unequal').pvalue)
 
 # %% ../../nbs/evidence/24_stats.ipynb #ff9acebd
 def sign_flip(
