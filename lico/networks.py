@@ -319,7 +319,7 @@ def _copied(net, x, plain, fold):
     try:
         fast = copy.deepcopy(net)
         if fold: fast = folded(fast, x)
-        if sum(isinstance(m, nn.Conv2d) for m in fast.modules()) > 1: fast = fast.to(memory_format=memory_format(x.device))
+        if sum(isinstance(m, nn.Conv2d) for m in fast.modules()) > 1: fast.to(memory_format=memory_format(x.device))
         return fast if _agree(plain, fast, x) else None
     except (RuntimeError, TypeError, AttributeError, ValueError, NotImplementedError): return None
 

@@ -267,6 +267,20 @@ def test_links_lead_somewhere():
             assert list((TOP/'nbs').rglob(f'{name}.ipynb')), f'{path.name}: {name}'
 
 
+def test_what_a_page_shows_is_what_is_stored():
+    "Tables of `table.md` that a notebook's stored outputs show, and the sentences of its lists, row by row."
+    shown = 0
+    for path in (TOP/'nbs').glob('*.ipynb'):
+        if not (stored := TOP/'figures'/path.stem/'table.md').exists(): continue
+        outputs = [o for c in nbformat.read(path, 4).cells for o in c.get('outputs', ())]
+        text = '\n'.join(o.get('data', {}).get('text/markdown', '') for o in outputs).splitlines()
+        for header, *rows in (b.splitlines() for b in stored.read_text(encoding='utf-8').split('\n\n')):
+            if header[:1] not in '|*' or header not in text and header[0] == '|': continue
+            assert not (stale := [r for r in (header, *rows) if r not in text]), f'{path.name}: {stale[0]}'
+            shown += 1
+    assert shown > 50
+
+
 def test_lines_of_code_are_short():
     "In tests and cells; a module's first line is its notebook's prose, and its `__all__` is written by nbdev."
     sources = {p.name: p.read_text(encoding='utf-8') for p in (TOP/'tests').glob('*.py')}

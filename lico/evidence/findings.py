@@ -35,35 +35,38 @@ def done_again(
 
 # %% ../../nbs/evidence/44_findings.ipynb #6d0835b7
 def with_those(
-    first: pd.DataFrame,  # `id` and `accuracy_last` of some runs
-    blocks: dict,  # block -> its rows of results, some of these runs done again among them
+    first: pd.DataFrame,  # rows of some runs, as they came out on another machine
+    blocks: dict,  # block -> its rows of results, the same runs among them
 ) -> pd.DataFrame:
-    "The contrasts of names, pooled, with the accuracies of `first` in the place of the same runs', and without."
-    known = first.set_index('id').accuracy_last
-    other = {k: df.assign(accuracy_last=df.id.map(known).fillna(df.accuracy_last)) for k, df in blocks.items()}
-    both = {'with them': other, 'without': blocks}
-    return pd.concat([contrast_rows(o).drop_duplicates('contrast')[:2].assign(runs=k) for k, o in both.items()])
+    """The contrasts of names, pooled, without these runs and with those pairs in their twins' place, of `replaced` how
+    many, of which both arms were run there."""
+    rows = [contrast_rows(blocks).drop_duplicates('contrast')[:2].assign(runs='without', replaced=0)]
+    for c in PRIMARY[:2]:
+        own = first[first.arm.isin([c.arm, c.reference])]
+        own = own[own.groupby('seed').arm.transform('nunique') == 2].set_index('id').accuracy_last
+        other = {k: df.assign(accuracy_last=df.id.map(own).fillna(df.accuracy_last)) for k, df in blocks.items()}
+        found = contrast_rows(other).drop_duplicates('contrast')
+        rows.append(found[found.contrast == c.says].assign(runs='with them', replaced=len(own)//2))
+    return pd.concat(rows)
 
 # %% ../../nbs/evidence/44_findings.ipynb #383044fc
-_says = dict(supported='Yes', contradicted='No, the other way round', inconclusive='Cannot tell',
-             unsteady='Yes by the declared rule, but unsteadily')
+_says = dict(supported='Yes', contradicted='No, the other way round', inconclusive='Cannot tell')
 
 def _said(r):
     "A verdict in words."
     if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter, if any'
-    small = r.verdict == 'supported' and r.difference + r.half_width < r.margin
+    small = r.verdict == 'supported' and r.p_within < .05
     if small: return f'Yes, less than the {r.margin:g} point that would matter'
     return _says.get(r.verdict, r.verdict)
 
-def _answer(**rows):
-    "The verdicts of some contrasts in words; whose they are where they differ."
-    said = {_said(r): name for name, r in rows.items()}
-    if len(said) == 1: return next(iter(said))
-    told = '; '.join(f'{s[0].lower()}{s[1:]} (`{name}`)' for s, name in said.items())
+def _answer(**said):
+    "Answers in words; whose they are where they differ."
+    whose = {s: name for name, s in said.items()}
+    if len(whose) == 1: return next(iter(whose))
+    told = '; '.join(f'{s[0].lower()}{s[1:]} (`{name}`)' for s, name in whose.items())
     return told[0].upper() + told[1:]
 
-def _points(r, name=''):
-    return signed(r.difference, r.half_width).replace('-', '−') + (f' (`{name}`)' if name else '')
+def _points(r): return signed(r.difference, r.half_width).replace('-', '−')
 
 def _matching(active):
     return f'matching had {"something" if active else "nothing"} to say at the end of {active or 1:.0%} of the runs'
@@ -72,20 +75,34 @@ def _alone(rows, contrast):
     "The pooled rows of a contrast that are of one block."
     return rows[rows.pooled & (rows.contrast == contrast) & (rows.block != 'all')]
 
-def _data(rows):
-    "The labels and the data of the blocks that are pooled, in words."
-    labels = {}
-    for k in sorted(set(rows[rows.pooled].block) - {'all'}):
-        labels.setdefault(BLOCKS[k].dataset, []).append(str(BLOCKS[k].labels or 'all'))
-    return ' and '.join(f"{' and '.join(n)} labels of {name}" for name, n in labels.items()) + (
-        f" ({', '.join(k for k in sorted(set(rows[rows.pooled].block)) if k != 'all')})")
+def _where(rows, contrast):
+    "The blocks that a contrast is the mean of."
+    return f" ({', '.join(_alone(rows, contrast).block)})"
 
-def _each(rows, contrast, changed=''):
-    "What a contrast came to in each of the pooled blocks, if there are several; and what else there is to it."
+# %% ../../nbs/evidence/44_findings.ipynb #d04b90b7
+def _gains(rows, printed, *contrasts):
+    "What some contrasts came to in each of the pooled blocks, beside what is printed for it."
+    each = {}
+    for r in (r for c in contrasts for r in _alone(rows, c).itertuples()):
+        each.setdefault(r.block, []).append(f'{r.difference:+.2f}'.replace('-', '−'))
+    return '; '.join(f"{k} {', '.join(v)}" + (f', printed {printed[k]:+.1f}' if k in printed else '')
+                     for k, v in each.items())
+
+def _each(rows, contrast):
+    "What a contrast came to in each of the pooled blocks, if there are several, and whether these differ."
     own, whole = _alone(rows, contrast), rows[rows.contrast == contrast].iloc[0]
     each = ', '.join(f'{r.block} {_points(r)}' for r in own.itertuples())
     differ = f'; these differ, p = {whole.p_same:.1g}' if whole.p_same < .05 else ''
-    return f' ({each}{differ}{changed})' if len(own) > 1 else ''
+    return f' ({each}{differ})' if len(own) > 1 else ''
+
+def _part(rows, names, invented):
+    "Whether right names have a part, in words; what speaks against a verdict that they have."
+    own = _alone(rows, names.contrast)
+    by = ' and '.join(own.block[own.difference > own.half_width])
+    against = [f'by {by} alone' if by else 'its blocks differ'] if names.p_same < .05 else []
+    if invented.p_within < .05: against.append('invented words do as well')
+    if names.verdict != 'supported' or not against: return _said(names)
+    return f"Not shown: yes by the declared rule, but {', and '.join(against)}"
 
 def _extent(rows):
     "What was run of the programme, in words."
@@ -96,19 +113,11 @@ def _extent(rows):
     left = [k for k in BLOCKS if k not in set(rows.block)]
     return '; '.join(each) + (f"; {', '.join(left)} are not run" if left else '')
 
-def _unsteady(names, again):
-    "What a contrast comes to with some runs made again in their twins' place, if its verdict is another then."
-    if again is None: return ''
-    r = next(again[(again.contrast == names.contrast) & (again.runs == 'with them')].itertuples())
-    if r.verdict == names.verdict: return ''
-    return f"; *{r.verdict}* with ten runs of B made again on another GPU, {_points(r)}"
-
 # %% ../../nbs/evidence/44_findings.ipynb #19fe4a87
 def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts and of the further ones
     maps: str,  # the sentence on maps
-    printed: str = '',  # the gain in accuracy that the paper prints, and where
-    again: pd.DataFrame = None,  # from `with_those`
+    printed: dict = {},  # block -> the gain in accuracy that the paper prints for it
 ) -> str:
     """Five answers that follow from the numbers: does it work, is it the language, does the literal text work, are
     its maps better, how far does this go."""
@@ -116,22 +125,17 @@ def findings(
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     transport, shuffled, contrast, _, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
-    *low, last = (f'{r.base:.1f}' for r in _alone(rows, repaired.contrast).itertuples())
-    base = f"{', '.join(low)}{' and '*bool(low)}{last} %"
-    changed = _unsteady(names_1, again)
-    doubtful = changed or names_1.p_same < .05
-    if names_1.verdict == 'supported' and doubtful: names_1 = names_1._replace(verdict='unsteady')
-    said = [f"**Does LICO gain accuracy?** {_answer(repaired=repaired, semantic=semantic)}, in two readings "
-            f"(`repaired`, `semantic`): with {_data(rows)}, over cross-entropy's {base}, {_points(repaired)} and "
-            f"{_points(semantic)} points"
-            f"{printed and f'; printed {printed}'}. Transport alone gains "
-            f"{_points(transport)}; beyond it, post hoc, {_points(beyond[1])} and {_points(beyond[2])}. "
-            f"Supervised contrast gains {_points(contrast)}.",
-            f"**Has language a part in it?** {_answer(repaired=names_1, semantic=names_2)}. Right names minus the same "
-            f"names on wrong classes: `repaired` {_points(names_1)}{_each(rows, names_1.contrast, changed)}, "
-            f"`semantic` {_points(names_2)}. Minus *invented words*: `repaired` {_points(invented)}. With wrong "
-            f"names it gains {_points(shuffled)}.",
-            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {_points(literal)}"
+    no_more = ', and no more than transport alone' if beyond[0].p_within < .05 else ''
+    said = [f"**Does LICO gain accuracy?** {_answer(repaired=_said(repaired), semantic=_said(semantic))}, in two "
+            f"readings: `repaired` {_points(repaired)}, `semantic` {_points(semantic)} points "
+            f"({_gains(rows, printed, repaired.contrast, semantic.contrast)}). Transport alone gains "
+            f"{_points(transport)}{_where(rows, transport.contrast)}, supervised contrast {_points(contrast)}.",
+            f"**Has language a part in it?** "
+            f"{_answer(repaired=_part(rows, names_1, invented), semantic=_said(names_2))}. Right names minus the same "
+            f"on wrong classes: `repaired` {_points(names_1)}{_each(rows, names_1.contrast)}, "
+            f"`semantic` {_points(names_2)}{_each(rows, names_2.contrast)}. Minus *invented words*: `repaired` "
+            f"{_points(invented)}{_where(rows, invented.contrast)}. With wrong names it gains {_points(shuffled)}.",
+            f"**Does the paper's text, taken literally, work?** {_said(literal)}{no_more}: {_points(literal)}"
             f"{_each(rows, literal.contrast)}; minus transport alone {_points(beyond[0])}; "
             f"{_matching(literal.active)}.",
             f"**Are its maps better?** {maps}",
