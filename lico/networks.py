@@ -428,9 +428,8 @@ def looking(
     "How to ask a network much, without gradients: a function of images, how many at once, and the network it asks."
     if fast is None: fast = prepared(net, x, plain) if n*x.shape[-2]*x.shape[-1] >= 2**18 else net
     last = any(p.ndim == 4 and not p.is_contiguous() for p in fast.parameters())
-    order = torch.channels_last if last else torch.contiguous_format
     def ask(images):
-        images = images.contiguous(memory_format=order)
+        if last: images = images.contiguous(memory_format=torch.channels_last)
         # a copy may be left with tensors of inference mode, the network itself not
         with torch.inference_mode() if fast is not net else torch.no_grad(): rows = read(fast(images), len(images))
         return rows.clone()
