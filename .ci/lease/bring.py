@@ -21,8 +21,6 @@ def whole(found, arms):
 
 if __name__ == '__main__':
     source = Path(sys.argv[1])
-    for folder in (source/'root'/'data'/'runs').iterdir():
-        if read_record(folder): shutil.copytree(folder, runs_folder()/folder.name, dirs_exist_ok=True)
     records = [r for o in (source/'root'/'data'/'runs').iterdir() if (r := read_record(o))]
     for name in sys.argv[2:]:
         b, out = BLOCKS[name], Path('figures')/f'language-{name}'
@@ -30,6 +28,11 @@ if __name__ == '__main__':
         own = [r for r in records if (r['dataset'], r['run']['labels']) == (b.dataset, b.labels)]
         print(name, 'runs')
         mine = whole({(r['run']['seed'], arm_name(run_of(r))): r for r in own if r['run']['seed'] in asked}, b.arms)
+        kinds = {(r['run']['seed'], r['stamp']['hardware']) for r in mine.values()}
+        if len(kinds) > len({s for s, _ in mine}):
+            raise ValueError(f"arms of one seed are of different machines: {sorted(kinds)}")
+        for r in mine.values():
+            shutil.copytree(source/'root'/'data'/'runs'/r['id'], runs_folder()/r['id'], dirs_exist_ok=True)
         rows = rows_of([*mine.values()], arm_name=arm_name, profile='paper').astype(object)
         maps = {(s, a): o for s, a in mine if (o := source/'work'/'maps'/f'{name}-{s}-{a}').is_dir()}
         print(name, 'maps')

@@ -1,5 +1,7 @@
 # On the GPU machine: unpack what came, start the processes, leave them. JOBS="E0 mE0 C9" SECONDS_LEFT=700 FOR=15
-mkdir -p /tmp/packs /tmp/work/files /tmp/root/data /tmp/site  # all before Python starts, which remembers what is missing
+: "${OUT:?}" "${JOBS:?}" "${SECONDS_LEFT:?}" "${FOR:?}"
+# all folders before Python starts, which remembers what is missing
+mkdir -p /tmp/packs /tmp/work/files /tmp/root/data /tmp/site
 cp -r .gpu/encoder /tmp/packs/
 python3 - <<'P'
 import lzma, pickle, numpy as np

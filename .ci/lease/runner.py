@@ -111,13 +111,17 @@ def do(kind, name, seed, arm):
         out = run(run_of(name, seed, arm), progress=False) if kind == 'run' else score_maps(name, seed, arm)
         (WORK/'done'/job).write_text(json.dumps(dict(seconds=time.time() - began, id=out['id'])))
         say('done', job, f'{time.time() - began:.0f}')
-    except Exception: say('FAILED', job, ' | '.join(traceback.format_exc().splitlines()[-3:]))
+    except Exception:
+        (WORK/'done'/f'{job}.failed').touch()
+        say('FAILED', job, ' | '.join(traceback.format_exc().splitlines()[-3:]))
 
 
 def may_begin(kind, name, seed, arm):
     "True, `None` for not yet, or False for no more."
     if not (PACKS/f'pack{name}/READY').exists(): return None
-    if kind == 'maps' and not (WORK/'done'/f'run-{name}-{seed}-{arm}').exists(): return None
+    network = WORK/'done'/f'run-{name}-{seed}-{arm}'
+    if kind == 'maps' and Path(f'{network}.failed').exists(): return False
+    if kind == 'maps' and not network.exists(): return None
     known = [json.loads(o.read_text() or '{}').get('seconds', 0) for o in (WORK/'done').glob(f'{kind}-{name}-*')]
     return bool(STEPS) or time.time() + 1.05*max(known, default=FIRST_GUESS) < float((WORK/'deadline').read_text())
 

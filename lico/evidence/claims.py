@@ -315,7 +315,7 @@ def maps_sentence(
     seen = large[large.saliency == 'grad-cam'].groupby('arm')[['pointing_others', 'alike']].mean()
     others, own, seeds = seen.pointing_others, seen.alike, small[small.saliency == 'grad-cam'].seed.nunique()
     return (f"No verdict. Insertion − deletion of Grad-CAM above a random map's, minus cross-entropy's: on CIFAR-10 "
-            f"{_gains(above_random(small), 'overall', ('repaired', 'repaired-shuffled', 'CE+LS'), 'CE')} (B, {seeds} "
+            f"{_gains(above_random(small), 'overall', ('paper', 'repaired', 'semantic', 'CE+LS'), 'CE')} (B, {seeds} "
             f"seeds), on photographs {_gains(above_random(large), 'overall', ('semantic',), 'CE')} (G); pointing game "
             f"there {_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled'), 'CE')}. But G's maps hardly "
             f"change with the photograph: each correlates by {own['semantic']:.2f} with the mean map of the *other* "

@@ -6,8 +6,6 @@
 __all__ = ['done_again', 'with_those', 'findings']
 
 # %% ../../nbs/evidence/44_findings.ipynb #2f0ac04f
-import math
-
 import pandas as pd
 
 from .programme import BLOCKS, PRIMARY, SECONDARY, contrast_rows
@@ -80,7 +78,7 @@ def _where(rows, contrast):
     return f" ({', '.join(_alone(rows, contrast).block)})"
 
 # %% ../../nbs/evidence/44_findings.ipynb #d04b90b7
-def _gains(rows, printed, *contrasts):
+def _by_block(rows, printed, *contrasts):
     "What some contrasts came to in each of the pooled blocks, beside what is printed for it."
     each = {}
     for r in (r for c in contrasts for r in _alone(rows, c).itertuples()):
@@ -124,12 +122,12 @@ def findings(
     whole = {r.contrast: r for r in rows[rows.pooled].drop_duplicates('contrast').itertuples()}
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
-    transport, shuffled, contrast, _, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
+    transport, shuffled, supervised, _, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
     no_more = ', and no more than transport alone' if beyond[0].p_within < .05 else ''
     said = [f"**Does LICO gain accuracy?** {_answer(repaired=_said(repaired), semantic=_said(semantic))}, in two "
             f"readings: `repaired` {_points(repaired)}, `semantic` {_points(semantic)} points "
-            f"({_gains(rows, printed, repaired.contrast, semantic.contrast)}). Transport alone gains "
-            f"{_points(transport)}{_where(rows, transport.contrast)}, supervised contrast {_points(contrast)}.",
+            f"({_by_block(rows, printed, repaired.contrast, semantic.contrast)}). Transport alone gains "
+            f"{_points(transport)}{_where(rows, transport.contrast)}, supervised contrast {_points(supervised)}.",
             f"**Has language a part in it?** "
             f"{_answer(repaired=_part(rows, names_1, invented), semantic=_said(names_2))}. Right names minus the same "
             f"on wrong classes: `repaired` {_points(names_1)}{_each(rows, names_1.contrast)}, "

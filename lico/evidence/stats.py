@@ -97,9 +97,10 @@ def interval(
 
 # %% ../../nbs/evidence/24_stats.ipynb #747d2250
 def one_mean(
-    *groups,  # paired differences, an array a setting
+    *groups,  # paired differences in points, an array a setting
 ) -> float:
-    "p value of all settings having one mean (Welch's analysis of variance); not a number for one, or below 3 pairs."
+    """p value of all settings having one mean (Welch's analysis of variance); not a number for one setting, below 3
+    pairs, or where a setting has no spread."""
     from statsmodels.stats.oneway import anova_oneway
     if len(groups) < 2 or min(map(len, groups)) < 3 or not all(np.ptp(d) for d in groups): return math.nan
     return float(anova_oneway([np.asarray(d, float) for d in groups], use_var='unequal').pvalue)
