@@ -275,6 +275,7 @@ def test_coverage_says_what_the_profile_gives(n, key, value, left, monkeypatch):
     assert len(claims._runnable(n)) == left
 
 
+@pytest.mark.slow
 def test_coverage_of_what_was_measured(lico_root):
     "Counted on the paper's data only with its network and its encoder."
     def counts(**more):
@@ -289,6 +290,7 @@ def test_coverage_of_what_was_measured(lico_root):
             and counts(backbone='parn_18') == (2, 0) and counts(accuracy_last=math.nan) == (0, 0))
 
 
+@pytest.mark.slow
 def test_what_is_kept_is_not_stale():
     "figures/paper is what the results below figures say."
     kept = pd.read_csv(root()/'figures'/'paper'/'results.csv')
