@@ -89,9 +89,9 @@ def blocks() -> dict:
 def _frames(table):
     "The name of its folder and the rows of every stored frame that holds something of a table, with the table's arms."
     for f in folders(f'table{table}'): yield f.name, read_results(f)
-    # the other tables are about arms that no block has
+    # the other tables are about arms that no block has; controls and changed presets are of no claim
     for k, df in blocks().items() if table in (1, 3, 5, 8) else ():
-        own = df[[ARMS[a].class_text == 'names' for a in df.arm]]
+        own = df[[not ARMS[a].options for a in df.arm]]
         yield f'language-{k}', own.assign(arm=own.method)
 
 # %% ../../nbs/evidence/36_claims.ipynb #64f6bfe3
