@@ -208,7 +208,7 @@ _size = re.compile(r'all|[1-9]\d*(-shot)?'), "all, a whole number of at least 1,
 PARAMETERS = dict(  # of result notebooks; a list is written with commas
     datasets=[str], backbones=[str], labels=[_size], methods=[str], arms=[str], presets=[str], seeds=[_from_zero],
     saliency=[str], metrics=[str], saliency_options=str, text_encoder=str, stand_in=str, layers=str, pictures=str,
-    folder=str, backbone=str, stored=('add', 'only'), block=(*'ABCDEFG', 'A16', 'R'), options=str,
+    folder=str, backbone=str, stored=('add', 'only'), block=(*'ABCDEFG', 'A16', 'R', 'L'), options=str,
     **{k: FIELDS[k] for k in ('epochs', 'steps', 'evaluations', 'image_size', 'validation', 'pretrained', 'flip',
                               'output_stride')},
     **dict.fromkeys(('batch_size', 'images', 'test_images', 'shown', 'points', 'rounds', 'masks', 'largest', 'batches',
