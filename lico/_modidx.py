@@ -479,6 +479,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                               'lico/evidence/findings.py'),
                                         'lico.evidence.findings._each': ('evidence/findings.html#_each', 'lico/evidence/findings.py'),
                                         'lico.evidence.findings._extent': ('evidence/findings.html#_extent', 'lico/evidence/findings.py'),
+                                        'lico.evidence.findings._louder': ('evidence/findings.html#_louder', 'lico/evidence/findings.py'),
                                         'lico.evidence.findings._matching': ( 'evidence/findings.html#_matching',
                                                                               'lico/evidence/findings.py'),
                                         'lico.evidence.findings._part': ('evidence/findings.html#_part', 'lico/evidence/findings.py'),

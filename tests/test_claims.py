@@ -9,7 +9,7 @@ from lico.evidence import claims
 from lico.evidence.arms import TABLES
 from lico.evidence.claims import CLAIMS, claim_rows, claims_table, coverage, maps_sentence, printed_gains
 from lico.evidence.findings import done_again, findings, with_those
-from lico.evidence.programme import (ARMS, BLOCKS, PRIMARY, SECONDARY, above_random, arm_name, asked_of_block,
+from lico.evidence.programme import (ARMS, BLOCKS, LOUDER, PRIMARY, SECONDARY, above_random, arm_name, asked_of_block,
                                      block_runs, contrast_rows, map_table, maps_of_block)
 from lico.evidence.stats import holm
 from test_stats import rows
@@ -126,6 +126,21 @@ def test_a_block_of_few_seeds_stands_beside():
     assert re.search(r'\(A \S+, \S+; B \S+, \S+\)\. Transport', said)
     assert 'C: cifar100-part, 400 labels, 3 of 10 seeds' in said
     assert 'D, E, F, G, A16, R, L are not run' in said
+
+
+def test_what_one_block_decides():
+    "Louder names have verdicts of their own: of block L alone, whatever else was run, corrected for the two of them."
+    made = {k: programme(k, loud=2) for k in 'AL'}
+    df = contrast_rows(made, LOUDER).set_index('contrast')
+    loud, transport = (df.loc[c.says] for c in LOUDER)
+    assert (loud.verdict, loud.block, loud.n) == ('supported', 'L', 10) and transport.verdict != 'supported'
+    assert df.p_holm.tolist() == pytest.approx(holm([loud.p, transport.p]))
+    assert contrast_rows(made).equals(contrast_rows({'A': made['A']}))  # and the five know nothing of it
+    few = {'L': made['L'][made['L'].seed < 4]}
+    assert contrast_rows(few, LOUDER).verdict.isna().all()
+    every = pd.concat([contrast_rows(made), contrast_rows(made, SECONDARY, family=False), contrast_rows(made, LOUDER)])
+    said = findings(every, 'Nobody looked.')
+    assert re.search(r'Right minus shuffled where names are louder \(L\): \+\S+ ± \S+ \(supported\); of transport', said)
 
 
 def test_what_speaks_against_a_verdict_is_said():

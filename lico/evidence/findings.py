@@ -8,7 +8,7 @@ __all__ = ['done_again', 'with_those', 'findings']
 # %% ../../nbs/evidence/44_findings.ipynb #2f0ac04f
 import pandas as pd
 
-from .programme import BLOCKS, PRIMARY, SECONDARY, contrast_rows
+from .programme import BLOCKS, LOUDER, PRIMARY, SECONDARY, contrast_rows
 from .report import signed
 from .stats import interval, of_runs
 
@@ -102,6 +102,12 @@ def _part(rows, names, invented):
     if names.verdict != 'supported' or not against: return _said(names)
     return f"Not shown: yes by the declared rule, but {', and '.join(against)}"
 
+def _louder(whole):
+    "What right names gain over shuffled ones in the block where names are louder, if it was run."
+    ran = [(what, whole[c.says]) for what, c in zip(('', 'of transport alone '), LOUDER) if c.says in whole]
+    each = '; '.join(f'{what}{_points(r)} ({r.verdict})' for what, r in ran)
+    return f' Right minus shuffled where names are louder (L): {each}.' if each else ''
+
 def _extent(rows):
     "What was run of the programme, in words."
     ran = sorted(k for k in set(rows.block) - {'all'} if BLOCKS[k].precision == 'fp32')
@@ -113,7 +119,7 @@ def _extent(rows):
 
 # %% ../../nbs/evidence/44_findings.ipynb #19fe4a87
 def findings(
-    rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts and of the further ones
+    rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts, the further ones and the louder ones
     maps: str,  # the sentence on maps
     printed: dict = {},  # block -> the gain in accuracy that the paper prints for it
 ) -> str:
@@ -129,10 +135,11 @@ def findings(
             f"({_by_block(rows, printed, repaired.contrast, semantic.contrast)}). Transport alone gains "
             f"{_points(transport)}{_where(rows, transport.contrast)}, supervised contrast {_points(supervised)}.",
             f"**Has language a part in it?** "
-            f"{_answer(repaired=_part(rows, names_1, invented), semantic=_said(names_2))}. Right names minus the same "
-            f"on wrong classes: `repaired` {_points(names_1)}{_each(rows, names_1.contrast)}, "
+            f"{_answer(repaired=_part(rows, names_1, invented), semantic=_said(names_2))}. Right names minus shuffled "
+            f"ones (the same on wrong classes): `repaired` {_points(names_1)}{_each(rows, names_1.contrast)}, "
             f"`semantic` {_points(names_2)}{_each(rows, names_2.contrast)}. Minus *invented words*: `repaired` "
-            f"{_points(invented)}{_where(rows, invented.contrast)}. With wrong names it gains {_points(shuffled)}.",
+            f"{_points(invented)}{_where(rows, invented.contrast)}. With shuffled names it gains "
+            f"{_points(shuffled)}.{_louder(whole)}",
             f"**Does the paper's text, taken literally, work?** {_said(literal)}{no_more}: {_points(literal)}"
             f"{_each(rows, literal.contrast)}; minus transport alone {_points(beyond[0])}; "
             f"{_matching(literal.active)}.",
