@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'FIELDS', 'PARAMETERS', 'choose', 'root', 'settings', 'check_value', 'check_option', 'gathered',
-           'check_options', 'parse_value', 'preset', 'dataset_settings', 'datasets_of_the_paper', 'profile_settings',
-           'parameters', 'derive_seed', 'seed_everything', 'device', 'memory_format', 'hardware', 'stamp']
+           'check_options', 'parse_value', 'preset', 'options_from', 'dataset_settings', 'datasets_of_the_paper',
+           'profile_settings', 'parameters', 'derive_seed', 'seed_everything', 'device', 'memory_format', 'hardware',
+           'stamp']
 
 # %% ../nbs/method/00_config.ipynb #dc1872af
 import configparser, functools, hashlib, importlib.metadata, math, numbers, os, platform, random
 import re, subprocess
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,6 +175,13 @@ def preset(
     "All options of a preset, checked."
     raw = {**_section('preset', 'paper'), **_section('preset', name), **overrides}
     return check_options(**{k: v if _is_choice(k) else parse_value(v) for k, v in raw.items()})
+
+def options_from(
+    kind,  # `LossOptions`, `TrainOptions` or any dataclass of options
+    options: dict,  # all options of a preset
+):
+    "The dataclass `kind` filled from a preset's options."
+    return kind(**{f.name: options[f.name] for f in fields(kind)})
 
 # %% ../nbs/method/00_config.ipynb #63432991
 def dataset_settings(

@@ -16,14 +16,14 @@ import numpy as np, torch
 
 from . import rivals
 from .backbones import create_backbone, made_of, timm_source
-from .config import (FIELDS, check_options, check_value, choose, derive_seed, preset, root, seed_everything,
-                         settings)
+from .config import (FIELDS, check_options, check_value, choose, derive_seed, options_from, preset, root,
+                         seed_everything, settings)
 from .data import load
 from .files import sha256
 from .folders import stamp_of
 from .losses import LossOptions
 from .model import LICO, CrossEntropy
-from .schedule import TrainOptions, options_from, steps_per_epoch
+from .schedule import TrainOptions, steps_per_epoch
 from .text import PromptLearner, load_text_encoder
 
 # %% ../nbs/method/21_runs.ipynb #0643b12b

@@ -16,12 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from .networks import full_float32, looking, undisturbed
-from .config import choose, derive_seed, device, hardware, memory_format, preset as read_preset
+from .config import choose, derive_seed, device, hardware, memory_format, options_from, preset as read_preset
 from .data import test_batches, training_batches
 from .files import make_folder
 from .model import load_checkpoint, refuse_other_forward, save_checkpoint, tensors_digest
-from .schedule import (Average, TrainOptions, deal, learning_rate, options_from, refuse_precision,
-                           steps_per_epoch)
+from .schedule import Average, TrainOptions, deal, learning_rate, refuse_precision, steps_per_epoch
 from .together import Batch, all_of, group_size, is_first, join_group, share
 from .watch import (LogFile, check_finite, images_digest, mean_row, refuse_other_run, settings_of, warn_extended,
                         warn_inactive)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np, pandas as pd, pytest, torch
 
-from lico.config import OPTIONS, parameters, preset, root
+from lico.config import OPTIONS, options_from, parameters, preset, root
 from lico.evidence.ambiguities import (
     CHOICES, PRESET, beside_ce, by_choice, cannot_differ, changes, draw_effects, effects, effects_sentences, gaps,
     runs_of_changes, state_table)
@@ -13,7 +13,6 @@ from lico.evidence.store import read_results
 from lico.experiments import Run
 from lico.losses import LossOptions
 from lico.model import Temperature
-from lico.schedule import options_from
 
 TOP = root()
 FOLDERS = [TOP/'figures'/'fidelity', TOP/'figures'/'fidelity-120']

@@ -1,19 +1,18 @@
 "The practitioner's guide, on what it brings along and on a folder of one's own."
-import os, subprocess, sys
+import os, re, subprocess, sys
 from pathlib import Path
 
 import nbformat, numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
 from lico.backbones import create_backbone
-from lico.config import preset, root
+from lico.config import options_from, preset, root
 from lico.data import load
 from lico.evidence.recipe import (accuracy_table, cases_by_answer, decide, fit_last_layer, grid_side, hold_out,
                                   set_temperatures, starting_network)
 from lico.losses import LossOptions
 from lico.model import LICO, load_network
 from lico.saliency import explain
-from lico.schedule import options_from
 from lico.text import PromptLearner, load_text_encoder
 from lico.training import fit, predict
 from test_notebooks import run
@@ -114,6 +113,22 @@ def folder_of(top, counts, parts=('train', 'test'), size=(48, 64), mode='RGB', n
                 image[:, :size[1]//4, c] += 100
                 Image.fromarray(image).convert(mode).save(top/part/name/f'{i:02}.png')
     return f'folder:{top}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('text', [False, True])
+def test_what_the_readme_shows_runs(text, tmp_path):
+    "Its lines as they stand, for one epoch, and with those that are commented out: LICO."
+    code = re.search(r'```python\n(.*?)```', (TOP/'README.md').read_text(encoding='utf-8'), re.S)[1]
+    code = code.replace('folder:/path/to/images', folder_of(tmp_path, (4, 4))).replace('epochs=10', 'epochs=1')
+    if text:
+        modules = re.findall(r'lico\.\w+', re.search('# or with text.*', code)[0])
+        code = re.sub('^# ', '', re.sub('^fit.CrossEntropy.*\n', '', code, flags=re.M), flags=re.M)
+        code = '\n'.join([*(f'from {m} import *' for m in modules), code])
+        assert len(modules) == 4 and 'CrossEntropy(' not in code and code.count('\nfit(LICO(') == 1
+    names = {}
+    exec(code, names)
+    assert names['maps'].shape == (8, 224, 224) and 0 <= names['maps'].min() and names['maps'].max() <= 1
 
 
 @pytest.mark.parametrize('made', [
