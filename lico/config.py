@@ -217,7 +217,7 @@ _size = re.compile(r'all|[1-9]\d*(-shot)?'), "all, a whole number of at least 1,
 PARAMETERS = dict(  # of result notebooks; a list is written with commas
     datasets=[str], backbones=[str], labels=[_size], methods=[str], arms=[str], presets=[str], seeds=[_from_zero],
     saliency=[str], metrics=[str], saliency_options=str, text_encoder=str, stand_in=str, layers=str, pictures=str,
-    folder=str, backbone=str, stored=('add', 'only'), block=(*'ABCDEFG', 'A16', 'R', 'L'), options=str,
+    folder=str, backbone=str, stored=('add', 'only'), block=str, options=str,
     **{k: FIELDS[k] for k in ('epochs', 'steps', 'evaluations', 'image_size', 'validation', 'pretrained', 'flip',
                               'output_stride')},
     **dict.fromkeys(('batch_size', 'images', 'test_images', 'shown', 'points', 'rounds', 'masks', 'largest', 'batches',
@@ -317,8 +317,9 @@ def parameters(
 
 # %% ../nbs/method/00_config.ipynb #51a37abd
 def derive_seed(*parts) -> int:
-    """A seed of 63 bits derived from its parts, e.g. `derive_seed(seed, 'batch', step)`; the same on every machine
-    and in every process."""
+    """A seed of 63 bits derived from its parts, e.g. `derive_seed(seed, 'batch', step)`; the same on every machine,
+    in every process and for every kind of whole number."""
+    parts = tuple(int(p) if isinstance(p, numbers.Integral) and not isinstance(p, bool) else p for p in parts)
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], 'little') >> 1
 
 def seed_everything(seed: int):

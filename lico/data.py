@@ -197,9 +197,13 @@ def _hold_out(images, class_names, n):
 # %% ../nbs/method/06_data.ipynb #aefce7b9
 @functools.lru_cache(maxsize=2)
 def _whole(name, size, listing):
-    "A whole dataset; of a folder, with what lies there."
+    "A whole dataset; of a folder, with what lies there. And how often its tensors have been changed in place."
     source = find(name, listing)
-    return (_from_files if source.folder else _in_memory)(source.name or name, source, size)
+    data = (_from_files if source.folder else _in_memory)(source.name or name, source, size)
+    return data, _changes(data)
+
+def _changes(data):
+    return [t._version for part in (data.train, data.test) for t in vars(part).values() if torch.is_tensor(t)]
 
 # %% ../nbs/method/06_data.ipynb #61c13484
 def refuse_path(name):
@@ -237,7 +241,10 @@ def load(
     if image_size is not None: _whole_number('image_size', image_size)
     if flip not in (None, True, False): raise ValueError(f"flip = {flip!r}: expected True, False or None")
     place, listing = _place(name)
-    whole = _whole(place, image_size, listing)
+    whole, changes = _whole(place, image_size, listing)
+    if _changes(whole) != changes:  # someone wrote into what an earlier call gave
+        _whole.cache_clear()
+        whole, _ = _whole(place, image_size, listing)
     train, test = ((whole.train, whole.test) if validation is None
                    else _hold_out(whole.train, whole.class_names, validation))
     if k := _per_class(labels, shots, len(whole.class_names)): train = _balanced(train, whole.class_names, k, seed)

@@ -176,7 +176,7 @@ UNIFORM, IDENTITY, COLLAPSED = 0.995, 0.005, 0.98  # entropies, as shares of the
 def inactive(
     row,  # a log's row: `entropy_image`, `entropy_text` (shares of ln B, or ln(B - 1) without diagonal), `cosine`
 ):  # None, or the reason: "collapsed", "uniform", "identity"; the first of these that holds
-    "Why matching is not at work: images all alike, or a matrix that says nothing; None if it is, or if there is none."
+    "Why matching is inactive: images all alike, or a matrix that says nothing; None if it is not, or if there is none."
     entropies = [math.nan if row.get(k) is None else row.get(k) for k in ('entropy_image', 'entropy_text')]
     if any(map(math.isnan, entropies)): return None
     if (row.get('cosine') or 0.) > COLLAPSED: return 'collapsed'
@@ -193,6 +193,8 @@ def cost_matrix(
     if F.ndim != 3 or G.ndim != 3 or len(F) != len(G) or F.shape[2] != G.shape[2]:
         raise ValueError(f"features {list(F.shape)} and prompts {list(G.shape)}: expected [B, N, d'] and [B, M, "
                          "d'] of one batch and one width")
+    wide = torch.promote_types(torch.promote_types(F.dtype, G.dtype), torch.float32)  # half's products overflow
+    F, G = F.to(wide), G.to(wide)
     f, g = 1/_length(F), 1/_length(G).mT
     return ((f > 0).to(F.dtype) + (g > 0).to(G.dtype) - 2*(F@G.mT)*f*g).clamp_min(0)
 
@@ -218,8 +220,9 @@ def _scalings(C, eps, n_iter, tol):
     u = 1/(N*(v@K))
     for _ in range(n_iter):
         excess = M*v*(u@K.mT)
-        # one wait for a GPU
-        off, low, high = torch.stack(((excess - 1).abs().mean(2).max(), *(new := v/excess).aminmax())).tolist()
+        new = v/excess
+        told = torch.stack([(excess - 1).abs().mean(2).max(), *new.aminmax()])
+        off, low, high = told.tolist()  # one wait for a GPU
         if tol and off < tol: break
         if 1/far < low and high < far: v = new
         else:

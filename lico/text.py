@@ -171,8 +171,8 @@ def load_text_encoder(
 # %% ../nbs/method/08_text.ipynb #bc4a4e32
 def _check_names(enc, class_names, n_context):
     "The token ids of each class name; names that cannot be told apart, say nothing or do not fit are refused."
-    if isinstance(class_names, str) or not len(class_names):
-        raise ValueError(f"class_names is {class_names!r}: expected a list of names")
+    if isinstance(class_names, (str, set, frozenset)) or not len(class_names):
+        raise ValueError(f"class_names is {class_names!r}: expected a list of names, class 0 first")
     for name in class_names:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"class name {name!r} is empty or not a text: give every class a name")
@@ -277,6 +277,8 @@ class PromptLearner(nn.Module):
         else: self.register_buffer('context', start)
 
     def _apply(self, fn, recurse=True):
+        p = next(self.enc.parameters())
+        if fn(p.new_zeros(1)).dtype != p.dtype: self.__dict__['enc'] = copy.deepcopy(self.enc)  # others read it too
         self.enc._apply(fn, recurse)
         return super()._apply(fn, recurse)
 

@@ -4,7 +4,7 @@ import json, os
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 
-from lico.networks import folded
+from lico.copies import folded
 from lico.cams import imagenet_classifier
 from lico.evidence.cases import coco, coco_in, imagenet_cases, of_kind, scene_cases
 from lico.evidence.cases import test_images as cases_of_test_images

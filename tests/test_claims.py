@@ -140,7 +140,7 @@ def test_what_one_block_decides():
     assert contrast_rows(few, LOUDER).verdict.isna().all()
     every = pd.concat([contrast_rows(made), contrast_rows(made, SECONDARY, family=False), contrast_rows(made, LOUDER)])
     said = findings(every, 'Nobody looked.')
-    assert re.search(r'Right minus shuffled where names are louder \(L\): \+\S+ ± \S+ \(supported\); of transport', said)
+    assert re.search(r'Right minus shuffled in block L: louder \+\S+ ± \S+ \(supported\), transport alone', said)
 
 
 def test_what_speaks_against_a_verdict_is_said():
@@ -205,6 +205,7 @@ def test_a_block_in_bfloat16_is_refused_where_there_is_none(monkeypatch, lico_ro
     ask = lambda block: asked_of_block(parameters('language', dict(profile='smoke', out=str(lico_root), block=block)))
     with pytest.raises(ValueError, match='block A16 trains in bfloat16, .* block A, which is the same in float32'):
         ask('A16')
+    with pytest.raises(ValueError, match="unknown block 'Z': choose one of A, B, "): ask('Z')
     assert ask('A')
 
 

@@ -137,7 +137,7 @@ def test_every_parameter_has_a_form(path):
     ('labels', '40, 40', 'labels = 40, 40: 40 is there twice'), ('presets', 'papre', "unknown preset 'papre'"),
     ('pretrained', 'perhaps', "unknown value of pretrained: 'perhaps'"),
     ('pretrained', 1, 'unknown value of pretrained: 1'),
-    ('stored', 'olny', "unknown value of stored: 'olny'"), ('block', 'Z', "unknown value of block: 'Z'"),
+    ('stored', 'olny', "unknown value of stored: 'olny'"),
     ('options', 'lr=inf', 'option lr = inf: expected'), ('options', 'alpha=nan', 'option alpha = nan: expected'),
     ('options', 'batch_size=0', 'option batch_size = 0: expected'), ('options', 'taau=1', "unknown option 'taau'"),
     ('validation', 0, 'validation = 0: expected'), ('points', 0, 'points = 0: expected'),

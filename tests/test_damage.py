@@ -13,7 +13,7 @@ from lico.evidence.cases import imagenet_cases, test_images as cases_of_test_ima
 from lico.evidence.pictures import Shown, read_shown, save_shown
 from lico.evidence.store import read_results, read_scores, read_table, top5, write_results, write_table
 from lico.experiments import Run, load_backbone, read_record, run, run_of, runs_folder, ship
-from lico.model import load_checkpoint, load_network, loading_lines, save_checkpoint, save_network
+from lico.shipping import load_checkpoint, load_network, loading_lines, save_checkpoint, save_network
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
 
@@ -79,7 +79,7 @@ def test_a_bit_of_a_record(record):
 def test_tensors_of_the_former_format_are_read(tmp_path):
     "Their checksum is of the tensors alone."
     from safetensors.torch import save
-    from lico.model import tensors_digest
+    from lico.shipping import tensors_digest
     tensors, path = dict(w=torch.arange(4.)), tmp_path/'x.safetensors'
     content = save(tensors, metadata=dict(state='{"id": "x"}', checksum=tensors_digest(tensors)))
     path.write_bytes(content)
@@ -396,7 +396,7 @@ def test_a_shipped_network_needs_no_lico(tmp_path):
     "Ten lines, in a process that cannot import lico; `torch.export` agrees; for everyone to read; no bit is trusted."
     from lico.backbones import create_backbone
     from lico.data import load
-    from lico.model import preprocessing_of
+    from lico.shipping import preprocessing_of
     data, folder = load('digits'), tmp_path/"it's shipped"
     net = create_backbone('wrn_10_1', 10, 16).eval()
     old = os.umask(0o077)
@@ -489,9 +489,9 @@ def test_a_network_is_shipped_however_it_is_wrapped(tmp_path, wrap):
 
 
 def test_what_timm_builds_is_shipped_by_name_however_it_is_wrapped(tmp_path, monkeypatch):
-    from lico import model
+    from lico import shipping
     from lico.backbones import create_backbone
-    monkeypatch.setattr(model, '_exported', lambda *args: b'')
+    monkeypatch.setattr(shipping, '_exported', lambda *args: b'')
     net = create_backbone('resnet18', 3, 32, output_stride=16)
     state = net.state_dict()
     net.layer1 = torch.compile(net.layer1)

@@ -9,7 +9,7 @@ from lico.backbones import _at_commit, create_backbone
 from lico.evidence.recipe import starting_network
 from lico.experiments import (RIVALS, TRAINING_METHODS, Run, estimate, frame, load_backbone, load_data, read_record,
                               run, run_id, run_of, runs_folder, ship, spec, start, sweep)
-from lico.model import load_network, preprocessing_of, save_network
+from lico.shipping import load_network, preprocessing_of, save_network
 from lico.text import load_text_encoder
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)

@@ -8,7 +8,7 @@ import nbformat, pandas as pd, pytest, torch
 
 from lico.experiments import Run, find_encoder, load_data
 from lico.text import load_text_encoder
-from lico.training import load_checkpoint
+from lico.shipping import load_checkpoint
 from test_processes import JOB, gone
 from warm import warm
 

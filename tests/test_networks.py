@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from lico import networks
+from lico import copies
 from lico.backbones import adapt, create_backbone, features
 from lico.networks import layout, rows_of_output, undisturbed
 from lico.cams import default_layer, to_unit
@@ -683,9 +683,9 @@ def changed_number(net): net.layer1[0].forward = lambda x: 2*x
 def test_a_kept_copy_answers_only_for_the_network_it_was_made_of(change, monkeypatch):
     "Weights to the bit, modules, and what no list of parts shows; what has not changed is not copied again."
     net, x = create_backbone('resnet18', 5, 64).eval(), pictures(2)
-    with torch.no_grad(): first = networks.prepared(net, x)
+    with torch.no_grad(): first = copies.prepared(net, x)
     change(net)
-    with torch.no_grad(): again = networks.prepared(net, x)
+    with torch.no_grad(): again = copies.prepared(net, x)
     assert (again is first) == (change.__name__ == '<lambda>')
     with torch.no_grad(): assert torch.allclose(again(x), net(x), rtol=1e-3, atol=1e-4)
 
@@ -693,10 +693,10 @@ def test_a_kept_copy_answers_only_for_the_network_it_was_made_of(change, monkeyp
 def test_kept_copies_go_with_their_networks():
     nets = [create_backbone('resnet18', 5, 64).eval() for _ in range(3)]
     with torch.no_grad():
-        for net in nets: networks.prepared(net, pictures(2))
-    assert len(networks._copies) <= 2
+        for net in nets: copies.prepared(net, pictures(2))
+    assert len(copies._copies) <= 2
     del net; nets.clear(); gc.collect()
-    assert len(networks._copies) == 0
+    assert len(copies._copies) == 0
 
 
 def close(a, b): torch.testing.assert_close(a, b, rtol=0, atol=1e-4)

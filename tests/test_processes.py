@@ -13,7 +13,8 @@ from lico.data import training_batch
 from lico.experiments import Run, load_data, read_record, run, runs_folder, start
 from lico.text import load_text_encoder
 from lico.together import Batch, group_size, is_first, join_group, share
-from lico.training import fit, load_checkpoint
+from lico.training import fit
+from lico.shipping import load_checkpoint
 
 BIN = os.path.dirname(sys.executable)
 TINY = Run(labels=40, backbone='wrn_10_1', steps=2)

@@ -16,7 +16,8 @@ from lico.losses import LossOptions
 from lico.model import LICO, CrossEntropy
 from lico.evidence import stats
 from lico.text import BERTText, PromptLearner, _installed, load_text_encoder
-from lico.training import fit, load_checkpoint
+from lico.training import fit
+from lico.shipping import load_checkpoint
 
 TINY = Run(labels=250, backbone='wrn_10_1', steps=2)
 VIT = dict(backbone='test_vit', image_size=32)
@@ -260,11 +261,11 @@ CHANGES = dict(
     method=(lambda d: dict(model=small(d, method='CE')), 'initial weights, .*'),
     labelled=(lambda d: dict(data=load('digits', labels=40, seed=1)), 'labelled images'),
     validation=(lambda d: dict(data=replace(d, test=d.test[:400])), 'images to test on'),
-    names=(lambda d: dict(data=replace(d, class_names=d.class_names[::-1])), 'class names'),
+    names=(lambda d: dict(data=replace(d, class_names=[*'abcdefghij'])), 'class names'),
     evaluations=(lambda d: dict(evaluations=2), r'evaluations \(1 there, 2 here\)'),
     seed=(lambda d: dict(seed=1), r'seed \(0 there, 1 here\)'),
     lr=(lambda d: dict(lr=0.1), r'lr \(0.03 there, 0.1 here\)'),
-    prompted=(lambda d: dict(model=small(d, class_names=d.class_names[::-1])), 'prompts.class_names'),
+    prompted=(lambda d: dict(model=small(d, class_names=[*'abcdefghij'])), 'prompts.class_names'),
     position=(lambda d: dict(model=small(d, class_position='front')), r'prompts.front \(false there, true here\)'),
     dynamic=(lambda d: dict(model=small(d, dynamic=False)), r'prompts.dynamic \(true there, false here\)'),
     alpha=(lambda d: dict(model=small(d, losses=LossOptions(alpha=1.))), r'options.alpha \(10.0 there, 1.0 here\)'),

@@ -3,14 +3,15 @@ from dataclasses import replace
 
 import pandas as pd, pytest, torch
 
-from lico import data as data_module, networks, training
+from lico import copies, data as data_module, training
 from lico.backbones import create_backbone
 from lico.data import load
 from lico.experiments import Run, build, load_data, read_record, run, run_id, runs_folder, spec
 from lico.losses import LossOptions
 from lico.model import LICO, CrossEntropy
 from lico.text import PromptLearner, load_text_encoder
-from lico.training import fit, load_checkpoint
+from lico.training import fit
+from lico.shipping import load_checkpoint
 from lico.watch import InactiveMatchingWarning
 
 RUN = Run(labels=250, backbone='wrn_10_1', method='LICO', steps=14, evaluations=3,
@@ -171,7 +172,7 @@ def network(): return create_backbone('wrn_10_1', num_classes=10, image_size=16)
 @pytest.mark.parametrize('order', [torch.contiguous_format, torch.channels_last])
 def test_images_and_weights_lie_as_the_device_likes(monkeypatch, order):
     "In training, and in the copy that is tested: a convolution whose two sides differ turns one round at each call."
-    for m in (data_module, networks, training): monkeypatch.setattr(m, 'memory_format', lambda *where: order)
+    for m in (copies, data_module, training): monkeypatch.setattr(m, 'memory_format', lambda *where: order)
     seen, convolution = [], torch.nn.Conv2d.forward
     def forward(self, x):
         seen.append([self.training, *(t.is_contiguous(memory_format=order) for t in (x, self.weight))])

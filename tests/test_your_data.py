@@ -11,7 +11,8 @@ from lico.data import load
 from lico.evidence.recipe import (accuracy_table, cases_by_answer, decide, fit_last_layer, grid_side, hold_out,
                                   set_temperatures, starting_network)
 from lico.losses import LossOptions
-from lico.model import LICO, load_network
+from lico.model import LICO
+from lico.shipping import load_network
 from lico.saliency import explain
 from lico.text import PromptLearner, load_text_encoder
 from lico.training import fit, predict
