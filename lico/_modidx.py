@@ -1154,6 +1154,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'lico.saliency.noise': ('method/saliency.html#noise', 'lico/saliency.py'),
                                'lico.saliency.overlay': ('method/saliency.html#overlay', 'lico/saliency.py'),
                                'lico.saliency.refuse_batchwise': ('method/saliency.html#refuse_batchwise', 'lico/saliency.py'),
+                               'lico.saliency.refuse_no_network': ('method/saliency.html#refuse_no_network', 'lico/saliency.py'),
                                'lico.saliency.rise': ('method/saliency.html#rise', 'lico/saliency.py'),
                                'lico.saliency.rise_masks': ('method/saliency.html#rise_masks', 'lico/saliency.py'),
                                'lico.saliency.smoothgrad': ('method/saliency.html#smoothgrad', 'lico/saliency.py'),

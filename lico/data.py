@@ -159,7 +159,7 @@ def _balanced(images, class_names, k, seed):
 # %% ../nbs/method/06_data.ipynb #1658f0ba
 def _whole_number(what, value):
     "`value` if it is a whole number of at least 1."
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1: return value
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1: return int(value)
     raise ValueError(f"{what} = {value!r}: expected a whole number of at least 1")
 
 def _shared(what, value, n_classes):

@@ -7,7 +7,7 @@ __all__ = ['Curve', 'blur', 'insertion', 'deletion', 'overall', 'pointing_game',
            'parameter_layers', 'randomised', 'rank_correlation', 'ssim', 'sanity_check', 'random_affine', 'ses']
 
 # %% ../nbs/method/20_metrics.ipynb #7ca7e8f1
-import contextlib, math
+import contextlib, math, numbers
 from dataclasses import dataclass
 from types import SimpleNamespace
 import numpy as np, torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from .networks import in_float32, undisturbed, unwrapped
 from .cams import Probe, looker
-from .saliency import refuse_batchwise
+from .saliency import refuse_batchwise, refuse_no_network
 from .config import choose, derive_seed
 
 # %% ../nbs/method/20_metrics.ipynb #e256075c
@@ -37,7 +37,7 @@ def _maps(saliency):
 # %% ../nbs/method/20_metrics.ipynb #6b31d467
 def _whole(name, value, low, high):
     "`value` if it is a whole number from `low` to `high`."
-    if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high: return value
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high: return int(value)
     raise ValueError(f"{name} = {value!r}: expected a whole number from {low} to {high}")
 
 def _targets(target, B, device):
@@ -116,13 +116,15 @@ def blur(
 # %% ../nbs/method/20_metrics.ipynb #19299fa3
 def _baseline(baseline, x):
     "A number or a tensor as images like `x`."
-    try: return torch.as_tensor(baseline, dtype=x.dtype, device=x.device).expand_as(x)
+    baseline = torch.as_tensor(baseline, dtype=x.dtype, device=x.device)
+    if not baseline.isfinite().all(): raise ValueError("baseline holds values that are not finite: expected numbers")
+    try: return baseline.expand_as(x)
     except RuntimeError:
         raise ValueError(f"baseline of shape {list(baseline.shape)} for images {list(x.shape)}: "
                          "expected a number or what broadcasts to them") from None
 
 def _settings(net, score, batch_size):
-    if not isinstance(net, nn.Module): raise ValueError(f"net is a {type(net).__name__}: expected a torch.nn.Module")
+    refuse_no_network(net)
     if score is not None and not callable(score): choose('score', score, ('softmax', 'logit'))
     if batch_size is not None: _whole('batch_size', batch_size, 1, 10**6)
     refuse_batchwise(net, batch_size)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CAMS', 'rise_masks', 'rise', 'input_gradient', 'guided_backprop', 'smoothgrad', 'integrated_gradients',
-           'guided_path_attribution', 'guided_ig', 'xrai', 'noise', 'edges', 'refuse_batchwise', 'explain', 'overlay']
+           'guided_path_attribution', 'guided_ig', 'xrai', 'noise', 'edges', 'refuse_no_network', 'refuse_batchwise',
+           'explain', 'overlay']
 
 # %% ../nbs/method/19_saliency.ipynb #bcded3c9
-import inspect
+import inspect, numbers
 from functools import partial
 
 import numpy as np, torch
@@ -245,6 +246,12 @@ def _batchwise(net):
     "Whether an image's answer depends on those beside it, also in eval mode."
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in net.modules())
 
+def refuse_no_network(net):
+    "Refuse what is no network, and a model that trains one."
+    if not isinstance(net, nn.Module): raise ValueError(f"net is a {type(net).__name__}: expected a torch.nn.Module")
+    if hasattr(net, 'backbone') and hasattr(net, 'alignment'):
+        raise ValueError(f"{type(net).__name__} trains a network and wants labels: pass the network, model.backbone")
+
 def refuse_batchwise(
     net, batch_size,  # images a pass; `None`: as many as are fast
 ):
@@ -255,7 +262,7 @@ def refuse_batchwise(
 
 def _images(net, x, batch_size):
     "Refuse what are no images for this network."
-    if not isinstance(net, nn.Module): raise ValueError(f"net is a {type(net).__name__}: expected a torch.nn.Module")
+    refuse_no_network(net)
     if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or not x.numel():
         raise ValueError(f"images {list(x.shape) if torch.is_tensor(x) else type(x).__name__}: expected a tensor [B, "
                          "C, H, W] of floats, normalised as the network takes it")
@@ -264,18 +271,20 @@ def _images(net, x, batch_size):
                          f"{bad.tolist().index(True)}: expected what the preprocessing gives")
     if (where := next((p.device for p in net.parameters()), x.device)) != x.device:
         raise ValueError(f"the network is on {where} and the images are on {x.device}: bring both to one device")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}: expected at least 1, or None")
+    if batch_size is not None and (not isinstance(batch_size, numbers.Integral) or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size}: expected a whole number of at least 1, or None")
 
 def _check(net, x, method, score, batch_size, options):
     "Refuse what cannot be explained; return the names of the arguments that the method takes."
     if score is not None and not callable(score): choose('score', score, ('softmax', 'logit'))
-    names = [n for n in inspect.signature(METHODS[choose('saliency method', method, METHODS)]).parameters
-             if n not in ('net', 'x', 'target', 'kind')]
+    takes = inspect.signature(METHODS[choose('saliency method', method, METHODS)]).parameters
+    names = [n for n in takes if n not in ('net', 'x', 'target', 'kind')]
     own = [n for n in names if n not in ('batch_size', 'seed')]
     for name in options:
         if name not in own:
             raise ValueError(f"{method} has no option {name!r}: its options are {', '.join(own) or 'none'}")
+        if type(takes[name].default) is int and not isinstance(options[name], numbers.Integral):
+            raise ValueError(f"{name} = {options[name]!r}: expected a whole number")
     _images(net, x, batch_size)
     refuse_batchwise(net, batch_size)
     return names

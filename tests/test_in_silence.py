@@ -218,3 +218,13 @@ def test_what_cannot_be_trained_or_measured_is_said_first(digits, encoder):
         create_backbone('resnet10t', 10, 32, in_chans=1)
     with pytest.raises(ValueError, match='target is None: expected class indices'):
         insertion(net_for(digits).eval(), torch.rand(1, 3, 16, 16), torch.rand(1, 16, 16), None)
+    x, maps, net = torch.rand(1, 3, 16, 16), torch.rand(1, 16, 16), net_for(digits)
+    for ask in (lambda net: explain(net, x), lambda net: insertion(net, x, maps, 0)):
+        with pytest.raises(ValueError, match='CrossEntropy trains a network and wants labels: pass the network, model'):
+            ask(CrossEntropy(net))
+    with pytest.raises(ValueError, match='n_masks = 10.5: expected a whole number'):
+        explain(net, x, method='rise', n_masks=10.5)
+    with pytest.raises(ValueError, match='batch_size is 1.5: expected a whole number'): explain(net, x, batch_size=1.5)
+    for baseline, why in ((float('nan'), 'not finite'), ([.1, .2, .3], 'expected a number or what broadcasts')):
+        with pytest.raises(ValueError, match=f'baseline .*{why}'): deletion(net, x, maps, 0, baseline=baseline)
+    assert deletion(net, x, maps, 0, step=np.int64(64)).curve.shape == (1, 5)

@@ -130,15 +130,15 @@ def findings(
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     transport, shuffled, supervised, _, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
     no_more = ', and no more than transport alone' if beyond[0].p_within < .05 else ''
-    said = [f"**Does LICO gain accuracy?** {_answer(repaired=_said(repaired), semantic=_said(semantic))}, in two "
-            f"readings: `repaired` {_points(repaired)}, `semantic` {_points(semantic)} points "
+    said = [f"**Does LICO gain accuracy?** {_answer(repaired=_said(repaired), semantic=_said(semantic))}: "
+            f"`repaired` {_points(repaired)}, `semantic` {_points(semantic)} points "
             f"({_by_block(rows, printed, repaired.contrast, semantic.contrast)}). Transport alone gains "
             f"{_points(transport)}{_where(rows, transport.contrast)}, supervised contrast {_points(supervised)}.",
             f"**Has language a part in it?** "
             f"{_answer(repaired=_part(rows, names_1, invented), semantic=_said(names_2))}. Right names minus shuffled "
             f"ones (the same on wrong classes): `repaired` {_points(names_1)}{_each(rows, names_1.contrast)}, "
             f"`semantic` {_points(names_2)}{_each(rows, names_2.contrast)}. Minus *invented words*: `repaired` "
-            f"{_points(invented)}{_where(rows, invented.contrast)}. With shuffled names it gains "
+            f"{_points(invented)}{_where(rows, invented.contrast)}. Shuffled names gain "
             f"{_points(shuffled)}.{_louder(whole)}",
             f"**Does the paper's text, taken literally, work?** {_said(literal)}{no_more}: {_points(literal)}"
             f"{_each(rows, literal.contrast)}; minus transport alone {_points(beyond[0])}; "
