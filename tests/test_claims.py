@@ -140,7 +140,7 @@ def test_what_one_block_decides():
     assert contrast_rows(few, LOUDER).verdict.isna().all()
     every = pd.concat([contrast_rows(made), contrast_rows(made, SECONDARY, family=False), contrast_rows(made, LOUDER)])
     said = findings(every, 'Nobody looked.')
-    assert re.search(r'Right minus shuffled in block L: louder \+\S+ ± \S+ \(supported\), transport alone', said)
+    assert re.search(r'shuffled with ten times the weight \+\S+ ± \S+ \(supported\), in transport alone', said)
 
 
 def test_what_speaks_against_a_verdict_is_said():

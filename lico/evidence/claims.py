@@ -292,13 +292,16 @@ def readme_table(
     "The claims tested on the paper's data, five columns: the reference's number and the arm's, printed and measured."
     own = rows[rows['where'] == GRADES[0]]
     if own.empty: return 'None so far.'
-    both = lambda *values: _both(*values).replace(' ', '')
-    return pd.DataFrame([{'claim (table, data)': f'{r.claim.split(",")[0]} ({r.table}, {_in_short(r.data)})',
-                          'preset': r.preset,
+    both, data = (lambda *values: _both(*values).replace(' ', '')), own.data.map(_in_short)
+    once = data.nunique() == 1  # then the head says it for all
+    claim = f'claim (table; {data.iloc[0]})' if once else 'claim (table; data)'
+    said = [f'{r.claim.split(",")[0]} ({r.table}' + ('' if once else f'; {_in_short(r.data)}') + ')'
+            for r in own.itertuples()]
+    return pd.DataFrame([{claim: says, 'preset': r.preset,
                           'printed': both(r.printed_base, r.printed_value),
                           'measured': f'{both(r.base, r.value)}, {signed(r.difference, r.half_width)}',
                           'verdict': r.verdict}
-                         for r in own.itertuples()]).to_markdown(index=False, disable_numparse=True)
+                         for says, r in zip(said, own.itertuples())]).to_markdown(index=False, disable_numparse=True)
 
 def _gains(df, metric, arms, reference):
     "The paired difference of each arm's Grad-CAM maps from the reference's, in words."

@@ -6,6 +6,8 @@
 __all__ = ['done_again', 'with_those', 'findings']
 
 # %% ../../nbs/evidence/46_findings.ipynb #2f0ac04f
+import re
+
 import pandas as pd
 
 from .programme import BLOCKS, LOUDER, PRIMARY, SECONDARY, contrast_rows
@@ -104,14 +106,15 @@ def _part(rows, names, invented):
 
 def _louder(whole):
     "What right names gain over shuffled ones in the block that has louder names and transport's twin, if it was run."
-    ran = [(what, whole[c.says]) for what, c in zip(('louder', 'transport alone'), LOUDER) if c.says in whole]
+    where = 'with ten times the weight', 'in transport alone'
+    ran = [(what, whole[c.says]) for what, c in zip(where, LOUDER) if c.says in whole]
     each = ', '.join(f'{what} {_points(r)} ({r.verdict})' for what, r in ran)
-    return f' Right minus shuffled in block L: {each}.' if each else ''
+    return f' Right minus shuffled {each} (L).' if each else ''
 
 def _extent(rows):
     "What was run of the programme, in words."
     ran = sorted(k for k in set(rows.block) - {'all'} if BLOCKS[k].precision == 'fp32')
-    what = lambda b: f'{b.dataset}, ' + (f'{b.labels or "all"} labels' if b.pooled else b.says.split(',')[0])
+    what = lambda b: f'{b.dataset}, ' + (f'{b.labels or "all"} labels' if b.pooled else re.split('[,:]', b.says)[0])
     many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
     each = (f'{k}: {what(BLOCKS[k])}, {many(rows[rows.block == k].n.max(), BLOCKS[k])}' for k in ran)
     left = [k for k in BLOCKS if k not in set(rows.block)]

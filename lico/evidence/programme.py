@@ -217,12 +217,11 @@ def contrast_table(
 
 def draw_contrasts(
     rows: pd.DataFrame,  # from `contrast_rows`
-    fig=None,  # a figure or subfigure to draw into
 ):
     "Every contrast with its interval and its pairs."
     kinds = rows.block.where(rows.block == 'all', 'block ' + rows.block).replace('all', 'all blocks')
     return forest(rows.assign(arm=rows.contrast.str.replace(' beats? ', ' − ', regex=True), kind=kinds,
-                              metric='accuracy_last', reference='the reference'), fig)
+                              metric='accuracy_last', reference='the reference'))
 
 # %% ../../nbs/evidence/36_programme.ipynb #ac147d20
 CHANGES = '''\
