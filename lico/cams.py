@@ -216,6 +216,7 @@ def _choose(probe, x):
     if not usable: raise _no_grid(net, layer, out)
     return layer, places
 
+# %% ../nbs/method/18_cams.ipynb #8c241bc5
 def _is_flat(module):
     "Whether it is a graph of operations that calls no layer with weights, as `torch.export` makes."
     if not isinstance(module, torch.fx.GraphModule): return False

@@ -260,6 +260,7 @@ def refuse_batchwise(
         raise ValueError(f"{type(net).__name__} has a batch normalisation without running statistics, so that images "
                          "asked together change each other's answers: pass batch_size=1")
 
+# %% ../nbs/method/19_saliency.ipynb #39435413
 def _images(net, x, batch_size):
     "Refuse what are no images for this network."
     refuse_no_network(net)

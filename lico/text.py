@@ -277,8 +277,8 @@ class PromptLearner(nn.Module):
         else: self.register_buffer('context', start)
 
     def _apply(self, fn, recurse=True):
-        p = next(self.enc.parameters())
-        if fn(p.new_zeros(1)).dtype != p.dtype: self.__dict__['enc'] = copy.deepcopy(self.enc)  # others read it too
+        one = next(self.enc.parameters()).new_zeros(1)
+        if fn(one).dtype != one.dtype: self.__dict__['enc'] = copy.deepcopy(self.enc)  # others read it too
         self.enc._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
