@@ -4,7 +4,8 @@ import math
 
 import numpy as np, pandas as pd, pytest, torch
 
-from lico.config import OPTIONS, options_from, parameters, preset, root
+from lico.config import OPTIONS, options_from, preset, root
+from lico.evidence.pages import parameters
 from lico.evidence.ambiguities import (
     CHOICES, PRESET, beside_ce, by_choice, cannot_differ, changes, draw_effects, effects, effects_sentences, gaps,
     runs_of_changes, state_table)

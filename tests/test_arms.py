@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import nbformat, numpy as np, pandas as pd, pytest
 
 import lico
-from lico.config import parameters, profile_settings, root
+from lico.evidence.pages import parameters
+from lico.config import profile_settings, root
 from lico.evidence.arms import (TABLES, arm_named, arm_of, arms_of, columns_of, compare, grade, grid, paper_dataset,
                                 printed_as, printed_place)
 from lico.evidence.printed import Printed, printed_number, printed_numbers, printed_table, results

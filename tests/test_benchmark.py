@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pandas as pd, pytest, torch
 
-from lico.config import parameters
+from lico.evidence.pages import parameters
 from lico.evidence import benchmark as b, passes
 from lico.evidence.timing import alternate, benchmark_table, best_of, best_passes, draw_benchmark, exponent, missing, \
     peak_memory, row

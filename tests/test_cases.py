@@ -9,7 +9,8 @@ from lico.cams import imagenet_classifier
 from lico.evidence.cases import coco, coco_in, imagenet_cases, of_kind, scene_cases
 from lico.evidence.cases import test_images as cases_of_test_images
 from lico.evidence.map_scores import score
-from lico.experiments import Run, run
+from lico.experiments import Run
+from lico.records import run
 from lico.scenes import coco_scenes, coco_to_imagenet, digit_scenes
 
 

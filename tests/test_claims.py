@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import numpy as np, pandas as pd, pytest
 
-from lico.config import parameters, root
-from lico.evidence import claims
+from lico.evidence.pages import parameters
+from lico.config import root
+from lico.evidence import claims, extent
 from lico.evidence.arms import TABLES
-from lico.evidence.claims import CLAIMS, claim_rows, claims_table, coverage, maps_sentence, printed_gains
+from lico.evidence.claims import CLAIMS, claim_rows, claims_table, maps_sentence, printed_gains
+from lico.evidence.extent import coverage
 from lico.evidence.findings import done_again, findings, with_those
 from lico.evidence.programme import (ARMS, BLOCKS, LOUDER, PRIMARY, SECONDARY, above_random, arm_name, asked_of_block,
                                      block_runs, contrast_rows, map_table, maps_of_block)
@@ -277,7 +279,7 @@ def test_coverage_says_what_the_registry_gives(monkeypatch):
                             (10, ('DC off',), 4), (7, ('Cosine',), 5)):
         with monkeypatch.context() as m:
             m.setitem(TABLES, n, without(n, *labels))
-            assert len(claims._runnable(n)) == printed[n] - gone
+            assert len(extent._runnable(n)) == printed[n] - gone
 
 
 @pytest.mark.parametrize('n, key, value, left',
@@ -286,9 +288,9 @@ def test_coverage_says_what_the_registry_gives(monkeypatch):
                           (9, 'datasets', 'digits', 0), (6, 'arms', '12 tokens, 4 tokens', 8)])
 def test_coverage_says_what_the_profile_gives(n, key, value, left, monkeypatch):
     "A profile that runs less makes less runnable."
-    own = claims.parameters
-    monkeypatch.setattr(claims, 'parameters', lambda name, given: own(name, given | {key: value}))
-    assert len(claims._runnable(n)) == left
+    own = extent.parameters
+    monkeypatch.setattr(extent, 'parameters', lambda name, given: own(name, given | {key: value}))
+    assert len(extent._runnable(n)) == left
 
 
 @pytest.mark.slow

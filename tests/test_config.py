@@ -5,6 +5,8 @@ from dataclasses import asdict
 import nbformat, pytest
 
 from lico import config, files, rivals
+from lico.evidence import pages
+from lico.evidence.pages import parameters
 from lico.losses import LossOptions
 from lico.runs import RIVALS
 from lico.schedule import TrainOptions
@@ -32,29 +34,29 @@ def test_every_profile_fills_every_parameter_of_table3():
     declared = [c for c in nbformat.read(config.root()/'nbs'/'table3.ipynb', 4).cells
                 if 'parameters' in c.metadata.get('tags', [])]
     assert len(declared) == 1
-    names = tuple(config._assigned(declared[0].source))
+    names = tuple(pages._assigned(declared[0].source))
     for profile in ('smoke', 'laptop', 'paper'):
-        p = config.parameters('table3', {**dict.fromkeys(names, ''), 'profile': profile})
+        p = parameters('table3', {**dict.fromkeys(names, ''), 'profile': profile})
         assert p.profile == p.protocol == profile and p.seeds and (p.datasets or profile == 'paper') and p.presets
 
 
 def test_a_changed_protocol_is_said():
     given = dict(profile='paper', out='', seeds='0', steps='1', image_size='', options='alpha=5, tau=fixed')
-    p = config.parameters('table3', given)
+    p = parameters('table3', given)
     assert (p.profile, p.protocol) == ('paper', 'paper with options=alpha=5, tau=fixed, steps=1')
 
 
 def test_options_of_training_on_the_command_line():
     given = dict(profile='smoke', out='', options='precision=bf16, supcon_weight=2, label_smoothing=0')
-    assert config.parameters('table3', given).options == dict(precision='bf16', supcon_weight=2.,
+    assert parameters('table3', given).options == dict(precision='bf16', supcon_weight=2.,
         label_smoothing=0.)
-    with pytest.raises(ValueError, match="option precision: 'half': choose one of fp32, bf16"): config._as_options(
+    with pytest.raises(ValueError, match="option precision: 'half': choose one of fp32, bf16"): pages._as_options(
         'precision=half')
 
 
 def test_stored_is_checked_before_anything_runs():
     given = dict(profile='smoke', out='', stored='olny')
-    with pytest.raises(ValueError, match="unknown value of stored: 'olny': choose one of add, only"): config.parameters(
+    with pytest.raises(ValueError, match="unknown value of stored: 'olny': choose one of add, only"): parameters(
         'table1', given)
 
 
@@ -121,10 +123,10 @@ RESULTS = sorted(p for p in (config.root()/'nbs').glob('*.ipynb') if p.stem not 
 def test_every_parameter_has_a_form(path):
     "The schema knows what each notebook declares, and allows what every profile says of it."
     cell = next(c for c in nbformat.read(path, 4).cells if 'parameters' in c.metadata.get('tags', []))
-    names = config._assigned(cell.source)
-    assert set(names) - {'profile', 'out'} <= set(config.PARAMETERS)
+    names = pages._assigned(cell.source)
+    assert set(names) - {'profile', 'out'} <= set(pages.PARAMETERS)
     for profile in ('smoke', 'laptop', 'paper'):
-        assert config.parameters(path.stem, {**dict.fromkeys(names, ''), 'profile': profile})
+        assert parameters(path.stem, {**dict.fromkeys(names, ''), 'profile': profile})
 
 
 @pytest.mark.parametrize('name, value, sentence', [
@@ -144,18 +146,18 @@ def test_every_parameter_has_a_form(path):
     ('profile', 'lapotp', "unknown profile 'lapotp'"), ('out', '/proc/version/x', 'no folder that can be written to')])
 def test_a_wrong_parameter_is_refused(name, value, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        config.parameters('table1', {'profile': 'smoke', 'out': '', name: value})
+        parameters('table1', {'profile': 'smoke', 'out': '', name: value})
 
 
 def test_all_that_is_wrong_is_said_at_once():
     given = dict(profile='lapotp', out='/proc/version', seeds='0,0', images=-1, workers=0, epochs=1, steps=2,
                  options='lr=inf, taau=1', stored='olny')
-    with pytest.raises(ValueError) as e: config.parameters('table1', given)
+    with pytest.raises(ValueError) as e: parameters('table1', given)
     for sentence in ("unknown profile 'lapotp'", '0 is there twice', 'images = -1', 'workers = 0', 'option lr = inf',
                      "unknown option 'taau'", "'olny'", 'no folder that can be written to'):
         assert sentence in str(e.value), sentence
     with pytest.raises(ValueError, match='epochs = 1 and steps = 2: give one of them; .*images = -1'):
-        config.parameters('table1', dict(profile='smoke', out='', epochs=1, steps=2, images=-1))
+        parameters('table1', dict(profile='smoke', out='', epochs=1, steps=2, images=-1))
 
 
 def test_infinite_options_are_refused():

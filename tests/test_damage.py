@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 
-from lico import config, experiments, files
+from lico import config, files, records
 from lico.files import read_checked, read_sealed, set_aside, write_atomic, write_sealed
 from lico.evidence import divergence, map_scores
 from lico.evidence.cases import imagenet_cases, test_images as cases_of_test_images
 from lico.evidence.pictures import Shown, read_shown, save_shown
 from lico.evidence.store import read_results, read_scores, read_table, top5, write_results, write_table
-from lico.experiments import Run, load_backbone, read_record, run, run_of, runs_folder, ship
+from lico.experiments import Run, load_data, runs_folder
+from lico.records import load_backbone, read_record, run, run_of, ship
 from lico.shipping import load_checkpoint, load_network, loading_lines, save_checkpoint, save_network
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
@@ -339,12 +340,12 @@ def test_labels_stay_below_their_folder(tmp_path, name):
 
 def test_no_record_of_what_is_not_finite(lico_root, monkeypatch):
     with pytest.raises(ValueError, match='option lr = inf'): replace(TINY, options=dict(lr=math.inf))
-    fit = experiments.fit
+    fit = records.fit
     def breaks(model, *a, **k):
         log = fit(model, *a, **k)
         with torch.no_grad(): next(model.backbone.parameters()).fill_(math.nan)
         return log
-    monkeypatch.setattr(experiments, 'fit', breaks)
+    monkeypatch.setattr(records, 'fit', breaks)
     with pytest.raises(FloatingPointError, match='not finite after training .*no record is written'):
         run(TINY, progress=False)
     assert not list(runs_folder().glob('*/record.json')) and not list(runs_folder().glob('*/model.safetensors'))
@@ -375,7 +376,7 @@ def test_a_record_stands_alone(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (20, 16, 3), np.uint8)).save(path)
     r = replace(TINY, dataset=f'folder:{folder}', labels=4, image_size=16)
-    record, data = run(r, progress=False), experiments.load_data(r)
+    record, data = run(r, progress=False), load_data(r)
     net, picture = load_backbone(record), tmp_path/'picture.png'
     shutil.copy(folder/'test'/'cat'/'0.png', picture)
     with torch.no_grad(): expected = net(data.normalise(data.test.x[:1])).softmax(1)[0]

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageFile
-from lico import data as data_module
+from lico import batches, data as data_module
 from lico.config import derive_seed
-from lico.data import Files, Images, augment, load, test_batches as plain_batches, training_batch, training_batches
+from lico.data import Files, Images, load
+from lico.batches import augment, test_batches as plain_batches, training_batch, training_batches
 from lico.datasets import READERS
 
 seeded = lambda seed=0: torch.Generator().manual_seed(seed)
@@ -392,7 +393,7 @@ def photos(tmp_path):
                 image.save(tmp_path/'photos'/part/name/f'{i}.jpg')
     return tmp_path/'photos'
 
-def with_workers(monkeypatch, n): monkeypatch.setattr(data_module, '_workers', lambda _: n)
+def with_workers(monkeypatch, n): monkeypatch.setattr(batches, '_workers', lambda _: n)
 
 def test_large_images_stay_on_disk(photos):
     d = load(f'folder:{photos}')
@@ -523,11 +524,11 @@ def test_images_in_memory_go_through_training_batch():
 
 def test_process_ends_with_workers_at_work(photos):
     code = f"""import itertools, torch
-from lico import data
-data._workers = lambda n: 2
+from lico import batches, data
+batches._workers = lambda n: 2
 d = data.load('folder:{photos}', image_size=72)
-batches = data.training_batches(d, ((torch.arange(15), k) for k in itertools.count()))
-print(next(batches)[0].shape)"""
+found = batches.training_batches(d, ((torch.arange(15), k) for k in itertools.count()))
+print(next(found)[0].shape)"""
     p = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
     assert (p.returncode, p.stdout, p.stderr) == (0, 'torch.Size([15, 3, 72, 72])\n', '')
 

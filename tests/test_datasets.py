@@ -4,11 +4,12 @@ import gzip, hashlib, io, os, pickle, re, shutil, socket, struct, tarfile, time
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
-from lico import data as data_module, datasets, pixels
+from lico import data as data_module, datasets, pixels, readers
 from lico.config import dataset_settings
 from lico.data import Files, dataset_name, load
-from lico.datasets import file_bytes, find, image_hashes, imagenet_names, pixel_bytes
-from lico.folders import look_into
+from lico.datasets import file_bytes, find, image_hashes, pixel_bytes
+from lico.listing import look_into
+from lico.readers import imagenet_names
 
 def refusal(name):
     "What `find` says when it refuses: one sentence on one line."
@@ -21,7 +22,7 @@ def offline(tmp_path, monkeypatch):
     import urllib.error, urllib.request
     def no(*a, **k): raise urllib.error.URLError('no network')
     monkeypatch.setattr(urllib.request, 'urlopen', no); monkeypatch.setenv('LICO_ROOT', str(tmp_path))
-    monkeypatch.setattr(datasets, 'debian', tmp_path/'debian')
+    monkeypatch.setattr(readers, 'debian', tmp_path/'debian')
     data_module._whole.cache_clear()
     return tmp_path/'data'
 
@@ -45,7 +46,7 @@ DATASETS = dict(cifar10=('', 'could not download it (', 'cifar-10-python.tar.gz'
                 aircraft=('', 'could not download it (', 'fgvc-aircraft-2013b.tar.gz'),
                 flowers102=('', 'could not download it (', 'flowers-102/jpg'))
 
-def test_every_dataset_is_here(): assert {*DATASETS, 'digits'} == {*datasets.READERS}
+def test_every_dataset_is_here(): assert {*DATASETS, 'digits'} == {*readers.READERS}
 
 @pytest.mark.parametrize('name', DATASETS)
 def test_no_network_no_file(offline, name):
@@ -60,7 +61,7 @@ def test_a_silent_network_does_not_hang(offline, monkeypatch):
     import urllib.request
     silent = socket.create_server(('127.0.0.1', 0))  # takes connections and says nothing
     monkeypatch.undo(); monkeypatch.setenv('LICO_ROOT', str(offline.parent))
-    monkeypatch.setattr(datasets, 'patience', 1)
+    monkeypatch.setattr(readers, 'patience', 1)
     from torchvision.datasets import CIFAR10
     monkeypatch.setattr(CIFAR10, 'url', f'http://127.0.0.1:{silent.getsockname()[1]}/x.tar.gz')
     start, before = time.time(), socket.getdefaulttimeout()
@@ -127,7 +128,7 @@ def write_idx(folder, zipped):
 
 @pytest.mark.parametrize('of_debian', [False, True])
 def test_fashion_mnist(offline, of_debian):
-    write_idx(datasets.debian if of_debian else offline/'FashionMNIST'/'raw', of_debian)
+    write_idx(readers.debian if of_debian else offline/'FashionMNIST'/'raw', of_debian)
     d = load('fashion_mnist')
     assert (d.class_names[9] == 'Ankle boot' and d.class_names[0] == 'T-shirt/top' and d.class_names[4] == 'Coat'
             and len(d.class_names) == 10 and d.flip)
@@ -137,16 +138,16 @@ def test_fashion_mnist(offline, of_debian):
 
 def test_debians_package_helps_after_a_download_that_failed(offline):
     refusal('fashion_mnist')  # torchvision leaves an empty folder behind
-    write_idx(datasets.debian, True)
+    write_idx(readers.debian, True)
     assert find('fashion_mnist').train.labels == [9, 0, 4, 5]
 
-@pytest.mark.skipif(not datasets.debian.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+@pytest.mark.skipif(not readers.debian.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_debians_fashion_mnist_is_what_torchvision_reads(tmp_path, monkeypatch):
     monkeypatch.setenv('LICO_ROOT', str(tmp_path))
     debians, raw = find('fashion_mnist'), tmp_path/'data'/'FashionMNIST'/'raw'
     raw.mkdir(parents=True)
-    for path in datasets.debian.glob('*.gz'): (raw/path.stem).write_bytes(gzip.decompress(path.read_bytes()))
-    monkeypatch.setattr(datasets, 'debian', tmp_path/'nowhere')
+    for path in readers.debian.glob('*.gz'): (raw/path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    monkeypatch.setattr(readers, 'debian', tmp_path/'nowhere')
     torchvisions = find('fashion_mnist')
     for a, b, n in ((debians.train, torchvisions.train, 6000), (debians.test, torchvisions.test, 1000)):
         assert np.array_equal(a.images, b.images) and a.labels == b.labels and np.bincount(a.labels).tolist() == [n]*10
@@ -364,7 +365,7 @@ def test_a_folder_of_a_known_datasets_pixels_is_that_dataset(known, asked):
 def test_by_their_names_the_files_would_give_others(known):
     by_name = [[f.split('/')[-1].split('.')[0] for f, _ in look_into(o).images] for o in known]
     assert by_name[0] != by_name[1]
-    kinds = [datasets._folder(o, look_into(o)) for o in known]
+    kinds = [readers.read_folder(o, look_into(o)) for o in known]
     first = [np.asarray(Image.open(o/s.train.images[0])) for o, s in zip(known, kinds)]
     assert not np.array_equal(*first)  # so the test above is one
 

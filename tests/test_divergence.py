@@ -10,7 +10,8 @@ from lico.config import root
 from lico.evidence.divergence import (Snapshots, compose, curves, divergence_sentences, draw_curves, ends, gap,
                                       map_batches, weights_along)
 from lico.evidence.store import write_results
-from lico.experiments import Run, build, load_data, run, runs_folder
+from lico.experiments import Run, build, load_data, runs_folder
+from lico.records import run
 from lico.text import load_text_encoder
 
 TOP = root()

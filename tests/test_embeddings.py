@@ -13,7 +13,8 @@ from lico.evidence.embeddings import (
     linear_probe, measure_features, order_correlation, order_sentences, picture_sentence, pooled_features)
 from lico.evidence.stats import METRICS, conditions, paired
 from lico.evidence.store import read_points, read_results, write_results
-from lico.experiments import Run, run
+from lico.experiments import Run
+from lico.records import run
 
 TOP = root()
 rng = np.random.default_rng(0)

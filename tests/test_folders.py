@@ -7,7 +7,8 @@ from PIL import Image
 from lico import data as data_module
 from lico.config import dataset_settings
 from lico.data import load
-from lico.folders import image_endings, image_tree, look_into, part_of, readable, stamp_of
+from lico.listing import image_endings, look_into, readable, stamp_of
+from lico.folders import image_tree, part_of
 
 def utf8(name): return os.fsdecode(name.encode())  # as it is called here, whatever the locale
 
@@ -240,7 +241,7 @@ def test_a_class_whose_name_is_no_text_is_refused_readably_and_a_file_is_read(ba
     assert len(want.train) + len(want.test) == 20
     large = said(bare, image_size=70)[1]
     assert b'cat/caf\xe9.png' in {*large.train.paths.tolist(), *large.test.paths.tolist()}
-    from lico.data import test_batches
+    from lico.batches import test_batches
     assert sum(len(x) for part in (large.train, large.test) for x in test_batches(large, part, 7)) == 20
     (Path(os.fsdecode(os.fsencode(bare/'cat') + b'/caf\xe9.png'))).write_bytes(b'damaged')
     assert r'cannot be read: cat/caf\xe9.png (' in refusal(bare)

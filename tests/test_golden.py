@@ -146,7 +146,8 @@ def run_numbers(case, root):
     "The last line of a run's log, what it predicts, and how far it moved the weights."
     import pandas as pd, torch
     from safetensors.torch import load_file
-    from lico.experiments import Run, load_data, run, runs_folder, start
+    from lico.experiments import Run, load_data, runs_folder, start
+    from lico.records import run
     fields = dict(RUNS[case])
     if fields['dataset'] != 'digits': fields['dataset'] = f"folder:{root/fields['dataset']}"
     r = Run(**fields)
@@ -170,7 +171,8 @@ def part_numbers(case, root):
     "Test images, what a network makes of images, or the prompt rows of a small random CLIP or of word vectors."
     import open_clip, torch
     from lico.backbones import create_backbone
-    from lico.data import load, test_batches
+    from lico.data import load
+    from lico.batches import test_batches
     from lico.text import CLIPText, GloVeText, PromptLearner
     torch.manual_seed(0)
     if case.startswith('test images'):
@@ -224,10 +226,10 @@ def regions(masks):
 def score_numbers(case, root):
     "What a metric gives for two images."
     import torch
-    from lico import metrics
+    from lico import metrics, sensitivity
     from lico.saliency import explain
     (name, options), f, rng = SCORES[case], fixed(), np.random.RandomState(2)
-    metric, each = getattr(metrics, name), lambda scores: dict(zip(('first', 'second'), scores.tolist()))
+    metric, each = getattr(metrics, name, None) or getattr(sensitivity, name), lambda scores: dict(zip(('first', 'second'), scores.tolist()))
     if name == 'blur': return moments(metric(torch.from_numpy(picture(rng, 80)[None]).float(), **options))
     if name in ('insertion', 'deletion'):
         found = metric(f.net, f.x, f.maps, f.target, **options)
@@ -239,7 +241,7 @@ def score_numbers(case, root):
         return each(metric(maps, regions('masks' in options), **{k: v for k, v in options.items() if k != 'masks'}))
     if name in ('rank_correlation', 'ssim'): return each(metric(f.maps/8, f.others/8))
     if name == 'random_affine': return moments(metric(6, **options))
-    if name == 'ses': return each(metric(lambda x: x.abs().mean(1), f.x, metrics.random_affine(2, seed=7, degrees=45)))
+    if name == 'ses': return each(metric(lambda x: x.abs().mean(1), f.x, sensitivity.random_affine(2, seed=7, degrees=45)))
     entries = metric(lambda net: explain(net, f.x, f.target), f.net, **options)[::5]
     return {f'{of} {e.layer}': getattr(e, of)[1].item() for e in entries for of in ('spearman', 'ssim')}
 
@@ -306,10 +308,11 @@ def test_every_value_of_every_option_is_in_a_case(place, monkeypatch):
 
 
 def test_every_method_and_metric_is_in_a_case():
-    from lico import experiments, metrics, saliency
+    from lico import experiments, metrics, saliency, sensitivity
     assert {fields.get('method', 'CE') for fields in RUNS.values()} == set(experiments.TRAINING_METHODS)
     assert set(MAPS_OF) == set(saliency.METHODS)
-    assert set(METRICS) == set(metrics.__all__) - {'Curve', 'parameter_layers', 'randomised'}, "parts of the others"
+    parts = {'Curve', 'finite_maps', 'parameter_layers', 'randomised'}
+    assert set(METRICS) == {*metrics.__all__, *sensitivity.__all__} - parts
 
 
 # accepting

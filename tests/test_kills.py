@@ -6,7 +6,8 @@ from pathlib import Path
 
 import nbformat, pandas as pd, pytest, torch
 
-from lico.experiments import Run, find_encoder, load_data
+from lico.experiments import Run, load_data
+from lico.runs import find_encoder
 from lico.text import load_text_encoder
 from lico.shipping import load_checkpoint
 from test_processes import JOB, gone
@@ -17,10 +18,10 @@ KILLS = int(os.environ.get('LICO_KILLS', 20))
 SETUP = textwrap.dedent('''
     import functools, os, sys, warnings
     warnings.simplefilter('ignore')
-    from lico import experiments, training
+    from lico import records, training
     from lico.experiments import *
     from lico.together import Workers
-    experiments.fit = functools.partial(training.fit, checkpoint_seconds=0)
+    records.fit = functools.partial(training.fit, checkpoint_seconds=0)
     runs = RUNS
 ''')
 SWEEP = dict(

@@ -8,7 +8,8 @@ from lico.backbones import create_backbone
 from lico.evidence import map_scores
 from lico.evidence.cases import Network, on_scenes, scene_cases, test_images as cases_of_test_images
 from lico.evidence.map_scores import blurred, saliency_options, score, scores
-from lico.experiments import Run, run
+from lico.experiments import Run
+from lico.records import run
 from lico.metrics import blur, deletion, insertion, pointing_game
 from lico.saliency import explain
 from lico.scenes import digit_scenes, scene_dataset

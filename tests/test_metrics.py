@@ -8,9 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from lico.metrics import (blur, deletion, energy_pointing_game, insertion, mosu, overall, parameter_layers,
-                          pointing_game, random_affine, randomised,
-                          rank_correlation, sanity_check, ses, ssim)
+from lico.metrics import blur, deletion, energy_pointing_game, insertion, mosu, overall, pointing_game
+from lico.sensitivity import parameter_layers, random_affine, randomised, rank_correlation, sanity_check, ses, ssim
 
 torch.set_num_threads(1)
 

@@ -11,8 +11,10 @@ from torch import nn
 from lico import copies
 from lico.backbones import adapt, create_backbone, features
 from lico.networks import layout, rows_of_output, undisturbed
-from lico.cams import default_layer, to_unit
-from lico.metrics import deletion, insertion, pointing_game, sanity_check, ses
+from lico.probes import default_layer
+from lico.cams import to_unit
+from lico.metrics import deletion, insertion, pointing_game
+from lico.sensitivity import sanity_check, ses
 from lico.saliency import METHODS, explain, overlay
 from test_saliency import FAST, lived_in, pictures, same, small, traces
 

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image, ImageDraw, ImageFile
 from torchvision.transforms import v2
-from lico import data as data_module
-from lico.data import Files, load, preprocessing, test_batches as batches_of, training_batches
+from lico import batches
+from lico.batches import preprocessing, test_batches as batches_of, training_batches
+from lico.data import Files, load
 from lico.pixels import as_rgb, central_window, no_truncated_images, open_image, random_window, read_ahead, whole_square
 
 rng = np.random.default_rng(0)
@@ -148,7 +149,8 @@ def test_a_strip_takes_no_gigabyte(tmp_path):
             for i, size in enumerate(((3, 20_000), (20_000, 3))):
                 Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(tmp_path/part/c/f'{i}.png')
     code = f"""import resource, torch
-from lico.data import load, test_batches, training_batches
+from lico.batches import test_batches, training_batches
+from lico.data import load
 import torchvision, PIL.Image
 small = load('folder:{tmp_path}', image_size=32)
 d = load('folder:{tmp_path}', image_size=224)
@@ -201,7 +203,7 @@ def test_reading_ahead_needs_no_shared_memory_and_no_process(photos, monkeypatch
     "Docker gives 64 MB of /dev/shm; nothing is put there, and no process is started."
     import multiprocessing.process, torch.multiprocessing as mp
     assert isinstance(photos.train, Files)
-    monkeypatch.setattr(data_module, '_workers', lambda n: 3)
+    monkeypatch.setattr(batches, '_workers', lambda n: 3)
     monkeypatch.setattr(multiprocessing.process.BaseProcess, 'start', lambda self: 1/0)
     monkeypatch.setattr(os, 'fork', lambda: 1/0)
     def segments(): return {*os.listdir('/dev/shm')} if os.path.isdir('/dev/shm') else set()
@@ -214,7 +216,7 @@ def test_reading_ahead_needs_no_shared_memory_and_no_process(photos, monkeypatch
     assert not [t for t in threading.enumerate() if t.name.startswith('reading')]
 
 def test_threads_stop_when_nobody_takes_the_batches_any_more(photos, monkeypatch):
-    monkeypatch.setattr(data_module, '_workers', lambda n: 3)
+    monkeypatch.setattr(batches, '_workers', lambda n: 3)
     batches = training_batches(photos, ((torch.arange(16), k) for k in range(1000)))
     next(batches); batches.close()
     assert not [t for t in threading.enumerate() if t.name.startswith('reading')]

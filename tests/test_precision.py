@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from lico import model as models, rivals, schedule, training
 from lico.backbones import create_backbone
 from lico.data import load
-from lico.experiments import (TRAINING_METHODS, Run, frame, load_data, read_record, run, run_id,
-                              runs_folder, spec, start, sweep)
+from lico.experiments import TRAINING_METHODS, Run, frame, load_data, run_id, runs_folder, spec, start, sweep
+from lico.records import read_record, run
 from lico.losses import ot_alignment
 from lico.model import CrossEntropy, exact
 from lico.text import load_text_encoder

@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lico import training
-from lico.data import training_batch
-from lico.experiments import Run, load_data, read_record, run, runs_folder, start
+from lico.batches import training_batch
+from lico.experiments import Run, load_data, runs_folder, start
+from lico.records import read_record, run
 from lico.text import load_text_encoder
 from lico.together import Batch, group_size, is_first, join_group, share
 from lico.training import fit
@@ -301,8 +302,8 @@ def test_a_killed_notebook_leaves_nothing(tmp_path, which):
 LONG = replace(TINY, steps=60)
 JOB = textwrap.dedent('''
     import functools, os, runpy, sys, time
-    from lico import experiments, training
-    experiments.fit = functools.partial(training.fit, checkpoint_seconds=0)
+    from lico import records, training
+    records.fit = functools.partial(training.fit, checkpoint_seconds=0)
     advance = training._advance
     def told(t, *batch):
         with open('steps', 'a') as f: f.write(f'{os.getpid()} {t.seed} {t.step}\\n')

@@ -10,7 +10,8 @@ from torch import nn
 from lico import rivals, training
 from lico.backbones import create_backbone
 from lico.data import load
-from lico.experiments import Run, frame, load_data, run, spec, start
+from lico.experiments import Run, frame, load_data, spec, start
+from lico.records import run
 from lico.model import CrossEntropy
 from lico.rivals import (CGC, GCC, LabelSmoothing, SupCon, cgc_loss, composites, gcc_loss, random_views,
                          supcon_loss, tile, view)

@@ -7,11 +7,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+import lico.attribution as attribution
 import lico.saliency as saliency
 from lico.backbones import create_backbone
 from lico.networks import undisturbed
-from lico.cams import _blurred, default_layer, grad_cam, imagenet_classifier, masked_scores, to_unit, weighted_maps
-from lico.saliency import METHODS, explain, guided_path_attribution, input_gradient, rise_masks
+from lico.cams import _blurred, grad_cam, imagenet_classifier, masked_scores, to_unit, weighted_maps
+from lico.probes import default_layer
+from lico.saliency import METHODS, explain
+from lico.attribution import guided_path_attribution, input_gradient, rise_masks
 
 CAMS = ['grad-cam', 'grad-cam++', 'score-cam', 'group-cam']
 FAST = {'rise': dict(n_masks=20), 'group-cam': dict(groups=8), 'xrai': dict(steps=4, fast=True),
@@ -241,7 +244,7 @@ def test_rise_is_a_slow_loop_over_its_masks():
     with torch.no_grad():
         slow = torch.stack([sum(net(o[None]*m).softmax(1)[0, c]*m for m in masks)/(11*0.6) for o, c in zip(x, target)])
     with undisturbed(net):
-        torch.testing.assert_close(saliency.rise(net, x, target, 6, seed=7, n_masks=11, cells=4, p=0.6), slow)
+        torch.testing.assert_close(attribution.rise(net, x, target, 6, seed=7, n_masks=11, cells=4, p=0.6), slow)
 
 
 def test_rise_is_seeded_and_finds_the_pixels_that_matter():
@@ -257,7 +260,7 @@ def test_rise_is_seeded_and_finds_the_pixels_that_matter():
 
 def test_memory_does_not_grow_with_the_number_of_masks(monkeypatch):
     made = []
-    monkeypatch.setattr(saliency, 'rise_masks', lambda n, *args: made.append(n) or rise_masks(n, *args))
+    monkeypatch.setattr(attribution, 'rise_masks', lambda n, *args: made.append(n) or rise_masks(n, *args))
     explain(small(), pictures(3), 0, 'rise', batch_size=12, n_masks=101)
     assert max(made) == 4 and sum(made) == 101
 
@@ -327,7 +330,7 @@ def test_guided_backprop_equals_captum_where_captum_has_a_rule():
                         nn.Linear(8*12*12, 5))
     x, target = pictures(2), torch.tensor([1, 4])
     with pytest.warns(UserWarning): theirs = GuidedBackprop(net).attribute(x.clone().requires_grad_(), target=target)
-    torch.testing.assert_close(saliency.guided_backprop(net, x, target), theirs.abs().sum(1))
+    torch.testing.assert_close(attribution.guided_backprop(net, x, target), theirs.abs().sum(1))
 
 
 @pytest.mark.parametrize('name', ['convnext_atto', 'vit_tiny_patch16_224', 'mobilenetv3_small_050', 'efficientnet_b0'])
@@ -341,8 +344,8 @@ def test_guided_backprop_refuses_what_it_has_no_rule_for(name):
 def test_guided_backprop_refuses_rectifiers_that_do_not_start_at_zero():
     for act in (nn.Hardtanh(), nn.Tanh(), nn.Sigmoid(), nn.Softplus(), nn.ELU(), nn.PReLU(), lambda x: x.clamp(min=0)):
         with pytest.raises(ValueError, match='no rule for'):
-            saliency.guided_backprop(lambda x: act(x).sum((2, 3)), pictures(1), torch.tensor([0]))
-    saliency.guided_backprop(lambda x: F.hardtanh(F.relu6(F.leaky_relu(x.relu())), 0, 2).sum((2, 3)), pictures(1),
+            attribution.guided_backprop(lambda x: act(x).sum((2, 3)), pictures(1), torch.tensor([0]))
+    attribution.guided_backprop(lambda x: F.hardtanh(F.relu6(F.leaky_relu(x.relu())), 0, 2).sum((2, 3)), pictures(1),
                              torch.tensor([0]))
 
 
@@ -383,8 +386,8 @@ def test_integrated_gradients_are_complete_and_exact_for_a_linear_model():
     net, x = small(), pictures(2)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(768, 5))
     expected = (linear[1].weight[3]*x.flatten(1)).view_as(x).abs().sum(1).detach()
-    torch.testing.assert_close(saliency.integrated_gradients(linear, x, torch.tensor([3, 3]), steps=3), expected)
-    torch.testing.assert_close(saliency.guided_ig(linear, x, torch.tensor([3, 3]), steps=3), expected)
+    torch.testing.assert_close(attribution.integrated_gradients(linear, x, torch.tensor([3, 3]), steps=3), expected)
+    torch.testing.assert_close(attribution.guided_ig(linear, x, torch.tensor([3, 3]), steps=3), expected)
     signed = guided_path_attribution(net, x, torch.tensor([1, 4]), steps=210)
     torch.testing.assert_close(signed.sum((1, 2, 3)), (net(x) - net(0*x))[[0, 1], [1, 4]].detach(), rtol=0.02,
                                atol=0.01)

@@ -8,7 +8,7 @@ from lico.evidence.pictures import cases_of_kind, draw, scene_runs
 from lico.evidence.sanity import SCHEMES, check_network, collect_sanity, compare_sanity, sanity_sentences, sanity_table
 from lico.evidence.store import read_scores, write_results
 from lico.experiments import sweep
-from lico.metrics import sanity_check
+from lico.sensitivity import sanity_check
 from lico.saliency import explain
 
 

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, torch
 
-from lico import experiments
+from lico import records
 from lico.evidence import store
 from lico.evidence.arms import columns_of, compare, grid
 from lico.evidence.store import collect, read_results, read_scores, rows_of, write_results
-from lico.experiments import Run, load_backbone, load_data, sweep
+from lico.experiments import Run, load_data, sweep
+from lico.records import load_backbone
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
 
@@ -31,7 +32,7 @@ def test_stored_rows(lico_root, monkeypatch, capsys):
     assert both.seed.tolist() == [0, 1] and both.iloc[0].to_dict() == pytest.approx(first.iloc[0].to_dict(),
         nan_ok=True)
     assert collect(p('add'), [replace(TINY, seed=1)]).equals(both) and 'held' not in capsys.readouterr().err
-    monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
+    monkeypatch.setattr(records, '_train', lambda *a: pytest.fail('trained'))
     assert collect(p('only'), [replace(TINY, seed=7)]).equals(both) and collect(p(None), [TINY]).seed.tolist() == [0]
     said = 'results.csv held 1 other runs, which are no longer in it: -p out FOLDER writes elsewhere'
     assert said in capsys.readouterr().err
@@ -120,6 +121,6 @@ def test_what_is_asked_of_maps_is_checked_before_anything_runs(lico_root, monkey
 
 
 def test_labels_that_cannot_be_shared_are_refused_before_anything_runs(lico_root, monkeypatch):
-    monkeypatch.setattr(experiments, '_train', lambda *a: pytest.fail('trained'))
+    monkeypatch.setattr(records, '_train', lambda *a: pytest.fail('trained'))
     with pytest.raises(ValueError, match='labels = 41 cannot be shared evenly'):
         collect(p_of(lico_root/'out'), [TINY, replace(TINY, labels=41)])

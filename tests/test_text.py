@@ -813,7 +813,7 @@ def test_imports_are_light_and_minilm_loads_in_silence():
 
 def test_imagenet_s_names_are_apart_for_encoders_that_see_no_capitals():
     "A Cardigan is a dog, a cardigan is worn."
-    from lico.datasets import imagenet_names
+    from lico.readers import imagenet_names
     names = list(imagenet_names().values())
     minilm, clip = load_text_encoder("minilm"), open_clip.get_tokenizer("ViT-B-32")
     assert (

@@ -6,7 +6,8 @@ import pandas as pd, pytest, torch
 from lico import copies, data as data_module, training
 from lico.backbones import create_backbone
 from lico.data import load
-from lico.experiments import Run, build, load_data, read_record, run, run_id, runs_folder, spec
+from lico.experiments import Run, build, load_data, run_id, runs_folder, spec
+from lico.records import read_record, run
 from lico.losses import LossOptions
 from lico.model import LICO, CrossEntropy
 from lico.text import PromptLearner, load_text_encoder
@@ -20,11 +21,11 @@ RUN = Run(labels=250, backbone='wrn_10_1', method='LICO', steps=14, evaluations=
 CHILD = textwrap.dedent('''
     import os, sys, warnings
     from functools import partial
-    from lico import experiments, training
+    from lico import records, training
     from lico.experiments import Run, run
     warnings.simplefilter('ignore')
     torch = training.torch; torch.set_num_threads(1)
-    experiments.fit = partial(training.fit, checkpoint_seconds=0)
+    records.fit = partial(training.fit, checkpoint_seconds=0)
     advance = training._advance
     def told(t, *batch):
         print('step', t.step, t.per_epoch, flush=True)

@@ -9,7 +9,8 @@ import pandas as pd
 
 from lico.evidence.programme import BLOCKS, arm_name
 from lico.evidence.store import read_results, read_scores, rows_of, write_results
-from lico.experiments import read_record, run_of, runs_folder
+from lico.records import read_record, run_of
+from lico.experiments import runs_folder
 
 
 def whole(found, arms):

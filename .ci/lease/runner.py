@@ -66,19 +66,19 @@ def encoder(facts):
 
 def use_packs(packed):
     "Packs in the place of datasets, boxes, decoded files and the text encoder."
-    import torch, lico.data, lico.experiments, lico.runs, lico.text
+    import torch, lico.batches, lico.experiments, lico.records, lico.runs, lico.text
     from lico.evidence import cases, store
     facts = pickle.loads((PACKS/'encoder/facts').read_bytes())
-    enc, std_mean, read, decoded = encoder(facts), torch.std_mean, lico.data.read_image, {}
+    enc, std_mean, read, decoded = encoder(facts), torch.std_mean, lico.batches.read_image, {}
     def whole_table(t, *where):  # `invent_words` asks for the moments of all words
         if t.shape == enc.table.weight.shape: return torch.from_numpy(facts['std']), torch.from_numpy(facts['mean'])
         return std_mean(t, *where)
     def read_once(folder, path):
         if path not in decoded: decoded[path] = read(folder, path).convert('RGB')
         return decoded[path]
-    torch.std_mean, lico.data.read_image = whole_table, read_once
-    for m in (lico.runs, lico.experiments): m.find_encoder = lambda name: (enc, facts['digest'])
-    for m in (lico.runs, lico.experiments, cases, store): m.load_data = packed.data
+    torch.std_mean, lico.batches.read_image = whole_table, read_once
+    for m in (lico.runs, lico.records): m.find_encoder = lambda name: (enc, facts['digest'])
+    for m in (lico.runs, lico.records, lico.experiments, cases, store): m.load_data = packed.data
     def boxes(r, data, chosen):
         p, n = packed[packed.of(r)], len(chosen)
         return tuple(p['boxes'][:n]) if p.get('chosen', ())[:n] == chosen.tolist() else None
@@ -105,7 +105,7 @@ def score_maps(name, seed, arm):
 
 
 def do(kind, name, seed, arm):
-    from lico.experiments import run
+    from lico.records import run
     began, job = time.time(), f'{kind}-{name}-{seed}-{arm}'
     try:
         out = run(run_of(name, seed, arm), progress=False) if kind == 'run' else score_maps(name, seed, arm)
