@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-
 # %% ../nbs/method/14_architectures.ipynb #22a8ae2b
 class PreActBlock(nn.Module):
     "Two 3x3 convolutions, each behind batch normalisation and activation, around a shortcut."
@@ -134,7 +133,11 @@ def _own(name, num_classes):
     if own := re.fullmatch(r'wrn_(\d+)_(\d+)', name): return _wrn(int(own[1]), int(own[2]), num_classes)
     return PreActResNet(64, (64, 128, 256, 512), 2, num_classes, slope=0) if name == 'parn_18' else None
 
-def make_network(name, num_classes, image_size, pretrained, options):
+def make_network(
+    name, num_classes, image_size, pretrained,  # as in `create_backbone`
+    options: dict,  # arguments of timm's model
+) -> nn.Module:
+    "The network of that name, or a refusal that names those near it."
     import timm
     if (net := _own(name, num_classes)) is not None:
         if not pretrained and not options: return net

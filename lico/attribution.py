@@ -119,7 +119,6 @@ def smoothgrad(
         maps.append((total/samples).abs().sum(0))
     return torch.stack(maps)
 
-
 # %% ../nbs/method/24_attribution.ipynb #72521502
 def integrated_gradients(
     net, x, target,  # a backbone or `Probe` within `undisturbed`, images [B, C, H, W], class indices [B]

@@ -49,8 +49,8 @@ def _window(data, images, i, seed):
     "Image `i` as uint8 [3, S, S]: a window for training, drawn with a seed, or the one for testing."
     image = read_image(images.folder, images.paths[i].decode('utf-8', 'surrogateescape'))
     if seed is None: return channels_first(central_window(image, data.image_size))
-    return channels_first(random_window(image, data.image_size, torch.Generator().manual_seed(seed), data.flip,
-                              data.crop))
+    generator = torch.Generator().manual_seed(seed)
+    return channels_first(random_window(image, data.image_size, generator, data.flip, data.crop))
 
 # %% ../nbs/method/09_batches.ipynb #1132a7de
 def _workers(n):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .backbones import create_backbone
 from .networks import layout
 from .config import choose
-from .probes import FEATURES, Probe, no_grid, hear, looker, protocol_layer, settle
+from .probes import FEATURES, Probe, hear, looker, no_grid, protocol_layer, settle
 
 # %% ../nbs/method/23_cams.ipynb #2c943e2c
 def imagenet_classifier():

@@ -97,7 +97,11 @@ FIELDS = dict(  # of a run
     output_stride=(re.compile('8|16'), "8 or 16"))
 
 # %% ../nbs/method/00_config.ipynb #ba371cd2
-def is_choice(name): return isinstance(OPTIONS.get(name), tuple) and isinstance(OPTIONS[name][0], str)
+def is_choice(
+    name: str,  # of an option
+) -> bool:
+    "Whether an option is one of some words."
+    return isinstance(OPTIONS.get(name), tuple) and isinstance(OPTIONS[name][0], str)
 
 def _check_number(what, value, kind, low, high):
     if (isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
@@ -166,7 +170,11 @@ def parse_value(text):
     return text.strip()
 
 # %% ../nbs/method/00_config.ipynb #6edb9056
-def sections_of(kind): return [s.split('.', 1)[1] for s in settings().sections() if s.startswith(f'{kind}.')]
+def sections_of(
+    kind: str,  # "preset", "dataset", "profile"
+) -> list:
+    "The names of the sections of a kind."
+    return [s.split('.', 1)[1] for s in settings().sections() if s.startswith(f'{kind}.')]
 
 def _section(kind, name):
     "The section `kind.name` as a dictionary, or a refusal that lists the names of that kind."

@@ -117,7 +117,7 @@ def reason(error) -> str:
 
 def read_image(
     folder,  # where the path begins
-    path: str,  # below it, as `lico.folders` has it
+    path: str,  # below it, as `lico.listing` has it
 ):
     "The picture in a file, PIL, as `as_rgb` has it; what is wrong with the file is said in one sentence."
     try:
@@ -139,7 +139,7 @@ def decode(i, image):
 
 def each_image(
     folder,  # where paths begin
-    files: list,  # paths below it, as `lico.folders` has them
+    files: list,  # paths below it, as `lico.listing` has them
     use=decode,  # called with the position of a file and its PIL image, from several threads
 ) -> set:
     "Every image goes to `use`; the set of their sizes (width, height). One error names all that cannot be read."

@@ -19,7 +19,9 @@ from .copies import looking, usual_batch
 # %% ../nbs/method/22_probes.ipynb #ab811251
 FEATURES = 'forward_features'  # the name of a place that is no module: between the halves of timm's protocol
 
-def protocol_layer(net) -> str:
+def protocol_layer(
+    net: nn.Module,
+) -> str:
     "Where timm's networks, ours and adapted ones are listened to; `None` for others."
     blocks = getattr(net, 'blocks', None)
     if isinstance(net, Adapted): return f'module.{net.layer}'
@@ -28,8 +30,13 @@ def protocol_layer(net) -> str:
         return f'blocks.{len(blocks) - 1}.norm1'
     return FEATURES if hasattr(net, 'forward_features') and hasattr(net, 'forward_head') else None
 
-def hear(net, x, layer, answer=lambda out: out):
-    "What a layer gives for images (its last call), and what `answer` makes of the output; the network gets a copy."
+def hear(
+    net: nn.Module,
+    x: torch.Tensor,  # images
+    layer: str,  # the name of a module, or `FEATURES`
+    answer=lambda out: out,  # what is made of the output
+) -> tuple:
+    "What a layer gives for images (its last call; `None` if not called), and the answer; the network gets a copy."
     if layer == FEATURES:
         maps = net.forward_features(x)
         if not torch.is_tensor(maps): return None, answer(net.forward_head(maps))  # several, of which none is the last
@@ -50,7 +57,12 @@ def _one_position(layer, size):
     return ValueError(f"the maps of {layer!r} have one position at {size[0]} x {size[1]} pixels, so no place stands "
                       "out: give larger images, or an earlier layer=")
 
-def no_grid(net, layer, out):
+def no_grid(
+    net: nn.Module,
+    layer: str,
+    out,  # what it gave; `None`: nothing
+) -> ValueError:
+    "The error for a layer that gives no grid of places."
     what = 'nothing in a forward pass' if out is None else f'features {list(out.shape)}'
     return ValueError(f"{layer!r} of {type(net).__name__} gives {what}, which are no grid of places that can be told: "
                       "pass another layer=, or reshape=, a function that makes [B, C, h, w] of them")
@@ -76,7 +88,12 @@ def _watch(net, x, answer):
     return [(*o, g) for o, g in zip(seen, gradients)]
 
 # %% ../nbs/method/22_probes.ipynb #9a75de89
-def find_layer(net, x, answer, reshape=None) -> tuple:
+def find_layer(
+    net: nn.Module,
+    x: torch.Tensor,  # an image, [1, C, H, W]
+    answer,  # from the output to what gradients are taken of
+    reshape=None,  # as in `explain`
+) -> tuple:
     "(name, its layout) of the last layer whose places the answer depends on; a `ValueError` if there is none."
     seen, size = _watch(net, x, answer), x.shape[2:]
     grids = {tuple(-(-n//2**k) for n in t.shape[2:]) for _, m, t, _ in seen if isinstance(m, nn.Conv2d)
@@ -211,7 +228,7 @@ def _is_flat(module):
     return not any(True for m in called for _ in m.parameters())
 
 def settle(
-    probe: Probe,
+    probe: Probe,  # gets its `layer` and `places`
     x: torch.Tensor,  # images; the first one is shown to it
 ):
     "Let the probe know its layer and how places lie there."

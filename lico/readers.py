@@ -72,7 +72,10 @@ def _fetching(name, put, deed='could not download it', inside=''):
     finally: socket.setdefaulttimeout(timeout)
 
 # %% ../nbs/method/06_readers.ipynb #a3afb333
-def in_order(part, hashes):
+def in_order(
+    part: Part,
+    hashes: list,  # of the pixels of its images
+) -> Part:
     "The images of a part by class and by the hash of their pixels: in the same order wherever they were found."
     order = sorted(range(len(hashes)), key=lambda i: (part.labels[i], hashes[i]))
     images = part.images[order] if isinstance(part.images, np.ndarray) else [part.images[i] for i in order]
@@ -122,7 +125,10 @@ def _listed(tree):
     "One `Part` of a {class folder: its files}."
     return Part(*map(list, zip(*((f, label) for label, files in enumerate(tree.values()) for f in files))))
 
-def read_folder(path, listing):
+def read_folder(
+    path: Path,  # of a folder of images
+    listing,  # what `look_into` found there
+) -> Source:
     "An image tree; its size is up to the images."
     train, test, notes = image_tree(path, listing)
     return Source(_listed(train), _listed(test), tuple(train), folder=path, notes=tuple(notes))

@@ -176,6 +176,12 @@ def _refuse_order(names, data):
     raise ValueError(f"the prompts have the class names of {data.name} in another order, such as {name!r} for class "
                      f"{k}, which is {own!r}: give data.class_names (class_text='shuffled' is the control)")
 
+def _refuse_lonely(model, images):
+    "Refuse batches of one image where images are to be compared."
+    if images < 2 and getattr(getattr(model, 'options', None), 'alpha', 0):
+        raise ValueError("a batch of one image: manifold matching compares the images of a batch, so give a larger "
+                         "batch_size and more images, or alpha=0")
+
 def refuse_bad_call(model, data, seed, numbers_given, options):
     """Refuse what `fit` cannot train: another kind of model, other classes or their names in another order, a length
     or a seed that is none, options that are not the optimiser's, a network that is tested as something else than what
@@ -246,6 +252,7 @@ def fit(
     if epochs and steps: raise ValueError(f"epochs={epochs} and steps={steps}: give one of them")
     o = options_from(TrainOptions, read_preset(preset, **options, **(dict(epochs=epochs) if epochs else {})))
     refuse_precision(o.precision, device())
+    _refuse_lonely(model, min(o.batch_size, len(data.train)))
     steps = steps or o.epochs*steps_per_epoch(len(data.train), o.batch_size)
     with _own_state():
         if folder and is_first(): make_folder(folder)

@@ -1,10 +1,11 @@
-"lico.data against PIL, torchvision and scikit-learn themselves; other processes, damaged trees, and every refusal."
+"""lico.data and lico.batches against PIL, torchvision and scikit-learn themselves; other processes, damaged trees, and
+every refusal."""
 import contextlib, dataclasses, hashlib, inspect, io, itertools, os, re, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageFile
-from lico import batches, data as data_module
+from lico import batches as batches_module, data as data_module
 from lico.config import derive_seed
 from lico.data import Files, Images, load
 from lico.batches import augment, test_batches as plain_batches, training_batch, training_batches
@@ -393,7 +394,7 @@ def photos(tmp_path):
                 image.save(tmp_path/'photos'/part/name/f'{i}.jpg')
     return tmp_path/'photos'
 
-def with_workers(monkeypatch, n): monkeypatch.setattr(batches, '_workers', lambda _: n)
+def with_workers(monkeypatch, n): monkeypatch.setattr(batches_module, '_workers', lambda _: n)
 
 def test_large_images_stay_on_disk(photos):
     d = load(f'folder:{photos}')

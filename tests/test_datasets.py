@@ -1,5 +1,5 @@
-"""lico.datasets: every dataset in a small copy of its layout; Fashion-MNIST where Debian put it, CIFAR-10 where
-LICO_DATA says; every refusal."""
+"""lico.readers and lico.datasets: every dataset in a small copy of its layout; Fashion-MNIST where Debian put it,
+CIFAR-10 where LICO_DATA says; every refusal."""
 import gzip, hashlib, io, os, pickle, re, shutil, socket, struct, tarfile, time
 from pathlib import Path
 import numpy as np, pytest, torch

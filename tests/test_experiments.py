@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pandas as pd, pytest, torch
 
-from lico import config, experiments, records, runs
+from lico import config, experiments, records as records_module, runs
 from lico.architectures import _at_commit
 from lico.backbones import create_backbone
 from lico.evidence.recipe import starting_network
@@ -88,7 +88,7 @@ def test_a_rival_is_run_like_any_other(lico_root, monkeypatch, method):
     both, old = frame([first, ce]), frame([ce, lico])
     assert both[method.lower()].notna().tolist() == [True, False] and both.text_encoder.isna().all()
     assert not {'pretrained', 'cgc', 'gcc'} & set(old), 'tables of other runs stay as they are'
-    monkeypatch.setattr(records, '_train', lambda *a: pytest.fail('trained'))
+    monkeypatch.setattr(records_module, '_train', lambda *a: pytest.fail('trained'))
     assert run(r, progress=False) == first
 
 
@@ -168,7 +168,7 @@ def test_pretrained_start(lico_root, monkeypatch, tmp_path):
 
 
 def test_what_has_no_pretrained_weights_is_said_before_training(lico_root, monkeypatch):
-    monkeypatch.setattr(records, '_train', lambda *a: pytest.fail('trained'))
+    monkeypatch.setattr(records_module, '_train', lambda *a: pytest.fail('trained'))
     with pytest.raises(ValueError, match='wrn_10_1 has no pretrained weights'): sweep([replace(TINY,
         pretrained=True)], progress=False)
     with pytest.raises(ValueError, match="value of pretrained: 'yes': choose one of True, False"): Run(pretrained='yes')
@@ -176,8 +176,8 @@ def test_what_has_no_pretrained_weights_is_said_before_training(lico_root, monke
 
 def test_sweep_does_equal_runs_once(lico_root, monkeypatch):
     "Two presets whose training options are equal share the baseline, also when other workers do the runs."
-    done, train = [], records._train
-    monkeypatch.setattr(records, '_train', lambda r, *a: (done.append(r), train(r, *a)))
+    done, train = [], records_module._train
+    monkeypatch.setattr(records_module, '_train', lambda r, *a: (done.append(r), train(r, *a)))
     records = sweep([TINY, replace(TINY, options=dict(tau='fixed'))], progress=False, executor=Here())
     assert len(done) == 1 and len(records) == 2 and records[0]['id'] == records[1]['id']
 
@@ -185,12 +185,12 @@ def test_sweep_does_equal_runs_once(lico_root, monkeypatch):
 @pytest.mark.parametrize('executor', [None, Here])
 def test_sweep_goes_on_where_a_run_fails(lico_root, monkeypatch, executor):
     "The others are done; which failed and why is said at the end, and they are not tried again in the same sweep."
-    done, train = [], records._train
+    done, train = [], records_module._train
     def fails(r, *a):
         done.append(r.seed)
         if r.seed in (0, 2): raise OSError(f'the disk {r.seed} is full')
         train(r, *a)
-    monkeypatch.setattr(records, '_train', fails)
+    monkeypatch.setattr(records_module, '_train', fails)
     runs = [replace(TINY, seed=s) for s in range(4)]
     said = r"2 of 4 runs failed, the others are done: Run\(.*\) \(OSError: the disk 0 is full\); Run\(.*seed=2.*disk 2"
     with pytest.raises(RuntimeError, match=said): sweep(runs, progress=False, executor=executor and executor())
@@ -257,7 +257,7 @@ def test_estimate(lico_root):
 
 
 def test_sweep_says_what_is_missing_before_training(lico_root, monkeypatch):
-    monkeypatch.setattr(records, '_train', lambda *a: pytest.fail('trained'))
+    monkeypatch.setattr(records_module, '_train', lambda *a: pytest.fail('trained'))
     with pytest.raises(ValueError, match='unknown dataset'): sweep([TINY, replace(TINY, dataset='digit')],
         progress=False)
     with pytest.raises(ValueError, match='unknown text encoder'): sweep([TINY,
@@ -268,7 +268,7 @@ def test_sweep_says_what_is_missing_before_training(lico_root, monkeypatch):
 
 def test_finished_runs_are_not_done_again(lico_root, monkeypatch):
     first = sweep([TINY, replace(TINY, seed=1)], progress=False)
-    monkeypatch.setattr(records, '_train', lambda *a: pytest.fail('trained'))
+    monkeypatch.setattr(records_module, '_train', lambda *a: pytest.fail('trained'))
     assert sweep([TINY, replace(TINY, seed=1)], progress=False) == first
     assert [r['run']['seed'] for r in first] == [0, 1]
 
@@ -395,7 +395,7 @@ def test_models_from_elsewhere(lico_root, monkeypatch, tmp_path, place):
 def test_models_from_elsewhere_that_are_not_there(lico_root, monkeypatch, tmp_path, name, sentence, pretrained):
     "One sentence, before anything is trained."
     on_the_hub(tmp_path, monkeypatch)
-    monkeypatch.setattr(records, '_train', lambda *a: pytest.fail('trained'))
+    monkeypatch.setattr(records_module, '_train', lambda *a: pytest.fail('trained'))
     for call in (lambda: create_backbone(name, pretrained=pretrained),
                  lambda: sweep([replace(TINY, backbone=name, pretrained=pretrained)], progress=False)):
         with pytest.raises((FileNotFoundError, ValueError), match=sentence) as e: call()

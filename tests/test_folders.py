@@ -1,5 +1,5 @@
-"""lico.folders: what people, cameras, archives and systems leave in a folder of images; every way to write a split,
-every link, every name; and what is said of it."""
+"""lico.listing and lico.folders: what people, cameras, archives and systems leave in a folder of images; every way to
+write a split, every link, every name; and what is said of it."""
 import os, socket, subprocess, sys, unicodedata
 from pathlib import Path
 import numpy as np, pytest, torch

@@ -229,7 +229,8 @@ def score_numbers(case, root):
     from lico import metrics, sensitivity
     from lico.saliency import explain
     (name, options), f, rng = SCORES[case], fixed(), np.random.RandomState(2)
-    metric, each = getattr(metrics, name, None) or getattr(sensitivity, name), lambda scores: dict(zip(('first', 'second'), scores.tolist()))
+    metric = getattr(metrics, name, None) or getattr(sensitivity, name)
+    each = lambda scores: dict(zip(('first', 'second'), scores.tolist()))
     if name == 'blur': return moments(metric(torch.from_numpy(picture(rng, 80)[None]).float(), **options))
     if name in ('insertion', 'deletion'):
         found = metric(f.net, f.x, f.maps, f.target, **options)
@@ -241,7 +242,8 @@ def score_numbers(case, root):
         return each(metric(maps, regions('masks' in options), **{k: v for k, v in options.items() if k != 'masks'}))
     if name in ('rank_correlation', 'ssim'): return each(metric(f.maps/8, f.others/8))
     if name == 'random_affine': return moments(metric(6, **options))
-    if name == 'ses': return each(metric(lambda x: x.abs().mean(1), f.x, sensitivity.random_affine(2, seed=7, degrees=45)))
+    if name == 'ses':
+        return each(metric(lambda x: x.abs().mean(1), f.x, sensitivity.random_affine(2, seed=7, degrees=45)))
     entries = metric(lambda net: explain(net, f.x, f.target), f.net, **options)[::5]
     return {f'{of} {e.layer}': getattr(e, of)[1].item() for e in entries for of in ('spearman', 'ssim')}
 

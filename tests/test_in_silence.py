@@ -6,7 +6,7 @@ from torch import nn
 from lico.backbones import adapt, create_backbone
 from lico.config import derive_seed
 from lico.data import load
-from lico.losses import cost_matrix, ot_alignment
+from lico.losses import LossOptions, cost_matrix, ot_alignment
 from lico.metrics import deletion, insertion
 from lico.model import LICO, CrossEntropy, refuse_other_forward
 from lico.shipping import load_network, preprocessing_of, save_network
@@ -71,6 +71,15 @@ def test_names_in_another_order_are_no_lico(digits, encoder):
         PromptLearner(encoder, {*digits.class_names})
     other = PromptLearner(encoder, [f'the digit {o}' for o in digits.class_names], n_context=2)
     fit(LICO(net_for(digits), other), digits, steps=1, progress=False)
+
+
+def test_matching_needs_two_images_a_batch(digits, encoder):
+    "A batch of one has nothing to match: trained so, LICO would be transport alone."
+    prompts = PromptLearner(encoder, digits.class_names, n_context=2)
+    with pytest.raises(ValueError, match='a batch of one image: manifold matching compares the images of a batch'):
+        fit(LICO(net_for(digits), prompts), digits, steps=1, batch_size=1)
+    for model in (LICO(net_for(digits), prompts, LossOptions(alpha=0.)), CrossEntropy(net_for(digits))):
+        fit(model, digits, steps=1, batch_size=1, progress=False)
 
 
 def test_a_network_is_shipped_by_its_name_only_if_it_is_that_network(tmp_path):

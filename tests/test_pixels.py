@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image, ImageDraw, ImageFile
 from torchvision.transforms import v2
-from lico import batches
+from lico import batches as batches_module
 from lico.batches import preprocessing, test_batches as batches_of, training_batches
 from lico.data import Files, load
 from lico.pixels import as_rgb, central_window, no_truncated_images, open_image, random_window, read_ahead, whole_square
@@ -203,7 +203,7 @@ def test_reading_ahead_needs_no_shared_memory_and_no_process(photos, monkeypatch
     "Docker gives 64 MB of /dev/shm; nothing is put there, and no process is started."
     import multiprocessing.process, torch.multiprocessing as mp
     assert isinstance(photos.train, Files)
-    monkeypatch.setattr(batches, '_workers', lambda n: 3)
+    monkeypatch.setattr(batches_module, '_workers', lambda n: 3)
     monkeypatch.setattr(multiprocessing.process.BaseProcess, 'start', lambda self: 1/0)
     monkeypatch.setattr(os, 'fork', lambda: 1/0)
     def segments(): return {*os.listdir('/dev/shm')} if os.path.isdir('/dev/shm') else set()
@@ -216,7 +216,7 @@ def test_reading_ahead_needs_no_shared_memory_and_no_process(photos, monkeypatch
     assert not [t for t in threading.enumerate() if t.name.startswith('reading')]
 
 def test_threads_stop_when_nobody_takes_the_batches_any_more(photos, monkeypatch):
-    monkeypatch.setattr(batches, '_workers', lambda n: 3)
+    monkeypatch.setattr(batches_module, '_workers', lambda n: 3)
     batches = training_batches(photos, ((torch.arange(16), k) for k in range(1000)))
     next(batches); batches.close()
     assert not [t for t in threading.enumerate() if t.name.startswith('reading')]

@@ -7,7 +7,7 @@ from multiprocessing.pool import ThreadPool
 import numpy as np, pytest, torch
 from joblib.externals import loky
 
-from lico import config, experiments, records, runs, training
+from lico import config, experiments, records as records_module, runs, training
 from lico.backbones import create_backbone
 from lico.data import load
 from lico.experiments import (TRAINING_METHODS, Run, encoder_name, frame, load_data, run_id, runs_folder, spec, start,
@@ -125,8 +125,9 @@ def prompts_of(rows):
 
 def test_a_run_has_its_own_number_of_threads(lico_root, monkeypatch):
     "Whatever the process has, a run trains with its own number, says so, and is another run with another number."
-    seen, advance = [], records.fit
-    monkeypatch.setattr(records, 'fit', lambda *a, **k: (seen.append(torch.get_num_threads()), advance(*a, **k))[1])
+    seen, advance = [], records_module.fit
+    monkeypatch.setattr(records_module, 'fit',
+                        lambda *a, **k: (seen.append(torch.get_num_threads()), advance(*a, **k))[1])
     with threads(2): one = run(TINY, progress=False)
     with threads(1): two = run(replace(TINY, threads=2), progress=False)
     assert (seen == [1, 2] and [r['stamp']['threads'] for r in (one, two)] == [1, 2]
@@ -171,7 +172,7 @@ class OwnPool(ProcessPoolExecutor): pass
     (OwnPool, 'whose workers stay for ever'), (loky.ProcessPoolExecutor, 'whose workers stay for ever'),
     (ThreadPool, 'which has no `submit`'), (int, 'which has no `submit`')])
 def test_executors_that_mix_runs_or_outlive_who_started_them_are_refused(lico_root, monkeypatch, kind, why):
-    monkeypatch.setattr(records, '_train', lambda *a: pytest.fail('trained'))
+    monkeypatch.setattr(records_module, '_train', lambda *a: pytest.fail('trained'))
     with pytest.raises(ValueError, match=rf"executor is a {kind.__name__}, {why}.*: use Workers\(n\)"):
         sweep([TINY], progress=False, executor=kind(1))
 
@@ -187,7 +188,7 @@ def test_a_record_says_what_its_run_was_trained_on(lico_root, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     save, machines = training.save_checkpoint, ['slow', 'fast', 'fast']
     monkeypatch.setattr(training, 'hardware', lambda where: machines.pop(0))
-    monkeypatch.setattr(records, 'fit', functools.partial(training.fit, checkpoint_seconds=0))
+    monkeypatch.setattr(records_module, 'fit', functools.partial(training.fit, checkpoint_seconds=0))
     def killed(*a): save(*a); raise KeyboardInterrupt
     monkeypatch.setattr(training, 'save_checkpoint', killed)
     of_two_epochs = replace(TINY, labels=40)

@@ -1,4 +1,4 @@
-"""Sanity checks of networks: the rows are those of `lico.metrics.sanity_check`, and what is said of them is what
+"""Sanity checks of networks: the rows are those of `lico.sensitivity.sanity_check`, and what is said of them is what
 they hold."""
 from types import SimpleNamespace
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pandas as pd, pytest, torch
 
-from lico import copies, data as data_module, training
+from lico import copies, batches, training
 from lico.backbones import create_backbone
 from lico.data import load
 from lico.experiments import Run, build, load_data, run_id, runs_folder, spec
@@ -173,7 +173,7 @@ def network(): return create_backbone('wrn_10_1', num_classes=10, image_size=16)
 @pytest.mark.parametrize('order', [torch.contiguous_format, torch.channels_last])
 def test_images_and_weights_lie_as_the_device_likes(monkeypatch, order):
     "In training, and in the copy that is tested: a convolution whose two sides differ turns one round at each call."
-    for m in (copies, data_module, training): monkeypatch.setattr(m, 'memory_format', lambda *where: order)
+    for m in (copies, batches, training): monkeypatch.setattr(m, 'memory_format', lambda *where: order)
     seen, convolution = [], torch.nn.Conv2d.forward
     def forward(self, x):
         seen.append([self.training, *(t.is_contiguous(memory_format=order) for t in (x, self.weight))])

@@ -85,7 +85,9 @@ def blocks() -> dict:
     "{block of the programme: its rows} as far as they were run."
     return {f.name.split('-')[1]: read_results(f) for f in folders('language') if f.name.split('-')[1] in BLOCKS}
 
-def stored_frames(table):
+def stored_frames(
+    table: int,  # of the paper
+):
     "The name of its folder and the rows of every stored frame that holds something of a table, with the table's arms."
     for f in folders(f'table{table}'): yield f.name, read_results(f)
     # the other tables are about arms that no block has; controls and changed presets are of no claim

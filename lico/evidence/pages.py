@@ -10,8 +10,8 @@ import functools, os, re
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..config import (FIELDS, is_choice, sections_of, check_options, check_value, choose, gathered, parse_value,
-                         profile_settings, root)
+from ..config import (FIELDS, check_options, check_value, choose, gathered, is_choice, parse_value, profile_settings,
+                         root, sections_of)
 
 # %% ../../nbs/evidence/33_pages.ipynb #993afc4a
 _count, _from_zero = FIELDS['labels'], FIELDS['seed']
