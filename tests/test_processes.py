@@ -96,7 +96,7 @@ def of_method(method, preset, n, dtype):
     return step(start(r, data, encoder(dtype)).to(dtype), x.to(dtype), y)
 
 
-@pytest.mark.parametrize('k, n', [(2, 21), (3, 22)])
+@pytest.mark.parametrize('k, n', [(2, 21), pytest.param(3, 22, marks=pytest.mark.slow)])
 def test_several_processes_have_the_gradients_of_one(tmp_path, k, n):
     "Of every method, with batch normalisation and uneven shares; in float64, where no rectifier is at its kink."
     def work(): return [of_method(*m, n, torch.float64) for m in METHODS]
@@ -250,6 +250,7 @@ def children(pid):
     return [int(p) for p in found] + [q for p in found for q in children(p)]
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path):
     code = textwrap.dedent('''
         import os, time

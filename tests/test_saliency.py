@@ -96,7 +96,8 @@ def test_predicted_class_is_the_default():
             and torch.equal(explain(net, x, 3), explain(net, x, torch.tensor([3]*3))))
 
 
-@pytest.mark.parametrize('name, size', [('parn_18', 16), ('resnet18', 64), ('vgg19', 64), ('tf_efficientnet_lite0', 64),
+@pytest.mark.parametrize('name, size', [('parn_18', 16), ('resnet18', 64), ('tf_efficientnet_lite0', 64),
+                                        pytest.param('vgg19', 64, marks=pytest.mark.slow),
                                         ('convnext_atto', 64), ('swin_tiny_patch4_window7_224', 56),
                                         ('vit_tiny_patch16_224', 48), ('vit_small_patch16_rope_224', 48)])
 def test_cams_on_many_networks(name, size):

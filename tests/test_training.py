@@ -80,6 +80,7 @@ def test_two_processes_do_one_run_once(tmp_path):
     assert first.returncode == second.returncode == 0 and sorted(steps) == [0, 14]
 
 
+@pytest.mark.slow
 def test_full_disk_while_training(tmp_path):
     "The last line is one sentence, the exit status is not zero, and the checkpoint from before is whole."
     full = CHILD.replace('run({run!r}', textwrap.dedent('''
