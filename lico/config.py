@@ -133,6 +133,7 @@ def check_value(
     if form[0].fullmatch(str(value)): return value
     raise ValueError(f"{what} = {value!r}: expected {form[1]}")
 
+# %% ../nbs/method/00_config.ipynb #ff7dc075
 def check_option(
     name: str,  # a key of `OPTIONS`
     value,  # its value, already of its Python type

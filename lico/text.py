@@ -269,9 +269,8 @@ class PromptLearner(nn.Module):
             raise ValueError("prompt = rolled needs n_context of at least 1: there is nothing to roll")
         enc, self.ids = _what_is_said(enc, _check_names(enc, class_names, n_context), class_text, seed)
         self.__dict__['enc'], self.class_names = enc, list(class_names)  # the encoder is not registered
-        self.rolled, self.per_class, self.front, self.dynamic = (prompt == 'rolled', context == 'class',
-                                                                 class_position == 'front', dynamic)
-        self.dim, self.n_rows = enc.dim, n_context + (not self.rolled)
+        self.rolled, self.per_class, self.front = prompt == 'rolled', context == 'class', class_position == 'front'
+        self.dynamic, self.dim, self.n_rows = dynamic, enc.dim, n_context + (not self.rolled)
         start = _first_context(enc, ([len(class_names)] if self.per_class else []) + [n_context, enc.embed_dim], init)
         if trainable and n_context: self.context = nn.Parameter(start)
         else: self.register_buffer('context', start)
@@ -296,7 +295,6 @@ class PromptLearner(nn.Module):
         ids, back = _check_ids(class_ids, len(self.ids)).unique(return_inverse=True)
         context = self.context
         if self.dynamic and self.training: context = context[..., torch.randperm(context.shape[-2]), :]
-        if self.per_class: context = context[ids]
-        names = [self.ids[i] for i in ids.tolist()]
+        context, names = context[ids] if self.per_class else context, [self.ids[i] for i in ids.tolist()]
         rows = self._roll(context, names) if self.rolled else self.enc.encode(context, names, self.front)
         return nn.functional.embedding(back, rows.flatten(1)).unflatten(1, rows.shape[1:])  # rows[back]
