@@ -26,23 +26,30 @@ def feature_rows(
     if maps.ndim == 3: return maps
     return maps.flatten(1, 2) if getattr(net, 'output_fmt', 'NCHW') == 'NHWC' else maps.flatten(2)
 
-def features(
-    net: nn.Module,  # a backbone
-    x: torch.Tensor,  # images [B, 3, S, S]
-) -> torch.Tensor:
-    "The feature rows F_i of images, [B, N, d']."
+def features(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The feature rows F_i of images, [B, N, d'] (Section 3.1): channels by positions of a convolutional network,
+    tokens by width of a transformer.
+
+    net  a backbone
+    x    images [B, 3, S, S], normalised
+    """
     return feature_rows(net, net.forward_features(x))
 
 # %% ../nbs/method/15_backbones.ipynb #0d70ec78
 def create_backbone(
-    name: str,  # "wrn_DEPTH_WIDTH", "parn_18", or any timm name, also "hf-hub:OWNER/NAME" and "local-dir:PATH"
-    num_classes: int = 10,  # K
-    image_size: int = 32,  # S, pixels
-    pretrained: bool = False,  # timm's pretrained weights
-    **options,  # arguments of timm's model, such as output_stride=16 for finer maps
+    name: str, num_classes: int = 10, image_size: int = 32, pretrained: bool = False, **options,
 ) -> nn.Module:
     """A classifier with timm's protocol, random weights from torch's generator, and `.feature_shape` = (N, d') at
-    `.image_size`."""
+    `.image_size`; N feature rows of an image, each d' wide.
+
+    name         "wrn_DEPTH_WIDTH", "parn_18", or any timm name, also "hf-hub:OWNER/NAME" and "local-dir:PATH"
+    num_classes  K
+    image_size   side S of the images, in pixels
+    pretrained   timm's pretrained weights
+    options      arguments of timm's model, such as output_stride=16 for finer maps
+
+    ValueError for a name nobody knows, images it cannot take, and networks whose features are not one tensor.
+    """
     for k in [k for k, v in dict(in_chans=3, features_only=False).items() if options.get(k, v) != v]:
         raise ValueError(f"option {k}: a backbone is a classifier of images of 3 channels; leave it out")
     net = make_network(name, num_classes, image_size, pretrained, options).eval()
@@ -190,14 +197,17 @@ def _missing(net, x):
     return lacks
 
 # %% ../nbs/method/15_backbones.ipynb #b1f505a1
-def adapt(
-    any_module: nn.Module,  # a classifier of images [B, 3, S, S]: torchvision's, Hugging Face's, your own
-    layer='layer4',  # the module, or its name, that gives the feature maps F_i
-    num_classes: int = 10,  # K
-    image_size: int = 224,  # S, pixels
-) -> nn.Module:
+def adapt(any_module: nn.Module, layer='layer4', num_classes: int = 10, image_size: int = 224) -> nn.Module:
     """A network with the protocol of `create_backbone`'s: `forward_features`, `forward_head`, `.feature_shape`,
-    `.num_classes`, `.image_size`. Nothing of the module is rewritten."""
+    `.num_classes`, `.image_size`. Nothing of the module is rewritten.
+
+    any_module   a classifier of images [B, 3, S, S]: torchvision's, Hugging Face's, your own
+    layer        the module, or its name, that gives the feature maps F_i
+    num_classes  K
+    image_size   side S of the images, in pixels
+
+    ValueError with all that keeps the module from being trained with LICO.
+    """
     module, name = unwrapped(any_module), type(unwrapped(any_module)).__name__
     refuse = lambda lacks: ValueError(f"{name} cannot be trained with LICO: {'; '.join(lacks)}")
     if not isinstance(module, nn.Module): raise refuse(["it is no torch.nn.Module"])

@@ -96,13 +96,14 @@ def training_batches(
     make = _file_batches if isinstance(data.train, Files) else _image_batches
     for x, y in make(data, schedule, noise, device, share): yield x.contiguous(memory_format=memory_format(x.device)), y
 
-def test_batches(
-    data: Data,  # what `load` returned
-    images,  # whose images, in order: `data.test`, or a part of it
-    batch_size: int,  # B
-    device=None,  # where the batches shall be; `None`: on the CPU
-):
-    "An iterator of normalised images float32 [B, 3, S, S], in `memory_format`; not augmented."
+def test_batches(data: Data, images, batch_size: int, device=None):
+    """An iterator of normalised images float32 [B, 3, S, S], in `memory_format`; not augmented.
+
+    data        what `load` returned
+    images      whose images, in order: `data.test`, or a part of it
+    batch_size  B; the last batch may be smaller
+    device      where the batches shall be. None: on the CPU
+    """
     if isinstance(images, Files):
         jobs = ((b.tolist(), [None]*len(b)) for b in torch.arange(len(images)).split(batch_size))
         batches = (x for x, *_ in _batches(data, images, jobs, device))

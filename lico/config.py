@@ -181,19 +181,23 @@ def _section(kind, name):
     "The section `kind.name` as a dictionary, or a refusal that lists the names of that kind."
     return dict(settings()[f'{kind}.{choose(kind, name, sections_of(kind))}'])
 
-def preset(
-    name: str = 'paper',  # a `[preset.…]` section
-    **overrides,  # options that replace the preset's
-) -> dict:
-    "All options of a preset, checked."
+def preset(name: str = 'paper', **overrides) -> dict:
+    """All options of a preset, checked.
+
+    name       "paper", "released", "repaired" or "semantic": a [preset.…] of settings.ini
+    overrides  options that replace the preset's
+
+    ValueError for another preset, another option, or a value that it does not have.
+    """
     raw = {**_section('preset', 'paper'), **_section('preset', name), **overrides}
     return check_options(**{k: v if is_choice(k) else parse_value(v) for k, v in raw.items()})
 
-def options_from(
-    kind,  # `LossOptions`, `TrainOptions` or any dataclass of options
-    options: dict,  # all options of a preset
-):
-    "The dataclass `kind` filled from a preset's options."
+def options_from(kind, options: dict):
+    """The dataclass `kind` filled from a preset's options.
+
+    kind     `LossOptions`, `TrainOptions` or any dataclass of options
+    options  all options of a preset
+    """
     return kind(**{f.name: options[f.name] for f in fields(kind)})
 
 # %% ../nbs/method/00_config.ipynb #63432991

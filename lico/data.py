@@ -225,15 +225,23 @@ def dataset_name(
 
 # %% ../nbs/method/08_data.ipynb #d5df4bf2
 def load(
-    name: str,  # a name in `lico.datasets.READERS`, or "folder:PATH"
-    labels=None,  # labelled training images in total, the same number of each class; `None` or "all" for all there are
-    shots: int = None,  # the same, per class
-    seed: int = 0,  # decides which images are labelled, nothing else
-    image_size: int = None,  # S, pixels; `None`: digits 16, Fashion-MNIST 28, CIFAR, SVHN 32, folder as above, else 224
-    validation: int = None,  # hold out so many training images, the same number of each class, and test on them instead
-    flip: bool = None,  # mirror half of the training images? `None`: as the dataset has it, a folder's images are
+    name: str, labels=None, shots: int = None, seed: int = 0, image_size: int = None, validation: int = None,
+    flip: bool = None,
 ) -> Data:
-    "A dataset with its labelled subset (Sections 4.1 and 4.4). The test part is whole, or what was held out."
+    """A dataset with its labelled subset (Sections 4.1 and 4.4): `.train`, `.test`, `.class_names`, `.image_size`. The
+    test part is whole, or what was held out.
+
+    name        a name in `lico.datasets.READERS`, or "folder:PATH", with PATH/train/<class>/* and PATH/test/<class>/*
+    labels      labelled training images in total, the same number of each class; None or "all": all there are
+    shots       the same, per class
+    seed        decides which images are labelled, nothing else
+    image_size  side S in pixels. None: digits 16, Fashion-MNIST 28, CIFAR and SVHN 32, a folder of one of these as it
+                has, else 224
+    validation  hold out so many training images, the same number of each class, and test on them instead
+    flip        mirror half of the training images? None: as the dataset has it; a folder's images are
+
+    FileNotFoundError where there are no images, ValueError for a folder or a number of labels that cannot be used.
+    """
     refuse_path(name)
     if not isinstance(name, str) or name == 'folder:':
         raise ValueError(f"dataset {name!r}: expected a name, or folder:PATH with the path of a folder of images")

@@ -245,12 +245,14 @@ def _text_tower(model):
 # %% ../nbs/method/10_encoders.ipynb #efc070b3
 class CLIPText(TextEncoder):
     """A copy of an open_clip model's text tower as a frozen text encoder; its class row is the end-of-text output
-    after the projection."""
-    def __init__(
-        self,
-        model,  # an `open_clip` CLIP, or CustomTextCLIP with a standard tower: causal, pooled at the end-of-text token
-        tokenizer,  # its tokenizer, as of `open_clip.get_tokenizer`
-    ):
+    after the projection (Section 3.1).
+
+    model      an open_clip CLIP, or CustomTextCLIP with a standard tower: causal, pooled at the end-of-text token
+    tokenizer  its tokenizer, as of open_clip.get_tokenizer
+
+    ValueError for other towers, and for a tokenizer that ends texts otherwise.
+    """
+    def __init__(self, model, tokenizer):
         tower, end = _text_tower(model)
         special = tokenizer([""], 2)[0].tolist()
         if special[1] != end:

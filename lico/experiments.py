@@ -183,15 +183,17 @@ def _elsewhere(p, executor):
     finally:
         for job in jobs.values(): job.cancel()  # no more than what is under way is waited for
 
-def sweep(
-    runs,  # an iterable of `Run`; one that occurs twice is done once
-    progress: bool = True,
-    executor=None,  # with `submit`: `Workers(n)`, submitit's `AutoExecutor`; `None`: here
-    retries: int = 2,  # how often a run whose worker died is begun again
-) -> list:
+def sweep(runs, progress: bool = True, executor=None, retries: int = 2) -> list:
     """The records of many runs, in order; only what is missing is computed. One that fails does not keep the others
-    from being done; which did, and why, is said at the end. `runs`: of `Run`; `executor`: `Workers(n)`, submitit's
-    `AutoExecutor`, or `None` for here; `retries`: how often a run whose worker died is begun again."""
+    from being done; which did, and why, is said at the end.
+
+    runs      an iterable of `Run`; one that occurs twice is done once
+    progress  show a bar
+    executor  with `submit`: `Workers(n)`, submitit's AutoExecutor. None: here
+    retries   how often a run whose worker died is begun again
+
+    RuntimeError, when all others are done, if a run failed.
+    """
     refuse_executor(executor)
     join_group()
     runs = list(dict.fromkeys(runs))

@@ -57,12 +57,7 @@ def _log_rows(D, tau, sign, diagonal):
 
 # %% ../nbs/method/01_losses.ipynb #3bf6065d
 def log_adjacency(
-    x,  # [B, ...]: one entry per sample, flattened to a vector
-    tau,  # temperature, a positive number or scalar tensor
-    distance='euclidean',  # or "cosine": 1 - cos
-    normalise=True,  # scale each vector to length one first
-    sign=-1,  # -1: softmax of -D/τ (Eq. 1); +1: of +D/τ (released code)
-    diagonal='in',  # compare each sample with itself too ("in", Eq. 1), or only with the others ("out")
+    x, tau, distance='euclidean', normalise=True, sign=-1, diagonal='in',  # as in `adjacency`
 ):
     "The logarithm of Eq. 1's matrix, [B, B]; -inf where it is zero, on a diagonal that is out."
     choose('distance', distance, ('euclidean', 'cosine'))
@@ -75,10 +70,18 @@ def log_adjacency(
     return _log_rows(D, tau, sign, diagonal)
 
 # %% ../nbs/method/01_losses.ipynb #0ee907bb
-def adjacency(
-    x, tau, distance='euclidean', normalise=True, sign=-1, diagonal='in',  # as in `log_adjacency`
-):
-    "Eq. 1's matrix, [B, B]: row i says how near the other samples are to sample i, and sums to one."
+def adjacency(x, tau, distance='euclidean', normalise=True, sign=-1, diagonal='in'):
+    """Eq. 1's matrix, [B, B]: row i says how near the other samples are to sample i, and sums to one.
+
+    x          [B, ...], one entry per sample, flattened to a vector
+    tau        temperature τ, a positive number or scalar tensor
+    distance   D of Eq. 1: "euclidean", or "cosine", 1 - cos (Table 7)
+    normalise  scale each vector to length one first
+    sign       -1: softmax of -D/τ (Eq. 1); +1: of +D/τ (released code)
+    diagonal   compare each sample with itself too ("in", Eq. 1), or only with the others ("out")
+
+    ValueError for a tau that is not positive and for values that are none of these.
+    """
     return log_adjacency(x, tau, distance, normalise, sign, diagonal).exp()
 
 # %% ../nbs/method/01_losses.ipynb #0404447b
@@ -97,13 +100,14 @@ def kl_rows(
     return (log_p.exp()*_where_mass(log_p - log_q, log_p)).sum(1).mean()
 
 # %% ../nbs/method/01_losses.ipynb #dfb899c5
-def manifold_matching(
-    F,  # [B, ...]: image features
-    G,  # [B, ...]: prompt features of each image's class
-    tau,  # temperature of both sides
-    **options,  # `distance`, `normalise`, `sign` and `diagonal` of `log_adjacency`
-):
-    "L_MM of Eq. 2: mean of KL[A^G_i ‖ A^F_i], a scalar in nats."
+def manifold_matching(F, G, tau, **options):
+    """L_MM of Eq. 2: mean of KL[A^G_i ‖ A^F_i] over the batch, a scalar in nats.
+
+    F        [B, ...], image features
+    G        [B, ...], prompt features of each image's class
+    tau      temperature τ of both sides, a positive number or scalar tensor
+    options  distance, normalise, sign and diagonal of `adjacency`, for both sides
+    """
     return kl_rows(log_adjacency(G, tau, **options), log_adjacency(F, tau, **options))
 
 # %% ../nbs/method/01_losses.ipynb #2d1ebc72
@@ -184,12 +188,15 @@ def inactive(
     if min(entropies) < IDENTITY: return 'identity'
 
 # %% ../nbs/method/01_losses.ipynb #88634399
-def cost_matrix(
-    F,  # [B, N, d']: feature rows of each image
-    G,  # [B, M, d']: prompt rows of its class
-):
-    """Squared Euclidean distance between L2-normalised rows, [B, N, M], from 0 to 4; a zero row stays zero and is 1
-    away from every other."""
+def cost_matrix(F, G):
+    """The cost C of Eq. 4, [B, N, M]: squared Euclidean distance between L2-normalised rows, from 0 to 4; a zero row
+    stays zero and is 1 away from every other.
+
+    F  [B, N, d'], feature rows of each image
+    G  [B, M, d'], prompt rows of its class
+
+    ValueError for shapes that do not go together.
+    """
     if F.ndim != 3 or G.ndim != 3 or len(F) != len(G) or F.shape[2] != G.shape[2]:
         raise ValueError(f"features {list(F.shape)} and prompts {list(G.shape)}: expected [B, N, d'] and [B, M, "
                          "d'] of one batch and one width")
@@ -241,25 +248,29 @@ def _plan(C, eps, n_iter, tol):
     return plan.mT, f.mT + v.log()
 
 # %% ../nbs/method/01_losses.ipynb #135a9916
-def sinkhorn(
-    C,  # [B, N, M]: cost of moving row n to row m
-    eps=0.1,  # λ of Eq. 5: strength of the entropy term, in units of cost
-    n_iter=100,  # at most so many updates of Eq. 7
-    tol=1e-3,  # stop when the worst sample's marginals are violated by less than this (L1); 0: never before `n_iter`
-):
-    "The plan of Eq. 6, [B, N, M]: each of the N rows sums to 1/N exactly, each of the M columns to 1/M within `tol`."
+def sinkhorn(C, eps=0.1, n_iter=100, tol=1e-3):
+    """The plan of Eq. 6, [B, N, M]: each of the N rows sums to 1/N exactly, each of the M columns to 1/M within `tol`.
+
+    C       [B, N, M], cost of moving row n to row m
+    eps     λ of Eq. 5, strength of the entropy term, in units of cost
+    n_iter  at most so many updates of Eq. 7
+    tol     stop when the worst sample's marginals are violated by less than this (L1); 0: never before `n_iter`
+    """
     return _plan(C, eps, n_iter, tol)[0]
 
 # %% ../nbs/method/01_losses.ipynb #07606af0
-def ot_alignment(
-    F,  # [B, N, d']: feature rows of each image
-    G,  # [B, M, d']: prompt rows of its class
-    eps=0.1, n_iter=100, tol=1e-3,  # as in `sinkhorn`
-    grad='envelope',  # "envelope": the plan is held fixed; "unrolled": through the iterations; "none" (released code)
-    value='transport',  # "transport": ⟨P, C⟩; "regularised": ⟨P, C⟩ - eps·H(P), Eq. 5 with its sign put right
-):
-    """L_OT: the mean over the batch of the transport cost between an image's feature rows and its prompt's rows, a
-    scalar."""
+def ot_alignment(F, G, eps=0.1, n_iter=100, tol=1e-3, grad='envelope', value='transport'):
+    """L_OT of Eqs. 3 to 5: the mean over the batch of the transport cost between an image's feature rows and its
+    prompt's rows, a scalar.
+
+    F       [B, N, d'], feature rows of each image
+    G       [B, M, d'], prompt rows of its class
+    eps, n_iter, tol  as in `sinkhorn`
+    grad    "envelope": the plan is held fixed; "unrolled": through the iterations; "none" (released code)
+    value   "transport": ⟨P, C⟩; "regularised": ⟨P, C⟩ - eps·H(P), Eq. 5 with its sign put right
+
+    ValueError for shapes that do not go together, another grad or another value.
+    """
     choose('grad', grad, ('envelope', 'unrolled', 'none'))
     choose('value', value, ('transport', 'regularised'))
     C = cost_matrix(F, G)
@@ -270,38 +281,64 @@ def ot_alignment(
         price = C + eps*((f - fixed/eps).log_softmax(2) - math.log(C.shape[1]))
     return (plan*price).sum((1, 2)).mean()
 
+# %% ../nbs/method/01_losses.ipynb #73a39544
+def _refuse_plus(o):
+    "Refuse calibrated temperatures where the nearest samples count least: no τ gives other classes a small share."
+    if o.tau == 'calibrated' and o.mm_sign == 'plus': raise ValueError(
+        "tau = calibrated with mm_sign = plus: most of the mass is on other classes at every τ; use mm_sign = minus, "
+        "or another tau")
+
 # %% ../nbs/method/01_losses.ipynb #3470b297
 @dataclass(frozen=True)
 class LossOptions:
-    "Every choice the loss leaves open; the defaults are the preset `paper`."
-    alpha: float = 10.  # weight of L_MM in Eq. 8
-    beta: float = 1.  # weight of L_OT in Eq. 8
-    mm_features: str = 'maps'  # what Eq. 1 compares on the image side: all feature "maps", or "pooled"
-    mm_rows: str = 'all'  # ... and on the language side: "all" rows of the prompt, or the "class" row
-    mm_text: str = 'mapped'  # rows after the mapping net ("mapped") or as the text encoder gives them ("raw")
-    mm_sign: str = 'minus'  # softmax of -D/τ ("minus", Eq. 1) or of +D/τ ("plus", released code)
-    mm_normalise: bool = True  # L2-normalise each sample before D
-    mm_centre: bool = False  # subtract the mean text vector over all classes first
-    mm_diagonal: str = 'in'  # compare each sample with itself too ("in", Eq. 1), or only with the others ("out")
-    distance: str = 'euclidean'  # D of Eq. 1, or "cosine" (Table 7)
-    tau: str = 'learned'  # τ of Eq. 1, or "fixed"; "calibrated": one for each side, set by the first batch, then fixed
-    tau_init: float = 2.6593  # its first value
-    tau_share: float = 0.25  # calibrated: the share of the text's mass that then lies on other classes
-    tau_form: str = 'exp'  # what is learned: log τ ("exp") or τ itself ("raw")
-    detach_text: bool = False  # whether L_MM leaves the language side alone
-    ot_eps: float = 0.1  # λ of Eqs. 5 and 6
-    ot_iters: int = 100  # most iterations of Eq. 7
-    ot_tol: float = 1e-3  # L1 violation of the marginals at which they stop
-    ot_grad: str = 'envelope'  # the gradient of L_OT: "envelope", "unrolled" or "none"
-    ot_value: str = 'transport'  # ⟨T, C⟩, or "regularised" as in Eq. 5
-    hidden: int = 512  # hidden units of the mapping net h_ψ
-    dropout: float = 0.  # dropout in the mapping net
+    """Every choice the loss leaves open; the defaults are the preset `paper` (settings.ini).
+
+    alpha, beta   weights of L_MM and of L_OT in Eq. 8
+    mm_features   what Eq. 1 compares on the image side: all feature "maps", or "pooled"
+    mm_rows       and on the language side: "all" rows of the prompt, or the "class" row
+    mm_text       rows after the mapping net ("mapped") or as the text encoder gives them ("raw")
+    mm_sign       softmax of -D/τ ("minus", Eq. 1) or of +D/τ ("plus", released code)
+    mm_normalise, mm_centre  scale each sample to length one before D; subtract the mean text vector first
+    mm_diagonal   compare each sample with itself too ("in", Eq. 1), or only with the others ("out")
+    distance      D of Eq. 1, "euclidean" or "cosine" (Table 7)
+    tau           τ of Eq. 1: "learned", "fixed", or "calibrated": one for each side, set by the first batch, then kept
+    tau_init      the first value of τ
+    tau_share     calibrated: the share of the text's mass that then lies on other classes, between 0 and 1
+    tau_form      what is learned: log τ ("exp") or τ itself ("raw")
+    detach_text   whether L_MM leaves the language side alone
+    ot_eps, ot_iters, ot_tol  λ of Eqs. 5 and 6, most iterations of Eq. 7, violation of the marginals that ends them
+    ot_grad       the gradient of L_OT: "envelope", "unrolled" or "none"
+    ot_value      "transport", ⟨T, C⟩, or "regularised" as in Eq. 5
+    hidden, dropout  hidden units of the mapping net h_ψ (Section 3.1), and the share of them that is dropped
+
+    ValueError for a value that an option does not have.
+    """
+    alpha: float = 10.
+    beta: float = 1.
+    mm_features: str = 'maps'
+    mm_rows: str = 'all'
+    mm_text: str = 'mapped'
+    mm_sign: str = 'minus'
+    mm_normalise: bool = True
+    mm_centre: bool = False
+    mm_diagonal: str = 'in'
+    distance: str = 'euclidean'
+    tau: str = 'learned'
+    tau_init: float = 2.6593
+    tau_share: float = 0.25
+    tau_form: str = 'exp'
+    detach_text: bool = False
+    ot_eps: float = 0.1
+    ot_iters: int = 100
+    ot_tol: float = 1e-3
+    ot_grad: str = 'envelope'
+    ot_value: str = 'transport'
+    hidden: int = 512
+    dropout: float = 0.
 
     def __post_init__(self):
         for name, value in check_options(**asdict(self)).items(): object.__setattr__(self, name, value)
-        if self.tau == 'calibrated' and self.mm_sign == 'plus': raise ValueError(
-            "tau = calibrated with mm_sign = plus: most of the mass is on other classes at every τ; "
-            "use mm_sign = minus, or another tau")
+        _refuse_plus(self)
 
     @property
     def reading(self):

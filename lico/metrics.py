@@ -129,16 +129,23 @@ def _settings(net, score, batch_size):
 
 # %% ../nbs/method/26_metrics.ipynb #2fcd45d6
 def insertion(
-    net: nn.Module,  # any classifier of images; asked in eval mode and float32, left as found
-    x: torch.Tensor,  # the network's input [B, C, H, W], normalised floats
-    saliency: torch.Tensor,  # maps [B, H, W]; only their order matters
-    target,  # class index, or int64 [B]
-    step: int = None,  # pixels per step; `None`: 28 steps, ceil(HW/28)
-    baseline=None,  # where to begin: a number or a tensor that broadcasts to x; `None`: `blur(x)`
-    score=None,  # "softmax", "logit", or a function from its output to [n, K]; `None`: softmax, of one column sigmoid
-    batch_size: int = None,  # frames in one forward pass; `None`: as many as are fast
+    net: nn.Module, x: torch.Tensor, saliency: torch.Tensor, target, step: int = None, baseline=None, score=None,
+    batch_size: int = None,
 ) -> Curve:
-    "Insertion (Petsiuk et al. 2018; Section 4.3): from the blurred image to the original, most salient pixels first."
+    """Insertion (Petsiuk et al. 2018; Section 4.3): from the blurred image to the original, most salient pixels first.
+    `.curve` [B, steps + 1] has the class's score, `.auc` [B] the area below it, from 0 to 1.
+
+    net         any classifier of images; asked in eval mode and float32, left as found
+    x           the network's input [B, C, H, W], normalised floats
+    saliency    maps [B, H, W]; only their order matters
+    target      class index, or one for each image, int64 [B]
+    step        pixels per step. None: 28 steps, ceil(HW/28)
+    baseline    where to begin: a number or a tensor that broadcasts to x. None: `blur(x)`
+    score       "softmax", "logit", or a function from its output to [n, K]. None: softmax, of one column sigmoid
+    batch_size  frames in one forward pass. None: as many as are fast
+
+    ValueError for maps or images that are not finite and shapes that do not go together.
+    """
     _settings(net, score, batch_size)
     x, saliency, target, step = _inputs(x, saliency, target, step)
     return _curve(net, x, blur(x) if baseline is None else _baseline(baseline, x), x, saliency, target, step, score,
@@ -146,12 +153,15 @@ def insertion(
 
 # %% ../nbs/method/26_metrics.ipynb #0a74594b
 def deletion(
-    net, x, saliency, target, step=None,  # as in `insertion`
-    baseline=0.,  # where to end: a number or a tensor that broadcasts to x
-    score=None, batch_size=None,  # as in `insertion`
+    net: nn.Module, x: torch.Tensor, saliency: torch.Tensor, target, step: int = None, baseline=0., score=None,
+    batch_size: int = None,
 ) -> Curve:
     """Deletion (Petsiuk et al. 2018; Section 4.3): from the original to zero of the network's input, most salient
-    pixels first."""
+    pixels first. `.curve` [B, steps + 1] has the class's score, `.auc` [B] the area below it, from 0 to 1.
+
+    baseline  where to end: a number or a tensor that broadcasts to x
+    net, x, saliency, target, step, score, batch_size  as in `insertion`
+    """
     _settings(net, score, batch_size)
     x, saliency, target, step = _inputs(x, saliency, target, step)
     return _curve(net, x, x, _baseline(baseline, x), saliency, target, step, score, batch_size)
@@ -205,13 +215,16 @@ def _regions(regions, saliency):
             for i, r in enumerate(regions)]
 
 # %% ../nbs/method/26_metrics.ipynb #15789650
-def pointing_game(
-    saliency: torch.Tensor,  # maps [B, H, W]
-    regions,  # for each image boxes [K, 4] (x0, y0, x1, y1 in pixels) or boolean masks [K, H, W]
-    tolerance: float = 15,  # pixels between a maximum and the region that still count as a hit
-) -> torch.Tensor:
+def pointing_game(saliency: torch.Tensor, regions, tolerance: float = 15) -> torch.Tensor:
     """Hits [B] in [0, 1] (Zhang et al. 2018; Appendix B): the share of the maxima within `tolerance` of any of the
-    image's regions."""
+    image's regions.
+
+    saliency   maps [B, H, W]
+    regions    for each image boxes [K, 4] (x0, y0, x1, y1 in pixels) or boolean masks [K, H, W]
+    tolerance  pixels between a maximum and the region that still count as a hit
+
+    ValueError for constant maps, which point nowhere, and for regions that are empty or not one for each map.
+    """
     from scipy.ndimage import distance_transform_edt
     saliency = finite_maps(saliency)
     if not tolerance >= 0: raise ValueError(f"tolerance = {tolerance}: expected pixels, 0 or more")
@@ -234,11 +247,14 @@ def _energy(saliency):
                              "so bring it to [0, 1] or leave it out and count it")
     return saliency
 
-def energy_pointing_game(
-    saliency: torch.Tensor,  # maps [B, H, W], none negative
-    regions,  # as in `pointing_game`; of boxes and masks that overlap, each pixel counts once
-) -> torch.Tensor:
-    "The share of each map's saliency inside its region, [B]: Score-CAM's metric with boxes, SCH with masks."
+def energy_pointing_game(saliency: torch.Tensor, regions) -> torch.Tensor:
+    """The share of each map's saliency inside its region, [B] in [0, 1]: Score-CAM's metric with boxes, SCH with masks.
+
+    saliency  maps [B, H, W], none negative
+    regions   as in `pointing_game`; of boxes and masks that overlap, each pixel counts once
+
+    ValueError for maps with negative values or zero everywhere, and for regions as in `pointing_game`.
+    """
     saliency = _energy(saliency)
     inside = torch.stack([torch.from_numpy(masks.any(0)) for masks in _regions(regions, saliency)])
     return ((saliency*inside).sum((1, 2))/saliency.sum((1, 2))).float()

@@ -91,10 +91,14 @@ def refuse_other_forward(
 
 # %% ../nbs/method/18_model.ipynb #c4a3d95d
 class CrossEntropy(nn.Module):
-    "The baseline: a backbone trained by cross-entropy alone; the base of every other method."
-    def __init__(self,
-        backbone: nn.Module,  # a classifier with timm's protocol, from `create_backbone`
-    ):
+    """The baseline: a backbone trained by cross-entropy alone; the base of every other method. Called with images
+    [B, 3, S, S] and labels int64 [B] it gives `.loss`, `.ce` and `.logits` [B, K].
+
+    backbone  a classifier with timm's protocol, from `create_backbone` or `adapt`
+
+    ValueError for a network without that protocol.
+    """
+    def __init__(self, backbone: nn.Module):
         refuse_no_backbone(backbone, ('forward_features', 'forward_head'))
         super().__init__()
         self.backbone = backbone
@@ -193,11 +197,7 @@ def refuse_unfit(backbone, prompts, options):
 # %% ../nbs/method/18_model.ipynb #67170dfc
 class _TwoSides(CrossEntropy):
     "A backbone, prompts of its classes and the mapping net between them: what the losses of LICO compare."
-    def __init__(self,
-        backbone: nn.Module,  # a classifier from `create_backbone`, feature rows [N, d']
-        prompts: nn.Module,  # a `PromptLearner` over the same classes, prompt rows [M, d]
-        options: LossOptions = LossOptions(),  # the readings of Eqs. 1 to 8
-    ):
+    def __init__(self, backbone: nn.Module, prompts: nn.Module, options: LossOptions = LossOptions()):
         refuse_unfit(backbone, prompts, options)
         super().__init__(backbone)
         self.prompts, self.options = prompts, options
@@ -238,7 +238,15 @@ class _TwoSides(CrossEntropy):
 # %% ../nbs/method/18_model.ipynb #c38a2483
 class LICO(_TwoSides):
     """LICO (Eq. 8): a backbone trained by cross-entropy, manifold matching and optimal transport against a frozen
-    text encoder."""
+    text encoder. Called with images [B, 3, S, S] and labels [B] it gives `.loss`, `.ce`, `.mm`, `.ot` and `.logits`
+    [B, K]; `.backbone` is what is shipped.
+
+    backbone  a classifier from `create_backbone` or `adapt`, feature rows [N, d']
+    prompts   a `PromptLearner` over the same classes, prompt rows [M, d]
+    options   a `LossOptions`, the readings of Eqs. 1 to 8
+
+    ValueError for parts that do not fit each other, and for feature maps of one position with beta above 0.
+    """
     @exact
     def matching(self, pooled, rows, raw, mapped):
         "The manifold matching loss (Eqs. 1 and 2) and its diagnostics; the prompt rows are those of `asked(y)`."

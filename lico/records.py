@@ -111,11 +111,14 @@ def _train(r, data, folder, progress):
     sweep_temporaries(folder)  # of one that was just being killed when this one began
 
 # %% ../nbs/method/31_records.ipynb #c88ef896
-def run(
-    r: Run,
-    progress: bool = True,  # show a bar
-) -> dict:
-    "The record of a run, done now if it was never done; all its files are in `data/runs/<id>`."
+def run(r: Run, progress: bool = True) -> dict:
+    """The record of a run, done now if it was never done; all its files are in data/runs/<id>.
+
+    r         what to do
+    progress  show a bar
+
+    ValueError for what cannot be run, before anything is trained.
+    """
     join_group()
     data = load_data(r)
     folder = runs_folder()/run_id(r, data)

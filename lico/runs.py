@@ -38,40 +38,65 @@ RIVALS = {'CGC': ('CGC', _cgc), 'GCC': ('GCC', dict(weight='gcc_weight')), 'LICO
           'CE+LS': ('LabelSmoothing', dict(label_smoothing='label_smoothing')),
           'CE+SupCon': ('SupCon', dict(weight='supcon_weight', temperature='supcon_temperature'))}
 
+# %% ../nbs/method/30_runs.ipynb #c9de8836
+def _check(r):
+    "Bring the fields of a new `Run` into one form, or refuse them."
+    choose('method', r.method, TRAINING_METHODS)
+    object.__setattr__(r, 'options', tuple(sorted(check_options(**dict(r.options)).items())))
+    if r.labels == 'all': object.__setattr__(r, 'labels', None)
+    for f in fields(r):
+        if f.name in FIELDS and ((value := getattr(r, f.name)) is not None or f.default is not None):
+            object.__setattr__(r, f.name, check_value(f.name, value, FIELDS[f.name]))
+    for a, b in (('epochs', 'steps'), ('labels', 'shots')):
+        if getattr(r, a) and getattr(r, b):
+            raise ValueError(f"{a}={getattr(r, a)} and {b}={getattr(r, b)}: give one of them")
+
 # %% ../nbs/method/30_runs.ipynb #1eb16bb7
 @dataclass(frozen=True)
 class Run:
-    "What to do: one training run and its evaluation."
-    dataset: str = 'digits'  # a name `lico.data.load` knows
-    labels: int = None  # labelled images in all, class-balanced; `None`: all of them
-    shots: int = None  # or labelled images per class
-    backbone: str = 'wrn_16_1'  # a name `create_backbone` knows
-    pretrained: bool = False  # start from timm's pretrained weights
-    method: str = 'CE'  # a key of `TRAINING_METHODS`
-    preset: str = 'paper'  # a reading of the paper: a `[preset.…]` of `settings.ini`
-    text_encoder: str = 'minilm'  # a name `load_text_encoder` knows; read by LICO and its parts only
-    seed: int = 0  # initial weights, order, crops, shuffles
-    split_seed: int = None  # which images are labelled; `None`: the same as `seed`
-    epochs: int = None  # passes over the labelled images; the preset's if neither is given
-    steps: int = None  # or updates
-    evaluations: int = 1  # tests on the test set, evenly spread
-    image_size: int = None  # side in pixels; `None`: the dataset's own
-    output_stride: int = None  # 8 or 16: finer maps of a timm network by dilation; `None`: as designed
-    validation: int = None  # test on so many held-out training images; `None`: on the test set
-    flip: bool = None  # mirror half of the training images? `None`: as the dataset has it; a folder's images are
-    options: tuple = ()  # options that replace the preset's, as a dictionary or as pairs
-    threads: int = 1  # processor threads of the training; more are faster on large networks and round differently
+    """What to do: one training run and its evaluation. Two that compute the same have the same id.
 
-    def __post_init__(self):
-        choose('method', self.method, TRAINING_METHODS)
-        object.__setattr__(self, 'options', tuple(sorted(check_options(**dict(self.options)).items())))
-        if self.labels == 'all': object.__setattr__(self, 'labels', None)
-        for f in fields(self):
-            if f.name in FIELDS and ((value := getattr(self, f.name)) is not None or f.default is not None):
-                object.__setattr__(self, f.name, check_value(f.name, value, FIELDS[f.name]))
-        for a, b in (('epochs', 'steps'), ('labels', 'shots')):
-            if getattr(self, a) and getattr(self, b):
-                raise ValueError(f"{a}={getattr(self, a)} and {b}={getattr(self, b)}: give one of them")
+    dataset        a name `lico.data.load` knows
+    labels, shots  labelled images in all, class-balanced, or labelled images per class. None: all of them
+    backbone       a name `create_backbone` knows
+    pretrained     start from timm's pretrained weights
+    method         a key of `TRAINING_METHODS`
+    preset         a reading of the paper: a [preset.…] of settings.ini
+    text_encoder   a name `load_text_encoder` knows; read by LICO and its parts only
+    seed           initial weights, order, crops, shuffles
+    split_seed     which images are labelled. None: the same as seed
+    epochs, steps  passes over the labelled images, or updates; the preset's epochs if neither is given
+    evaluations    tests on the test set, evenly spread
+    image_size     side in pixels. None: the dataset's own
+    output_stride  8 or 16: finer maps of a timm network by dilation. None: as designed
+    validation     test on so many held-out training images. None: on the test set
+    flip           mirror half of the training images? None: as the dataset has it; a folder's images are
+    options        options that replace the preset's, as a dictionary or as pairs
+    threads        processor threads of the training; more are faster on large networks and round differently
+
+    ValueError for values that no run can have.
+    """
+    dataset: str = 'digits'
+    labels: int = None
+    shots: int = None
+    backbone: str = 'wrn_16_1'
+    pretrained: bool = False
+    method: str = 'CE'
+    preset: str = 'paper'
+    text_encoder: str = 'minilm'
+    seed: int = 0
+    split_seed: int = None
+    epochs: int = None
+    steps: int = None
+    evaluations: int = 1
+    image_size: int = None
+    output_stride: int = None
+    validation: int = None
+    flip: bool = None
+    options: tuple = ()
+    threads: int = 1
+
+    def __post_init__(self): _check(self)
 
     def __repr__(self):
         return f"Run({', '.join(f'{f.name}={v!r}' for f in fields(self) if (v := getattr(self, f.name)) != f.default)})"

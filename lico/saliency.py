@@ -96,16 +96,8 @@ def _classes(probe, x, target, batch_size):
 
 # %% ../nbs/method/25_saliency.ipynb #544d9cd8
 def explain(
-    net: nn.Module,  # any classifier of images, on the device of x; left as it was found
-    x: torch.Tensor,  # images [B, C, H, W] as the network takes them, normalised
-    target=None,  # class index, or one per image [B]; None: the predicted class
-    method: str = 'grad-cam',  # a key of `METHODS`
-    layer=None,  # for CAMs: a module, or its dotted name; None: `lico.probes.default_layer`
-    reshape=None,  # for CAMs: a function from what the layer gives to maps [B, C, h, w]
-    score=None,  # "softmax", "logit", or a function from the network's output to [B, K]
-    batch_size: int = None,  # images per pass; None: as many as are fast
-    seed: int = 0,  # of `rise`, `smoothgrad` and `random`
-    **options,  # the method's own
+    net: nn.Module, x: torch.Tensor, target=None, method: str = 'grad-cam', layer=None, reshape=None, score=None,
+    batch_size: int = None, seed: int = 0, **options,
 ) -> torch.Tensor:
     """Where a network sees its class: saliency maps [B, H, W], each scaled to [0, 1]; a constant map becomes zeros.
 
@@ -122,6 +114,7 @@ def explain(
       guided-ig             the same on a way around steep slopes: steps=200, fraction=0.25, anchors=20
       random                noise, which any method should beat: cells=None (places a side, a CAM's to be as coarse)
       edges                 a Sobel filter, which does not ask the network
+
     net         any nn.Module, wrapped or compiled ones too. Asked in eval mode, in float32; left as it was found.
     x           images [B, C, H, W], normalised as the network takes them.
     method      one of those above.
@@ -135,7 +128,11 @@ def explain(
                 their softmax where pictures are hidden; what is probabilities already (it sums to one, or ends in a
                 sigmoid) is left as it is. One column means two classes. An output with .logits is unwrapped.
     batch_size  images per pass; bounds the memory. None: as many as are fast.
-    seed        of rise, smoothgrad and random."""
+    seed        of rise, smoothgrad and random.
+    options     the method's own, as above.
+
+    ValueError, before any map is made, for a network, images or options that it cannot work with.
+    """
     names, net, size = _check(net, x, method, score, batch_size, options), unwrapped(net), batch_size or usual_batch(x)
     if layer is not None and not (layer == FEATURES and hasattr(net, FEATURES)): layer = module_name(net, layer)
     shared = {k: v for k, v in (('batch_size', batch_size), ('seed', seed)) if k in names}
@@ -164,13 +161,16 @@ def _picture(image):
                          "to 1; pass it as it was before normalisation")
     return np.repeat(a, 3, 2) if a.shape[2] == 1 else a[..., :3]
 
-def overlay(
-    image,  # what the network saw: PIL, an array [H, W, 3] or a tensor [3, H, W]; uint8, or floats 0 to 1; grey as well
-    saliency,  # its map, [h, w] in [0, 1]; brought to the picture's size
-    alpha: float = 0.5,  # share of the colour, 0 to 1
-    cmap: str = 'jet',  # of matplotlib
-) -> np.ndarray:
-    "The picture under its map in colours, uint8 [H, W, 3]: for `plt.imshow`, or `PIL.Image.fromarray` to keep it."
+def overlay(image, saliency, alpha: float = 0.5, cmap: str = 'jet') -> np.ndarray:
+    """The picture under its map in colours, uint8 [H, W, 3]: for plt.imshow, or PIL.Image.fromarray to keep it.
+
+    image     what the network saw: PIL, an array [H, W, 3] or a tensor [3, H, W]; uint8, or floats 0 to 1; grey as well
+    saliency  its map, [h, w] in [0, 1]; brought to the picture's size
+    alpha     share of the colour, 0 to 1
+    cmap      a colour map of matplotlib
+
+    ValueError for a batch, and for values outside these ranges.
+    """
     from matplotlib import colormaps
     picture, m = _picture(image), torch.as_tensor(saliency).detach().cpu().float()
     if m.ndim != 2 or not m.numel() or not (m.isfinite().all() and m.min() >= 0 and m.max() <= 1):

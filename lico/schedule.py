@@ -18,17 +18,31 @@ from .config import check_options, derive_seed
 # %% ../nbs/method/19_schedule.ipynb #015f7d27
 @dataclass(frozen=True)
 class TrainOptions:
-    "How to train (Section 4.2 of the paper); every field is an option of `settings.ini`."
-    epochs: int = 200  # passes over the labelled images
-    batch_size: int = 64  # over all processes together
-    lr: float = 0.03  # eta_0
+    """How to train (Section 4.2); every field is an option of settings.ini, the defaults are the preset `paper`.
+
+    epochs        passes over the labelled images
+    batch_size    images a step, over all processes together
+    lr            η_0, the first learning rate
+    momentum      of stochastic gradient descent
+    weight_decay  of all weights
+    schedule      "cos7/16", the paper's; "cosine", to zero, once per epoch; "constant"
+    ema           decay of the average of the weights; 0: none
+    bn_momentum   of every batch normalisation, in torch's convention
+    noise         standard deviation of the noise added to normalised training images
+    precision     of the networks while they train: "fp32", or "bf16", autocast; losses and tests stay in float32
+
+    ValueError for a value that an option does not have.
+    """
+    epochs: int = 200
+    batch_size: int = 64
+    lr: float = 0.03
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    schedule: str = 'cos7/16'  # the paper's; `cosine`: to zero, once per epoch; `constant`
-    ema: float = 0.  # decay of the average of the weights; 0: none
-    bn_momentum: float = 0.1  # of every batch normalisation, in torch's convention
-    noise: float = 0.  # standard deviation of the noise added to normalised training images
-    precision: str = 'fp32'  # of the networks while they train; `bf16`: autocast, losses and tests stay in float32
+    schedule: str = 'cos7/16'
+    ema: float = 0.
+    bn_momentum: float = 0.1
+    noise: float = 0.
+    precision: str = 'fp32'
 
     def __post_init__(self): check_options(**self.__dict__)
 

@@ -138,14 +138,17 @@ def _refuse_other_network(net, backbone, K, preprocessing):
         raise ValueError(f"the network is not what create_backbone({backbone!r}) makes ({why}): leave backbone out, "
                          "and it is shipped as torch.export writes it")
 
-def save_network(
-    net: nn.Module,  # the plain classifier, [B, 3, S, S] to [B, K]; left as it was
-    folder,  # made if need be
-    class_names,  # K different names
-    preprocessing: dict,  # from `preprocessing_of`
-    backbone: str = '',  # what `create_backbone` calls it; '': nothing that it knows
-):
-    "Write what is shipped: weights, class names, preprocessing and checksums, for everyone to read; all or nothing."
+def save_network(net: nn.Module, folder, class_names, preprocessing: dict, backbone: str = ''):
+    """Write what is shipped: weights, class names, preprocessing and checksums, for everyone to read; all or nothing.
+
+    net            the plain classifier, [B, 3, S, S] to [B, K]; left as it was
+    folder         made if need be
+    class_names    K different names, class 0 first
+    preprocessing  from `preprocessing_of`
+    backbone       what `create_backbone` calls it; '': nothing that it knows
+
+    ValueError for names without order, and for a network that its backbone's name does not give again.
+    """
     if isinstance(class_names, (set, frozenset)):
         raise ValueError("class_names is a set, which has no order: expected a list, class 0 first")
     plain, (backbone, found, _) = _unwrapped_copy(net), made_of(backbone)
@@ -201,10 +204,13 @@ def refuse_damaged(
         if not (path := Path(folder)/name).is_file() or sha256(path.read_bytes()) != seal:
             raise ValueError(f"{path} is damaged or missing (its checksum does not fit): copy the folder again")
 
-def load_network(
-    folder,  # from `save_network`
-) -> Shipped:
-    "The network, its class names and its preprocessing, checked."
+def load_network(folder) -> Shipped:
+    """The network in eval mode on the CPU, its class names and its preprocessing, checked.
+
+    folder  from `save_network`
+
+    ValueError or FileNotFoundError where a file is damaged or missing.
+    """
     folder = Path(folder).expanduser()
     refuse_damaged(folder)
     tensors, about = _opened((folder/'network.safetensors').read_bytes())

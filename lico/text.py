@@ -152,10 +152,14 @@ def _load_clip(name):
     return CLIPText(model, tokenizer)
 
 # %% ../nbs/method/11_text.ipynb #7e0accaf
-def load_text_encoder(
-    name='minilm',  # "minilm", "glove", "bert", "align", "clip" (ViT-B-32/openai), "clip:ARCH/TAG", or a folder
-) -> TextEncoder:  # frozen, on the CPU, float32
-    "A frozen text encoder by name (Section 3.1; Appendix F)."
+def load_text_encoder(name='minilm') -> TextEncoder:
+    """A frozen text encoder by name, on the CPU, in float32 (Section 3.1; Appendix F).
+
+    name  "minilm", "glove", "bert", "align", "clip" (ViT-B-32/openai), "clip:ARCH/TAG", or a folder with a Hugging Face
+          BERT or ALIGN
+
+    FileNotFoundError, with what to do, where its weights are neither here nor to be had; ValueError for other names.
+    """
     if not name:
         raise ValueError(f"text encoder {name!r}: expected a name such as minilm, or the path of a folder with a "
                          "Hugging Face BERT or ALIGN")
@@ -246,21 +250,25 @@ def _what_is_said(enc, ids, class_text, seed):
 
 # %% ../nbs/method/11_text.ipynb #c0fde60c
 class PromptLearner(nn.Module):
-    "Learned context vectors around class names, through a frozen text encoder (Section 3.1): class ids to prompt rows."
-    def __init__(
-        self,
-        enc,  # a text encoder; not part of `state_dict()` or `parameters()`, but moved along by `.to()`
-        class_names,  # C different names
-        n_context=12,  # M - 1 context vectors; 0 leaves the bare names (Table 6)
-        prompt='tokens',  # "tokens": M outputs of one prompt; "rolled": class rows of n_context prompts (released)
-        context='shared',  # "shared": one set of vectors; "class": one for each class
-        class_position='end',  # "end": context, then name; "front": name, then context
-        dynamic=True,  # shuffle the context vectors at every call in train mode (Section 3.3)?
-        init=None,  # None: Gaussian, std 0.02; or a phrase of exactly n_context tokens, whose embeddings are the start
-        trainable=True,  # learn the context vectors? (Table 13)
-        class_text='names',  # or a control: "shuffled", another class's name; "random", as many invented words
-        seed=0,  # of the two controls, and of nothing else: each run its own
-    ):
+    """Learned context vectors around class names, through a frozen text encoder (Section 3.1). Called with class ids,
+    int64 [K], it gives their prompt rows, float [K, M, d].
+
+    enc             a text encoder; not part of state_dict() or parameters(), but moved along by .to()
+    class_names     C different names
+    n_context       context vectors, M - 1; 0 leaves the bare names (Table 6)
+    prompt          "tokens": M outputs of one prompt; "rolled": class rows of n_context prompts (released code)
+    context         "shared": one set of vectors; "class": one for each class
+    class_position  "end": context, then name; "front": name, then context
+    dynamic         shuffle the context vectors at every call in train mode (Section 3.3)?
+    init            None: Gaussian, std 0.02; or a phrase of exactly n_context tokens, whose embeddings are the start
+    trainable       learn the context vectors? (Table 13)
+    class_text      "names", or a control: "shuffled", another class's name; "random", as many invented words
+    seed            of the two controls, and of nothing else: each run its own
+
+    ValueError for names that are empty, equal or too long for the encoder, and for values that an option does not have.
+    """
+    def __init__(self, enc, class_names, n_context=12, prompt='tokens', context='shared', class_position='end',
+                 dynamic=True, init=None, trainable=True, class_text='names', seed=0):
         super().__init__()
         refuse_encoder(enc)
         check_options(n_context=n_context, prompt=prompt, context=context, class_position=class_position,
@@ -287,11 +295,8 @@ class PromptLearner(nn.Module):
         contexts = torch.stack([context.roll(r, -2) for r in range(n)]).flatten(0, -3)
         return self.enc.encode(contexts, names*n, self.front)[:, -1].unflatten(0, (n, -1)).transpose(0, 1)
 
-    def forward(
-        self,
-        class_ids,  # int64 [K], each in 0..C-1
-    ):  # float [K, M, d]
-        "The prompt rows of the classes asked for; a class asked for twice is encoded once."
+    def forward(self, class_ids):
+        "The prompt rows [K, M, d] of class ids int64 [K], each in 0..C-1; one asked for twice is encoded once."
         ids, back = _check_ids(class_ids, len(self.ids)).unique(return_inverse=True)
         context = self.context
         if self.dynamic and self.training: context = context[..., torch.randperm(context.shape[-2]), :]

@@ -231,22 +231,29 @@ def _own_state():
 
 # %% ../nbs/method/21_training.ipynb #dd1d48a5
 def fit(
-    model,  # `CrossEntropy(net)`, `LICO(net, prompts, options)`
-    data,  # a `Data`; trained on `.train`, tested on `.test`
-    epochs: int = None,  # passes over the labelled images; the preset's if neither is given
-    steps: int = None,  # or the number of updates
-    preset: str = 'paper',  # where the options of the optimiser come from
-    seed: int = 0,  # decides order, crops, noise, shuffles and dropout, but not the initial weights
-    evaluations: int = 1,  # tests on the whole test set, evenly spread, the last at the end
-    folder=None,  # for `checkpoint.safetensors`, which a run goes on from, and `log.csv`; another run's is refused
-    checkpoint_seconds: float = 30.,  # at most this much work is lost to a kill (or one epoch, where that is longer)
-    progress: bool = True,
-    on_epoch=None,  # called with each new row of the log, a dict of numbers by name, when it is in the files
-    **options,  # fields of `TrainOptions` that replace the preset's, e.g. lr=0.1
+    model, data, epochs: int = None, steps: int = None, preset: str = 'paper', seed: int = 0, evaluations: int = 1,
+    folder=None, checkpoint_seconds: float = 30., progress: bool = True, on_epoch=None, **options,
 ) -> list:
     """Train `model.backbone` in place (Algorithm 1); one row per epoch. With an average, the backbone ends with the
     averaged weights. More epochs in the same folder extend a run; unless the schedule is `constant`, the learning rate
-    then jumps to that of the longer run, which is warned of and in the log as `extended_at`."""
+    then jumps to that of the longer run, which is warned of and in the log as `extended_at`.
+
+    model        CrossEntropy(net), LICO(net, prompts, options)
+    data         a Data; trained on .train, tested on .test
+    epochs       passes over the labelled images; the preset's if neither is given
+    steps        or the number of updates
+    preset       where the options of the optimiser come from, a section of settings.ini
+    seed         decides order, crops, noise, shuffles and dropout, but not the initial weights
+    evaluations  tests on the whole test set, evenly spread, the last at the end
+    folder       for checkpoint.safetensors, which a run goes on from, and log.csv; another run's is refused
+    checkpoint_seconds  at most this much work is lost to a kill (or one epoch, where that is longer)
+    progress     show a bar
+    on_epoch     called with each new row of the log, a dict of numbers by name, when it is in the files
+    options      fields of `TrainOptions` that replace the preset's, e.g. lr=0.1
+
+    ValueError, before anything is trained, for what cannot be trained with; FloatingPointError where the loss is not
+    finite, with the weights of before that step.
+    """
     refuse_bad_call(model, data, seed, dict(epochs=epochs, steps=steps, evaluations=evaluations), options)
     seed, steps, evaluations = int(seed), steps and int(steps), int(evaluations)
     if epochs and steps: raise ValueError(f"epochs={epochs} and steps={steps}: give one of them")

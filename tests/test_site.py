@@ -1,6 +1,6 @@
 """The site: built from what is stored without a warning, no link that leads nowhere, and pages that say what the code
 says."""
-import ast, csv, hashlib, importlib.util, inspect, io, json, re, subprocess, sys
+import ast, csv, hashlib, importlib, importlib.util, inspect, io, json, re, subprocess, sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -157,6 +157,24 @@ def test_docstring_is_no_markup(conf):
     conf.docstring(None, 'data', '', None, {}, lines)
     assert lines == ['One line', 'and another.', '', '::', '', '    Methods:', '      rise  `a`_ hides', '',
                      '::', '', '    net  a *network*', '']
+
+
+PUBLIC = {  # what people call, beside the classes whose fields they set
+    'lico.config': 'preset options_from', 'lico.losses': 'LossOptions adjacency manifold_matching cost_matrix sinkhorn '
+    'ot_alignment', 'lico.data': 'load', 'lico.batches': 'test_batches', 'lico.text': 'load_text_encoder CLIPText '
+    'PromptLearner', 'lico.backbones': 'create_backbone features adapt', 'lico.model': 'CrossEntropy LICO save_network '
+    'load_network', 'lico.schedule': 'TrainOptions', 'lico.training': 'fit', 'lico.saliency': 'explain overlay',
+    'lico.metrics': 'insertion deletion pointing_game energy_pointing_game', 'lico.experiments': 'Run run sweep',
+    'lico.paper': 'results compare coverage'}
+
+
+@pytest.mark.parametrize('module, name', [(m, n) for m, names in PUBLIC.items() for n in names.split()])
+def test_help_has_a_line_for_every_parameter(module, name):
+    thing = getattr(importlib.import_module(module), name)
+    text = inspect.getdoc(thing)
+    lines = re.findall(r'^ *(\w+(?:, \w+)*)  +\S', text, re.M)
+    told, methods = {n for line in lines for n in line.split(', ')}, {'rise', 'xrai', 'smoothgrad', 'random', 'edges'}
+    assert told - (methods if name == 'explain' else set()) == set(inspect.signature(thing).parameters)
 
 
 # the page to look at --------------------------------------------------------------------------------------------------
@@ -375,4 +393,4 @@ def public_names(site):
                   if inspect.isroutine(o := getattr(module, n)) or inspect.isclass(o)}
         assert not wanted - known, f'without a docstring: {wanted - known}'
     text = (site/'api'/'lico.losses.html').read_text(encoding='utf-8')
-    assert '[B, N, M]: cost of moving row n to row m' in text and 'weight of L_MM in Eq. 8' in text
+    assert '[B, N, M], cost of moving row n to row m' in text and 'weight of L_MM in Eq. 8' in text

@@ -260,14 +260,19 @@ def _beside(row, table):
                 printed_baseline=numbers[0], printed_value=numbers[1])
 
 def compare(
-    df: pd.DataFrame,  # from `read_results`
-    table: int,  # the paper's table to compare with
-    metric='accuracy_last',  # which column, a key of `METRICS`; or a list of them
-    reference: str = None,  # the arm that is the baseline, if not the table's own
-    within: str = None,  # as in `paired`: "image" for the rows of `image_rows`
+    df: pd.DataFrame, table: int, metric='accuracy_last', reference: str = None, within: str = None,
 ) -> pd.DataFrame:
     """The reference of a table against its other arms, paired on seeds and splits, beside what the paper prints;
-    one row a metric, setting and arm."""
+    one row a metric, setting and arm: mean difference, half-width of its 95 % interval, p value.
+
+    df         from `read_results`
+    table      the paper's table to compare with
+    metric     which column, a key of `METRICS`; or a list of them
+    reference  the arm that is the baseline, if not the table's own
+    within     as in `paired`: "image" for the rows of `image_rows`
+
+    ValueError where the results have nothing to compare.
+    """
     metrics, reference = [metric] if isinstance(metric, str) else list(metric), reference or TABLES[table].reference
     if missing := {*metrics, 'dataset', 'seed', 'arm', 'paper_dataset'} - set(df):
         raise ValueError(f"the results have no {', '.join(sorted(missing))}: expected read_results(folder)")

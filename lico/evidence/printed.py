@@ -17,10 +17,13 @@ import lico
 # %% ../../nbs/evidence/34_printed.ipynb #e7fe33ba
 _numbers = Path(lico.__file__).with_name('paper_results.csv')
 
-def results(
-    table: int = None,  # 1 to 13; all of them if not given
-) -> pd.DataFrame:
-    "The numbers printed in the paper: 271 rows, or those of one table."
+def results(table: int = None) -> pd.DataFrame:
+    """The numbers printed in the paper: 271 rows, or those of one table.
+
+    table  1 to 13; all of them if not given
+
+    ValueError for a table that the paper has not.
+    """
     numbers = pd.read_csv(_numbers)
     if table is None: return numbers
     if table not in set(numbers.table): raise ValueError(f"the paper has no table {table!r}: choose one of 1 to 13")
