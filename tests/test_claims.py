@@ -145,6 +145,22 @@ def test_what_one_block_decides():
     assert re.search(r'shuffled with ten times the weight \+\S+ ± \S+ \(supported\), in transport alone', said)
 
 
+@pytest.mark.parametrize('gain, invented, says', [
+    (3, 0, 'repeated, and language has a part; +'), (3, 3, 'repeated, but not by language; +'), (0, 0, 'refuted; '),
+    (-3, 0, 'open; −')])
+def test_a_finding_made_again(gain, invented, says):
+    "Block R by its declared rule, whatever A and B say; no word from fewer than 5 of its seeds."
+    made = {k: programme(k) for k in 'AB'}
+    made['R'] = programme('R', repaired=gain, repaired_random=invented)
+    def said(of):
+        return findings(pd.concat([contrast_rows(of), contrast_rows(of, SECONDARY, family=False)]), 'Nobody looked.')
+    assert f'B with fresh seeds (R): {says}' in said(made)
+    few = made | {'R': made['R'][made['R'].seed < 4]}
+    assert 'with fresh seeds' not in said(few) and "B's contrast of names again" in said(few)
+    without = contrast_rows({k: made[k] for k in 'AB'})
+    assert contrast_rows(made).query("block != 'R'").reset_index(drop=True).equals(without)
+
+
 def test_what_speaks_against_a_verdict_is_said():
     """Names that give five points in B and none in A; the same two points in both, over invented words too or not."""
     def said(a, b, invented=0):
