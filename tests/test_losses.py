@@ -3,9 +3,9 @@ import math
 import numpy as np, ot, pandas as pd, pytest, scipy.optimize, scipy.stats, torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from lico.losses import (LossOptions, adjacency, calibrated_taus, cost_matrix, inactive, kl_rows, log_adjacency,
-                         manifold_matching, mean_cosine, ot_alignment, other_mass, row_entropy,
-                         sinkhorn)
+from lico.losses import (LossOptions, adjacency, cost_matrix, kl_rows, log_adjacency, manifold_matching, mean_cosine,
+                         ot_alignment, row_entropy, sinkhorn)
+from lico.temperatures import calibrated_taus, inactive, other_mass
 
 torch.set_num_threads(1)
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest, torch
 from torch import nn
 from lico.backbones import adapt, create_backbone
-from lico.losses import LossOptions, calibrated_taus, log_adjacency, manifold_matching, row_entropy
+from lico.losses import LossOptions, log_adjacency, manifold_matching, row_entropy
+from lico.temperatures import calibrated_taus
 from lico.data import load
 from lico.model import LICO, CrossEntropy
 from lico.rivals import SupCon

@@ -78,7 +78,7 @@ def test_prepared(conf):
     shown = conf.prepared(dict(cells=[
         dict(cell_type='raw', source='---\nskip_exec: true\n---'), code('#| default_exp losses'),
         code(['#| hide\n', 'import nbdev']), code('#|hide\nx'), code('#| export\ndef f(): pass  # | not one'),
-        dict(cell_type='markdown', source='see [here](x.ipynb#Two-Words), `35_stats` and `99_none`'),
+        dict(cell_type='markdown', source='see [here](x.ipynb#Two-Words), `36_stats` and `99_none`'),
         code('run()', error('\r0 of 2 runs to do: 0run [00:00, ?run/s]'),
              error('\r2 of 2:  50%|█████     | 1/2 [00:02<00:02,  2.95s/step]'), error('\n'), error('a warning\n'),
              dict(output_type='display_data', data={'text/markdown': ['1 ± 2']})),
@@ -86,7 +86,7 @@ def test_prepared(conf):
     cells = shown['cells']
     assert [c['source'] for c in cells] == [
         'def f(): pass  # | not one',
-        'see [here](x.ipynb#two-words), [`35_stats`](/evidence/35_stats.ipynb) and `99_none`',
+        'see [here](x.ipynb#two-words), [`36_stats`](/evidence/36_stats.ipynb) and `99_none`',
         'run()', 'bars()']
     assert [o.get('text') or o['data']['text/markdown'] for o in cells[2]['outputs']] == ['a warning', '1\xa0±\xa02']
     assert cells[3]['outputs'] == []
