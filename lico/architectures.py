@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .pixels import reason
+
 # %% ../nbs/method/15_architectures.ipynb #22a8ae2b
 class PreActBlock(nn.Module):
     "Two 3x3 convolutions, each behind batch normalisation and activation, around a shortcut."
@@ -73,7 +75,7 @@ def timm_source(
     try: return source, _at_commit(where)
     except (OSError, ValueError, AssertionError) as e:
         raise FileNotFoundError(f"no model {name}: timm found no config.json of it in Hugging Face's cache and could "
-                                f"not download it ({(str(e) or type(e).__name__).splitlines()[0]}); fetch it where "
+                                f"not download it ({reason(e)}); fetch it where "
                                 "there is a network and copy the cache here, or give another name") from None
 
 def made_of(
@@ -159,5 +161,5 @@ def make_network(
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise FileNotFoundError(f"no pretrained weights for {name}: timm found none in its cache and could not "
-                                f"download them ({(str(e) or type(e).__name__).splitlines()[0]}); "
+                                f"download them ({reason(e)}); "
                                 "fetch them where there is a network and copy the Hugging Face cache here") from None

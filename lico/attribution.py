@@ -7,6 +7,8 @@ __all__ = ['rise_masks', 'rise', 'input_gradient', 'guided_backprop', 'smoothgra
            'guided_path_attribution', 'guided_ig', 'xrai', 'noise', 'edges']
 
 # %% ../nbs/method/25_attribution.ipynb #8571a909
+import math
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -81,8 +83,9 @@ def _rectifies(node):
     "Whether the rule applies to a node; a `ValueError` if it would have to and there is none."
     name = node.name()
     if name in _rectifiers and getattr(node, '_saved_min_val', 0) == 0: return True
+    if name.startswith('BackwardHook'): return False  # of a module's own hooks
     if name.startswith(_no_rule) or isinstance(node, torch.autograd.function.BackwardCFunction):
-        raise ValueError(f"guided-backprop has no rule for {name.split('Backward')[0]}: it is defined for ReLU, "
+        raise ValueError(f"guided-backprop has no rule for {name.rsplit('Backward', 1)[0]}: it is defined for ReLU, "
                          "ReLU6 and LeakyReLU; choose another method for this network")
     return False
 
@@ -107,7 +110,7 @@ def smoothgrad(
 ):
     """SmoothGrad maps [B, H, W] (Smilkov et al. 2017): mean gradient of noisy copies; absolute values summed over
     the colours."""
-    if samples < 1 or noise < 0:
+    if samples < 1 or not 0 <= noise < math.inf:
         raise ValueError(f"smoothgrad with samples = {samples} and noise = {noise}: expected at least 1, and 0 or more")
     maps, per = [], batch_size or usual_batch(x)
     for image, c in tqdm(list(zip(x, target)), 'SmoothGrad', unit='image', delay=2, leave=False):

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from .networks import (channel_axis, first_tensor, listen, listen_before, module_name, put_first, remove,
                            rows_of_output, undisturbed, unwrapped, zeros_stirred)
 from .architectures import make_network
+from .pixels import reason
 
 # %% ../nbs/method/16_backbones.ipynb #19b72d11
 def feature_rows(
@@ -52,11 +53,11 @@ def create_backbone(
     """
     for k in [k for k, v in dict(in_chans=3, features_only=False).items() if options.get(k, v) != v]:
         raise ValueError(f"option {k}: a backbone is a classifier of images of 3 channels; leave it out")
-    net = make_network(name, num_classes, image_size, pretrained, options).eval()
     try:
+        net = make_network(name, num_classes, image_size, pretrained, options).eval()
         with torch.no_grad(): maps = net.forward_features(torch.zeros(1, 3, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError) as e:
-        raise ValueError(f"{name} cannot take images of {image_size} pixels ({str(e).splitlines()[0]}): "
+    except (RuntimeError, AssertionError, ZeroDivisionError, IndexError) as e:
+        raise ValueError(f"{name} cannot take images of {image_size} pixels ({reason(e)}): "
                          "give a larger image_size") from None
     if not torch.is_tensor(maps):
         raise ValueError(f"{name} gives {type(maps).__name__} of several feature maps and not one: "
@@ -220,7 +221,7 @@ def adapt(any_module: nn.Module, layer='layer4', num_classes: int = 10, image_si
     with undisturbed(module, where):
         try: lacks += _missing(net, x)
         except (RuntimeError, TypeError, ValueError, AssertionError, IndexError) as e:
-            lacks.append(f"images {list(x.shape)} stop it ({(str(e) or type(e).__name__).splitlines()[0]})")
+            lacks.append(f"images {list(x.shape)} stop it ({reason(e)})")
         if not lacks:
             with torch.no_grad(): net.feature_shape = tuple(feature_rows(net, net.forward_features(x)).shape[1:])
             if net.classifier: net.num_features = net.get_classifier().in_features

@@ -6,10 +6,10 @@
 __all__ = ['Images', 'Files', 'Data', 'channels_first', 'refuse_path', 'dataset_name', 'load', 'test_boxes', 'box_masks']
 
 # %% ../nbs/method/09_data.ipynb #b05cf3c5
-import dataclasses, functools, hashlib, json, numbers, os, sys
+import dataclasses, functools, hashlib, json, os, sys
 from pathlib import Path
 import numpy as np, torch
-from .config import derive_seed
+from .config import derive_seed, whole_number
 from .datasets import file_bytes, find, image_hashes, repeated_images
 from .listing import as_bytes, as_text, by_hash, composed, look_into, on_disk, readable, table_of_files
 from .pixels import as_rgb, central_window, each_image, open_image, read_image, reason, whole_square
@@ -157,14 +157,9 @@ def _balanced(images, class_names, k, seed):
     return images[np.sort(np.concatenate(picked))]
 
 # %% ../nbs/method/09_data.ipynb #1658f0ba
-def _whole_number(what, value):
-    "`value` if it is a whole number of at least 1."
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1: return int(value)
-    raise ValueError(f"{what} = {value!r}: expected a whole number of at least 1")
-
 def _shared(what, value, n_classes):
     "How many of `value` images each class gets."
-    k, rest = divmod(_whole_number(what, value), n_classes)
+    k, rest = divmod(whole_number(what, value, 1), n_classes)
     near = [str(i*n_classes) for i in (k, k + 1) if i]
     if rest:
         raise ValueError(f"{what} = {value} cannot be shared evenly by {n_classes} classes: "
@@ -176,7 +171,7 @@ def _per_class(labels, shots, n_classes):
     labels = None if labels == 'all' else labels
     if labels is not None and shots is not None:
         raise ValueError(f"labels = {labels} and shots = {shots} were both given: give one of them")
-    if labels is None: return None if shots is None else _whole_number('shots', shots)
+    if labels is None: return None if shots is None else whole_number('shots', shots, 1)
     if isinstance(labels, str): raise ValueError(f"labels = {labels!r}: expected a whole number or 'all'")
     return _shared('labels', labels, n_classes)
 
@@ -245,8 +240,8 @@ def load(
     refuse_path(name)
     if not isinstance(name, str) or name == 'folder:':
         raise ValueError(f"dataset {name!r}: expected a name, or folder:PATH with the path of a folder of images")
-    if not isinstance(seed, numbers.Integral): raise ValueError(f"seed = {seed!r}: expected a whole number")
-    if image_size is not None: _whole_number('image_size', image_size)
+    seed = whole_number('seed', seed)
+    if image_size is not None: whole_number('image_size', image_size, 1)
     if flip not in (None, True, False): raise ValueError(f"flip = {flip!r}: expected True, False or None")
     place, listing = _place(name)
     whole, changes = _whole(place, image_size, listing)

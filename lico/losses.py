@@ -46,7 +46,7 @@ def distances(
     if distance == 'cosine': return 1 - gram
     scale = gram.diagonal()[:, None] + gram.diagonal()
     square = scale - 2*gram
-    apart = square > 64*torch.finfo(square.dtype).eps*scale
+    apart = ~((square <= 64*torch.finfo(square.dtype).eps*scale) & scale.isfinite())  # nan is no distance of zero
     return torch.where(apart, square.where(apart, 1).sqrt(), 0)
 
 # %% ../nbs/method/01_losses.ipynb #5d0cba24
@@ -68,6 +68,7 @@ def log_adjacency(
     choose('distance', distance, ('euclidean', 'cosine'))
     choose('sign', sign, (-1, 1))
     choose('diagonal', diagonal, ('in', 'out'))
+    if x.ndim < 2: raise ValueError(f"samples of shape {list(x.shape)}: expected [B, ...], one entry per sample")
     if not tau > 0:
         raise ValueError(f"tau is {float(tau):g}: expected a positive number; tau_form = exp keeps a learned one "
                          "positive")
@@ -186,6 +187,7 @@ def _plan(C, eps, n_iter, tol):
     "`sinkhorn`'s plan, and the logarithm f [B, 1, M] of its columns' scaling."
     if C.ndim != 3: raise ValueError(f"cost of shape {list(C.shape)}: expected [B, N, M]")
     if not eps > 0: raise ValueError(f"eps is {float(eps):g}: expected a positive number")
+    if n_iter < 0: raise ValueError(f"n_iter is {n_iter}: expected so many updates at most, 0 or more")
     K, u, v, f = _scalings(C.to(torch.promote_types(C.dtype, torch.float32)), eps, n_iter, tol)
     plan = K*u*v.mT if K.requires_grad else K.mul_(u).mul_(v.mT)
     return plan.mT, f.mT + v.log()

@@ -6,14 +6,14 @@
 __all__ = ['finite_maps', 'Curve', 'blur', 'insertion', 'deletion', 'overall', 'pointing_game', 'energy_pointing_game', 'mosu']
 
 # %% ../nbs/method/27_metrics.ipynb #7ca7e8f1
-import math, numbers
+import math, numbers, warnings
 from dataclasses import dataclass
 import numpy as np, torch
 from torch import nn
 from .networks import in_float32, undisturbed, unwrapped
 from .probes import Probe, looker
 from .saliency import refuse_batchwise, refuse_no_network
-from .config import choose
+from .config import choose, whole_number
 
 # %% ../nbs/method/27_metrics.ipynb #e256075c
 def _which(bad):
@@ -24,25 +24,24 @@ def finite_maps(
     saliency,  # maps [B, H, W], of any type of number
 ) -> torch.Tensor:
     "Finite float maps [B, H, W], or a refusal."
-    saliency = torch.as_tensor(saliency)
+    try: saliency = torch.as_tensor(saliency).detach()
+    except (TypeError, ValueError, RuntimeError): raise ValueError(
+        f"saliency is {type(saliency).__name__}: expected maps [B, H, W], a tensor or an array") from None
     if saliency.ndim != 3 or not saliency.numel():
         raise ValueError(f"saliency of shape {list(saliency.shape)}: expected maps [B, H, W], one for each image")
     bad = ~saliency.isfinite().flatten(1).all(1)
     if bad.any():
         raise ValueError(f"saliency map {_which(bad)} is not finite: a metric of it would say nothing, "
                          "so leave it out and count it")
-    return saliency if saliency.is_floating_point() else saliency.float()
+    return saliency if saliency.dtype in (torch.float32, torch.float64) else saliency.float()
 
 # %% ../nbs/method/27_metrics.ipynb #6b31d467
-def _whole(name, value, low, high):
-    "`value` if it is a whole number from `low` to `high`."
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= value <= high: return int(value)
-    raise ValueError(f"{name} = {value!r}: expected a whole number from {low} to {high}")
-
 def _targets(target, B, device):
     "Targets as int64 [B]; one number stands for all images."
     if target is None: raise ValueError("target is None: expected class indices, such as net(x).argmax(1)")
-    target = torch.as_tensor(target, device=device)
+    try: target = torch.as_tensor(target, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"target {target!r}: expected one class index, or one for each of {B} images") from None
     if (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
         or target.shape not in ((), (B,))):
         raise ValueError(f"target of shape {list(target.shape)} and {target.dtype}: expected one class index, "
@@ -53,6 +52,7 @@ def _targets(target, B, device):
 # %% ../nbs/method/27_metrics.ipynb #ee57668f
 def _inputs(x, saliency, target, step):
     "Images in float32, maps, targets and the step in pixels, all checked."
+    if not torch.is_tensor(x): raise ValueError(f"images are {type(x).__name__}: expected a tensor [B, C, H, W]")
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"images of shape {list(x.shape)} and {x.dtype}: expected the network's input, floats [B, C, "
                          "H, W]")
@@ -63,7 +63,7 @@ def _inputs(x, saliency, target, step):
     if saliency.shape != (B, H, W):
         raise ValueError(f"images {list(x.shape)} and maps {list(saliency.shape)}: expected one map [{H}, "
                          f"{W}] for each of {B} images")
-    step = math.ceil(H*W/28) if step is None else _whole('step', step, 1, H*W)
+    step = math.ceil(H*W/28) if step is None else whole_number('step', step, 1, H*W)
     return x.detach().float(), saliency, _targets(target, B, x.device), step
 
 # %% ../nbs/method/27_metrics.ipynb #80b64e34
@@ -74,6 +74,10 @@ def _frames(start, end, rank, count):
 def _curve(net, x, start, end, saliency, target, step, score, batch_size):
     "The target's score in every frame from `start` to `end`."
     B, HW, net = len(start), saliency[0].numel(), unwrapped(net)
+    constant = saliency.flatten(1).amax(1) == saliency.flatten(1).amin(1)
+    if constant.any(): warnings.warn(
+        f"saliency map {_which(constant)} is constant: its curve is that of the order of the pixels, so leave it out and "
+        "count it", stacklevel=3)
     counts = torch.tensor([*range(0, HW, step), HW], device=start.device)
     rank = saliency.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).int()
     jobs, found = torch.arange(B*len(counts), device=start.device), []
@@ -86,7 +90,12 @@ def _curve(net, x, start, end, saliency, target, step, score, batch_size):
         for job in jobs.split(size):
             i, k = job//len(counts), job % len(counts)
             found.append(ask(_frames(start[i], end[i], rank[i], counts[k])).gather(1, target[i, None])[:, 0])
-    return Curve(counts/HW, torch.cat(found).view(B, -1))
+    curve = torch.cat(found).view(B, -1)
+    if not curve.isfinite().all():
+        i, k = (~curve.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"the network's answer to image {i} with {counts[k]/HW:.0%} of its pixels exchanged is not "
+                         "finite: give another baseline, or leave the image out and count it")
+    return Curve(counts/HW, curve)
 
 # %% ../nbs/method/27_metrics.ipynb #9a74213a
 @dataclass(frozen=True, eq=False)
@@ -114,7 +123,9 @@ def blur(
 # %% ../nbs/method/27_metrics.ipynb #19299fa3
 def _baseline(baseline, x):
     "A number or a tensor as images like `x`."
-    baseline = torch.as_tensor(baseline, dtype=x.dtype, device=x.device)
+    try: baseline = torch.as_tensor(baseline, dtype=x.dtype, device=x.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"baseline is {type(baseline).__name__}: expected a number or a tensor") from None
     if not baseline.isfinite().all(): raise ValueError("baseline holds values that are not finite: expected numbers")
     try: return baseline.expand_as(x)
     except RuntimeError:
@@ -124,7 +135,7 @@ def _baseline(baseline, x):
 def _settings(net, score, batch_size):
     refuse_no_network(net)
     if score is not None and not callable(score): choose('score', score, ('softmax', 'logit'))
-    if batch_size is not None: _whole('batch_size', batch_size, 1, 10**6)
+    if batch_size is not None: whole_number('batch_size', batch_size, 1)
     refuse_batchwise(net, batch_size)
 
 # %% ../nbs/method/27_metrics.ipynb #2fcd45d6
@@ -208,10 +219,12 @@ def _instances(region, H, W, where):
 
 def _regions(regions, saliency):
     "Every image's region as masks [K, H, W]."
+    if not hasattr(regions, '__len__'):
+        raise ValueError(f"regions is {type(regions).__name__}: expected one for each map")
     if len(regions) != len(saliency):
         raise ValueError(f"{len(regions)} regions for {len(saliency)} maps: expected one for each, boxes [K, "
                          "4] or boolean masks [K, H, W]")
-    return [_instances(r.cpu() if torch.is_tensor(r) else r, *saliency.shape[1:], f"region {i}")
+    return [_instances(r.detach().cpu() if torch.is_tensor(r) else r, *saliency.shape[1:], f"region {i}")
             for i, r in enumerate(regions)]
 
 # %% ../nbs/method/27_metrics.ipynb #15789650
@@ -221,13 +234,15 @@ def pointing_game(saliency: torch.Tensor, regions, tolerance: float = 15) -> tor
 
     saliency   maps [B, H, W]
     regions    for each image boxes [K, 4] (x0, y0, x1, y1 in pixels) or boolean masks [K, H, W]
-    tolerance  pixels between a maximum and the region that still count as a hit
+    tolerance  pixels between a maximum and the region that still count as a hit; 15 is for images of 224 pixels, so give
+               15*W/224 at other widths
 
     ValueError for constant maps, which point nowhere, and for regions that are empty or not one for each map.
     """
     from scipy.ndimage import distance_transform_edt
     saliency = finite_maps(saliency)
-    if not tolerance >= 0: raise ValueError(f"tolerance = {tolerance}: expected pixels, 0 or more")
+    if not (isinstance(tolerance, numbers.Real) and tolerance >= 0):
+        raise ValueError(f"tolerance = {tolerance!r}: expected pixels, 0 or more")
     constant = saliency.flatten(1).amax(1) == saliency.flatten(1).amin(1)
     if constant.any():
         raise ValueError(f"saliency map {_which(constant)} is constant: it points nowhere, so leave it out and count "

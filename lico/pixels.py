@@ -28,10 +28,16 @@ def as_rgb(
     import numpy as np
     from PIL import Image, ImageOps
     image.load()
-    bits = getattr(image, 'tag_v2', {}).get(258, (16,))[0]  # a TIFF file may have 12 of 16
+    tags, info = getattr(image, 'tag_v2', {}), image.info
+    bits = tags.get(258, (16,))[0]  # a TIFF file may have 12 of 16
     try: image = ImageOps.exif_transpose(image)
     except Exception: pass  # EXIF that is damaged turns nothing
-    if image.mode.startswith('I'): image = Image.fromarray((np.asarray(image) >> bits - 8).astype('uint8'))
+    if image.mode.startswith('I'):
+        deep = np.asarray(image)
+        if tags.get(262) == 0: deep = 2**bits - 1 - deep  # white is zero, which Pillow knows of 8 bits alone
+        image = Image.fromarray((deep >> bits - 8).astype('uint8'))
+        if (hidden := info.get('transparency')) is not None:
+            image.putalpha(Image.fromarray(np.uint8(255*(deep != hidden))))
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)

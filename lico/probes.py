@@ -15,6 +15,7 @@ from .backbones import Adapted
 from .networks import (first_tensor, given_copies, in_float32, layout, listen, listen_before, put_first, remove,
                            rows_of_output, undisturbed, unwrapped)
 from .copies import looking, usual_batch
+from .pixels import reason
 
 # %% ../nbs/method/23_probes.ipynb #ab811251
 FEATURES = 'forward_features'  # the name of a place that is no module: between the halves of timm's protocol
@@ -113,10 +114,21 @@ def find_layer(
 
 # %% ../nbs/method/23_probes.ipynb #0887c6b2
 def _sums_to_one(row):
-    "Whether an answer is probabilities of several classes, and no logits."
-    return row.shape[1] > 1 and bool((row >= 0).all()) and abs(row.sum().item() - 1) < 1e-5
+    """Whether an answer is probabilities of several classes, and no logits; those that were rounded to half precision
+    sum to one less exactly."""
+    rounded = any(row.equal(row.to(kind).to(row)) for kind in (torch.float16, torch.bfloat16))
+    return row.shape[1] > 1 and bool((row >= 0).all()) and abs(row.sum().item() - 1) < (5e-3 if rounded else 1e-5)
 
 def _within_0_1(row): return bool(((row >= 0) & (row <= 1)).all())
+
+_MOVES = re.compile('(View|UnsafeView|Reshape|Squeeze|Unsqueeze|Flatten|Select|Slice|Index|Clone|ToCopy|Transpose|T|'
+                    'Permute|Clamp|Cat|Stack|Unbind|Split)Backward')
+
+def _sigmoid(step):
+    "Whether what autograd remembers ends in a sigmoid; moving, copying and clipping its numbers is passed over."
+    if not _MOVES.match(step.name()): return step.name().startswith('SigmoidBackward')
+    before = [o for o, _ in step.next_functions if o]
+    return bool(before) and all(map(_sigmoid, before))
 
 def _no_gradient(net):
     return ValueError(f"the answer of {type(net).__name__} has no gradient (it is detached, under no_grad, or of whole "
@@ -141,7 +153,7 @@ class Probe:
         except (RuntimeError, AssertionError, TypeError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
             raise ValueError(f"images {list(x.shape)}: expected what {type(net).__name__} takes, which stops with: "
-                             f"{(str(e) or type(e).__name__).splitlines()[0]}") from e
+                             f"{reason(e)}") from e
         if not row.isfinite().all():
             raise ValueError("the network's answer to image 0 is not finite: check the network's weights and that its "
                              "input is normalised as in training")
@@ -153,9 +165,10 @@ class Probe:
 
     def _ends_in_sigmoid(self):
         with torch.enable_grad(): step = rows_of_output(self.net(self.shown.clone().requires_grad_()), 1).grad_fn
-        while step and re.match('(View|Reshape|Squeeze|Unsqueeze|Flatten|Select|Slice)', step.name()):
-            step = step.next_functions[0][0]
-        return step is not None and step.name().startswith('SigmoidBackward')
+        if step is None: raise ValueError(
+            f"{type(self.net).__name__} gives numbers from 0 to 1 without a gradient, which may be probabilities or "
+            "logits: say which, by score=lambda out: out or score='softmax'")
+        return _sigmoid(step)
 
     def _rows(self, output, n, softmax):
         z = rows_of_output(self.score(output) if callable(self.score) else output, n)

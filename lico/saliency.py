@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'CAMS', 'refuse_no_network', 'refuse_batchwise', 'explain', 'overlay']
 
 # %% ../nbs/method/26_saliency.ipynb #bcded3c9
-import inspect, numbers
+import inspect, math, numbers
 from functools import partial
 
 import numpy as np, torch
@@ -17,7 +17,7 @@ from .networks import in_float32, module_name, undisturbed, unwrapped
 from .copies import usual_batch
 from .probes import FEATURES, Probe, settle
 from .cams import cam, group_cam, to_unit
-from .config import choose
+from .config import choose, whole_number
 from .pixels import as_rgb
 from .attribution import (edges, guided_backprop, guided_ig, integrated_gradients, noise, rise, smoothgrad,
                               xrai)
@@ -62,20 +62,25 @@ def _images(net, x, batch_size):
                          f"{bad.tolist().index(True)}: expected what the preprocessing gives")
     if (where := next((p.device for p in net.parameters()), x.device)) != x.device:
         raise ValueError(f"the network is on {where} and the images are on {x.device}: bring both to one device")
-    if batch_size is not None and (not isinstance(batch_size, numbers.Integral) or batch_size < 1):
-        raise ValueError(f"batch_size is {batch_size}: expected a whole number of at least 1, or None")
+    if batch_size is not None: whole_number('batch_size', batch_size, 1)
 
-def _check(net, x, method, score, batch_size, options):
+def _check(net, x, method, score, reshape, batch_size, options):
     "Refuse what cannot be explained; return the names of the arguments that the method takes."
     if score is not None and not callable(score): choose('score', score, ('softmax', 'logit'))
+    if reshape is not None and not callable(reshape):
+        raise ValueError(f"reshape is {reshape!r}: expected a function from what the layer gives to [B, channels, h, "
+                         "w]")
     takes = inspect.signature(METHODS[choose('saliency method', method, METHODS)]).parameters
     names = [n for n in takes if n not in ('net', 'x', 'target', 'kind')]
     own = [n for n in names if n not in ('batch_size', 'seed')]
     for name in options:
         if name not in own:
             raise ValueError(f"{method} has no option {name!r}: its options are {', '.join(own) or 'none'}")
-        if type(takes[name].default) is int and not isinstance(options[name], numbers.Integral):
-            raise ValueError(f"{name} = {options[name]!r}: expected a whole number")
+        usual, given = takes[name].default, options[name]
+        if type(usual) is int: whole_number(name, given)
+        if usual is None and given is not None: whole_number(name, given, 1)
+        if type(usual) is float and not (isinstance(given, numbers.Real) and math.isfinite(given)):
+            raise ValueError(f"{name} = {given!r}: expected a number")
     _images(net, x, batch_size)
     refuse_batchwise(net, batch_size)
     return names
@@ -87,7 +92,8 @@ def _classes(probe, x, target, batch_size):
     try: target = torch.as_tensor(target, device=x.device)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"target {target!r}: expected one class index, or one for each of {len(x)} images") from None
-    if target.is_floating_point() or target.dtype == torch.bool or target.shape not in ((), (len(x),)):
+    if (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
+        or target.shape not in ((), (len(x),))):
         raise ValueError(f"target is {target.dtype} of shape {list(target.shape)}: expected one class index, "
                          f"or one for each of {len(x)} images")
     if target.min() < 0 or target.max() >= probe.classes:
@@ -106,7 +112,8 @@ def explain(
       grad-cam++            the same, by their positive gradients
       score-cam             which feature maps, as masks, keep the class
       group-cam             the same for groups of maps: groups=32, denoise=0.7 (quantile of a mask that is dropped)
-      rise                  what is left of the class behind random masks: n_masks=4000, cells=7, p=0.5 (share seen)
+      rise                  what is left of the class behind random masks: n_masks=4000, cells=7, p=0.5 (share seen); a
+                            pass each, so fewer for a first look
       xrai                  regions, by integrated gradients: steps=100, fast=False
       guided-backprop       gradient of the class by the pixels, going up only (ReLU networks)
       smoothgrad            gradient, mean over noisy copies: samples=50, noise=0.15 (of the range of values)
@@ -133,7 +140,9 @@ def explain(
 
     ValueError, before any map is made, for a network, images or options that it cannot work with.
     """
-    names, net, size = _check(net, x, method, score, batch_size, options), unwrapped(net), batch_size or usual_batch(x)
+    seed = whole_number('seed', seed)
+    names = _check(net, x, method, score, reshape, batch_size, options)
+    net, size = unwrapped(net), batch_size or usual_batch(x)
     if layer is not None and not (layer == FEATURES and hasattr(net, FEATURES)): layer = module_name(net, layer)
     shared = {k: v for k, v in (('batch_size', batch_size), ('seed', seed)) if k in names}
     with undisturbed(net, x.device):

@@ -102,15 +102,17 @@ def refuse_precision(
 
 # %% ../nbs/method/20_schedule.ipynb #1a1d5b3c
 class Average:
-    "Exponential moving average of a network's parameters with bias correction; buffers are taken as they are."
+    """Exponential moving average of a network's trained parameters with bias correction; frozen ones and buffers are
+    taken as they are."""
     def __init__(self, net: nn.Module, decay: float):
         self.decay, self.count = decay, 0
-        self.sums = {k: torch.zeros_like(p) for k, p in net.named_parameters()}
+        self.sums = {k: torch.zeros_like(p) for k, p in net.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, net):
         "Take in the weights after one more step."
         self.count += 1
-        for k, p in net.named_parameters(): self.sums[k].lerp_(p, 1 - self.decay)
+        for k, p in net.named_parameters():
+            if k in self.sums: self.sums[k].lerp_(p, 1 - self.decay)
 
     def weights(self): return {k: s/(1 - self.decay**self.count) for k, s in self.sums.items()}

@@ -19,7 +19,7 @@ from .architectures import made_of
 from . import pixels
 from .files import SUMS, read_checked, read_sums, sha256, write_atomic, write_summed
 from .data import Files
-from .pixels import window_source
+from .pixels import reason, window_source
 from .networks import deep_copy, unwrapped
 
 # %% ../nbs/method/18_shipping.ipynb #e9618408
@@ -108,19 +108,25 @@ def _unwrapped_copy(net):
         if unwrapped(part) is not part: net.set_submodule(name, unwrapped(part))
     return net
 
-def _exported(net, size, K):
-    "The bytes of what `torch.export` makes of the network, for any number of images; K numbers an image are expected."
+def _exported(net, size):
+    "The bytes of what `torch.export` makes of the network, for any number of images."
     x, batch, content = torch.zeros(2, 3, size, size), {0: torch.export.Dim('batch')}, io.BytesIO()
     try:
-        with torch.no_grad(): out = net(x)
         torch.export.save(torch.export.export(net, (x,), dynamic_shapes=(batch,)), content)
     except Exception as e:  # of many kinds
-        raise ValueError(f"torch.export cannot take {type(net).__name__} ({str(e).strip().splitlines()[0]}): "
+        raise ValueError(f"torch.export cannot take {type(net).__name__} ({reason(e)}): "
                          "rewrite what depends on values, or ship its weights with its code") from None
-    found = list(out.shape) if torch.is_tensor(out) else type(out).__name__
-    if found != [2, K]: raise ValueError(f"{type(net).__name__} gives {found} for 2 images, and {K} different class "
-                                         f"names need [2, {K}]: give each of its outputs a name of its own")
     return content.getvalue()
+
+def _refuse_outputs(net, size, K):
+    "Refuse a network that gives something else than a number for each class name."
+    with torch.no_grad(): out = net(torch.zeros(2, 3, size, size))
+    if not torch.is_tensor(out):
+        raise ValueError(f"{type(net).__name__} gives {type(out).__name__}, and what is shipped gives a tensor [B, {K}]: "
+                         "ship a module whose forward picks it out")
+    if (found := list(out.shape)) != [2, K]:
+        raise ValueError(f"{type(net).__name__} gives {found} for 2 images, and {K} different class names need [2, {K}]: "
+                         "give each of its outputs a name of its own")
 
 # %% ../nbs/method/18_shipping.ipynb #71cede6d
 def _refuse_other_network(net, backbone, K, preprocessing):
@@ -133,10 +139,28 @@ def _refuse_other_network(net, backbone, K, preprocessing):
         named.load_state_dict(net.state_dict())
         with torch.no_grad(): same = torch.allclose(named(x), net(x), rtol=1e-3, atol=1e-5)
         why = 'its answers are others'
-    except (TypeError, ValueError, RuntimeError) as e: same, why = False, str(e).strip().split('\n')[0]
+    except (TypeError, ValueError, RuntimeError) as e: same, why = False, reason(e)
     if not same:
         raise ValueError(f"the network is not what create_backbone({backbone!r}) makes ({why}): leave backbone out, "
                          "and it is shipped as torch.export writes it")
+
+def _refuse_to_ship(net, folder, class_names, preprocessing):
+    "Refuse what `save_network` could not write, or nobody could use."
+    if not isinstance(net, nn.Module): raise ValueError(f"net is {type(net).__name__}: expected a torch.nn.Module")
+    if isinstance(class_names, (set, frozenset)):
+        raise ValueError("class_names is a set, which has no order: expected a list, class 0 first")
+    if isinstance(class_names, str) or not hasattr(class_names, '__len__'):
+        raise ValueError(f"class_names is {class_names!r}: expected a list of names, class 0 first")
+    needs = 'window', 'image_size', 'mean', 'std'
+    if (not isinstance(preprocessing, dict) or {*needs} - {*preprocessing}
+        or not hasattr(pixels, preprocessing['window'])):
+        raise ValueError("preprocessing lacks what tells how images become input: expected "
+                         "preprocessing_of(data), a dictionary with " + ', '.join(needs))
+    if Path(folder).expanduser().is_file(): raise ValueError(f"{folder} is a file: expected a folder, made if need be")
+    for name, t in net.state_dict().items():
+        if torch.is_tensor(t) and t.is_floating_point() and not t.isfinite().all():
+            raise ValueError(f"{name} of {type(net).__name__} holds values that are not finite: train it anew before "
+                             "it is shipped")
 
 def save_network(net: nn.Module, folder, class_names, preprocessing: dict, backbone: str = ''):
     """Write what is shipped: weights, class names, preprocessing and checksums, for everyone to read; all or nothing.
@@ -147,18 +171,19 @@ def save_network(net: nn.Module, folder, class_names, preprocessing: dict, backb
     preprocessing  from `preprocessing_of`
     backbone       what `create_backbone` calls it; '': nothing that it knows
 
-    ValueError for names without order, and for a network that its backbone's name does not give again.
+    ValueError, before anything is written, for names without order, weights that are not finite, and a network that its
+    backbone's name does not give again.
     """
-    if isinstance(class_names, (set, frozenset)):
-        raise ValueError("class_names is a set, which has no order: expected a list, class 0 first")
+    _refuse_to_ship(net, folder, class_names, preprocessing)
     plain, (backbone, found, _) = _unwrapped_copy(net), made_of(backbone)
     if options := {**found, **getattr(plain, 'arguments', {})}: preprocessing = dict(preprocessing, arguments=options)
+    _refuse_outputs(plain, preprocessing['image_size'], len({*class_names}))
     if backbone: _refuse_other_network(plain, backbone, len(class_names), preprocessing)
     about = dict(backbone=backbone, class_names=list(class_names), **preprocessing)
     size, window = about['image_size'], getattr(pixels, about['window'])
     files = {'network.json': json.dumps(about, indent=1, ensure_ascii=False),
              'network.safetensors': _sealed(plain.state_dict(), about),
-             'network.pt2': _exported(plain, size, len({*class_names})),
+             'network.pt2': _exported(plain, size),
              'preprocess.py': window_source(window, size, about['mean'], about['std'])}
     folder = Path(folder).expanduser()
     new = not folder.exists()

@@ -7,7 +7,7 @@ __all__ = ['UNIFORM', 'IDENTITY', 'COLLAPSED', 'other_mass', 'calibrated_taus', 
 
 # %% ../nbs/method/02_temperatures.ipynb #9cc164a2
 import math, torch
-from .losses import distances, log_adjacency, log_rows, row_entropy
+from .losses import distances, log_rows, row_entropy
 
 # %% ../nbs/method/02_temperatures.ipynb #29da06c5
 def other_mass(
@@ -45,6 +45,9 @@ def calibrated_taus(
 ):  # two numbers
     "The temperature of the images' matrix and that of the text's."
     DF, DG = (distances(x.flatten(1), distance, normalise) for x in (F, G))
+    for D, what in ((DF, 'image'), (DG, 'prompt')):
+        if not D.isfinite().all(): raise ValueError(
+            f"tau = calibrated: {what} features hold values that are not finite: look for them where they are made")
     text, ends = _tau_where(lambda t: other_mass(log_rows(DG, t, -1, diagonal), y), share, DG.mean().item() or 1.)
     if text is None: raise ValueError(
         f"tau = calibrated: of {len(y)} samples of {len(y.unique())} classes a share from {ends[0]:.3g} to "

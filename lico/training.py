@@ -6,7 +6,7 @@
 __all__ = ['predict', 'accuracy', 'refuse_bad_call', 'fit']
 
 # %% ../nbs/method/22_training.ipynb #a00947c7
-import contextlib, math, numbers, time
+import contextlib, math, time
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from .networks import deep_copy, full_float32, undisturbed
 from .copies import looking
-from .config import choose, derive_seed, device, hardware, memory_format, options_from, preset as read_preset
+from .config import (choose, derive_seed, device, hardware, memory_format, options_from, preset as read_preset,
+                         whole_number)
 from .batches import test_batches, training_batches
+from .data import Data
 from .files import make_folder
 from .shipping import save_checkpoint
 from .model import refuse_other_forward
@@ -27,6 +29,8 @@ from .together import Batch, all_of, group_size, is_first, join_group, share
 from .watch import LogFile, check_finite, identity_of, mean_row, resume, tensors_of, warn_inactive
 
 # %% ../nbs/method/22_training.ipynb #c5dc118c
+def _labels(logits): return logits.argmax(1).where(logits.isfinite().all(1), -1)
+
 def predict(
     net: nn.Module,  # the plain classifier; its mode is left as it was found
     data,  # a `Data`, for its normalisation
@@ -35,7 +39,7 @@ def predict(
     batch_size: int = None,  # `None`: as many as are fast
     progress: bool = False,  # show a bar
 ) -> torch.Tensor:
-    "The predicted label of every image, int64 [n], on the CPU."
+    "The predicted label of every image, int64 [n], on the CPU. `FloatingPointError` for answers that are not finite."
     where = next(net.parameters()).device
     with undisturbed(net, where):
         if weights: (net := deep_copy(net)).load_state_dict(weights, strict=False)
@@ -43,7 +47,12 @@ def predict(
         ask, size, _ = looking(net, first, len(images))
         size = batch_size or size
         with tqdm(test_batches(data, images, size, where), 'testing', -(-len(images)//size), unit='batch', leave=False,
-                  disable=not progress) as batches: return torch.cat([ask(x).argmax(1).cpu() for x in batches])
+                  disable=not progress) as batches: found = [_labels(ask(x)) for x in batches]
+    predicted = torch.cat(found).cpu()
+    if lost := int((predicted < 0).sum()): raise FloatingPointError(
+        f"the network's answers to {lost} of {len(predicted)} images are not finite: train it anew with a lower "
+        "learning rate")
+    return predicted
 
 def accuracy(
     predicted, labels,  # int64 [n], on one device
@@ -75,8 +84,6 @@ class _Trainer:
         self.steps, self.seed, self.step, self.log, self.predicted = steps, seed, 0, [], None
         self.extended_at = None  # the step at which a longer run went on from a shorter one
         self.kept, self.per_epoch = _kept(model.backbone), steps_per_epoch(len(data.train), o.batch_size)
-        for m in model.backbone.modules():
-            if isinstance(m, _BatchNorm): m.momentum = o.bn_momentum
         self.device, self.model = _placed(model, o.precision)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.SGD(trained, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
@@ -89,6 +96,8 @@ class _Trainer:
         "Everything in training mode but what stays as it is."
         self.model.train()
         for m in self.kept: m.training = False
+        for m in self.plain.backbone.modules():
+            if isinstance(m, _BatchNorm): m.momentum = self.o.bn_momentum
 
     def batches(self):
         "This process's shares of the batches still to come."
@@ -164,10 +173,6 @@ def _epoch(t, batches, bar):
                 **mean_row(rows, images), **extended, seconds=time.perf_counter() - began)
 
 # %% ../nbs/method/22_training.ipynb #d04c16e4
-def _refuse_number(name, value):
-    if not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name}={value!r}: expected a whole number of at least 1")
-
 def _refuse_order(names, data):
     "Refuse the data's class names in another order: each text would be another class's."
     wrong = [(k, a, b) for k, (a, b) in enumerate(zip(names, data.class_names)) if a != b]
@@ -189,9 +194,13 @@ def refuse_bad_call(model, data, seed, numbers_given, options):
     if not hasattr(model, 'backbone'):
         raise ValueError(f"fit trains CrossEntropy(net) or LICO(net, prompts), not {type(model).__name__}: "
                          "put the network into one of them")
+    if not isinstance(data, Data):
+        raise ValueError(f"data is {type(data).__name__}: expected what lico.data.load gives")
+    if not torch.is_grad_enabled():
+        raise ValueError("gradients are off, by torch.no_grad() or inference_mode(): call fit outside of it")
     for name, value in numbers_given.items():
-        if value is not None: _refuse_number(name, value)
-    if not isinstance(seed, numbers.Integral): raise ValueError(f"seed={seed!r}: expected a whole number")
+        if value is not None: whole_number(name, value, 1)
+    whole_number('seed', seed)
     for name in options:
         choose('option of training', name, [f.name for f in fields(TrainOptions) if f.name != 'epochs'])
     has, wanted = getattr(model.backbone, 'num_classes', None), len(data.class_names)
@@ -206,8 +215,8 @@ def refuse_bad_call(model, data, seed, numbers_given, options):
     if not any(p.requires_grad for p in model.backbone.parameters()):
         raise ValueError(f"{type(model.backbone).__name__} has nothing to train: none of its parameters has "
                          "requires_grad=True; set it for those that shall be trained")
-    if half := {p.dtype for p in model.backbone.parameters()} & {torch.float16, torch.bfloat16}:
-        raise ValueError(f"{type(model.backbone).__name__} holds {half.pop()}: training keeps weights in float32, so "
+    if others := {p.dtype for p in model.parameters()} - {torch.float32}:
+        raise ValueError(f"{type(model.backbone).__name__} holds {others.pop()}: training keeps weights in float32, so "
                          "call .float() first (precision='bf16' computes in bfloat16)")
     if hasattr(model.backbone, 'forward_head'):
         where = next(model.backbone.parameters()).device
@@ -255,6 +264,8 @@ def fit(
     finite, with the weights of before that step.
     """
     refuse_bad_call(model, data, seed, dict(epochs=epochs, steps=steps, evaluations=evaluations), options)
+    if on_epoch is not None and not callable(on_epoch):
+        raise ValueError(f"on_epoch is {on_epoch!r}: expected a function of a row of the log")
     seed, steps, evaluations = int(seed), steps and int(steps), int(evaluations)
     if epochs and steps: raise ValueError(f"epochs={epochs} and steps={steps}: give one of them")
     o = options_from(TrainOptions, read_preset(preset, **options, **(dict(epochs=epochs) if epochs else {})))

@@ -173,7 +173,7 @@ def test_what_speaks_against_a_verdict_is_said():
     assert 'Not shown: yes by the declared rule, but by B alone (`repaired`)' in differ
     assert '; these differ, p = ' in differ
     no_better = said(2, 2, invented=1)
-    assert 'yes by the declared rule, but invented words do as well (`repaired`)' in no_better
+    assert 'yes by the declared rule, but invented words do as well, within 1 point (`repaired`)' in no_better
     assert 'these differ' not in no_better and '?** Yes (`repaired`); ' in said(2, 2)
     assert re.search(r'\(A \S+, \S+, printed \+1.5; B \S+, \S+\)\. Transport', differ)
 
@@ -262,10 +262,16 @@ def test_the_sentence_on_maps():
     own = {'paper': 3, 'repaired': 4, 'semantic': 5, 'CE+LS': 6}
     small = maps('B', 'overall', **dict.fromkeys(BLOCKS['B'].arms, 0) | own)
     bare = small[small.seed < 3].drop(columns=['saliency', 'overall']).drop_duplicates('id')  # no maps
-    said = maps_sentence(pd.concat([bare, small[small.seed >= 3]]), large)
-    assert '+4.00 ± 0.00 (`repaired`), +5.00 ± 0.00 (`semantic`), +6.00 ± 0.00 (`CE+LS`) (B, 7 seeds)' in said
+    again = maps('F', 'overall', **dict.fromkeys(BLOCKS['F'].arms, 0) | {'paper': -1, 'repaired': 1})
+    said = maps_sentence(pd.concat([bare, small[small.seed >= 3]]), again, large)
+    assert said.startswith('Cannot tell (no verdicts).')
+    assert ('+4.00 ± 0.00 (`repaired`), +5.00 ± 0.00 (`semantic`) (B, 7 seeds), −1.00 ± 0.00 (`paper`), +1.00 ± 0.00 '
+            '(`repaired`) (F, 10); without text +6.00 ± 0.00 (`CE+LS`);') in said
+    turned = [df.assign(overall=-df.overall) for df in (small, again[again.arm != 'paper'])]
+    paper = again[again.arm == 'paper'].assign(overall=lambda d: -100. - d.overall*(d.saliency == 'grad-cam'))
+    assert maps_sentence(turned[0], pd.concat([turned[1], paper]), large).startswith('Worse on CIFAR-10, if anything')
     assert 'photographs +3.00 ± 0.00 (`semantic`) (G); pointing game there +6.00 ± 0.00 (`semantic`), +4.00' in said
-    assert 'by 0.90 with the mean map' in said and '(cross-entropy 0.50), which alone hits in 80 % (80 %).' in said
+    assert 'by 0.90 (cross-entropy 0.50) with the mean map of *others*, which alone hits in 80% (80%).' in said
 
 
 def test_networks_without_maps_stand_beside_those_with_some():

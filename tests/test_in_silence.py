@@ -1,18 +1,24 @@
 "Ordinary calls that once went wrong without a word: now they are right, or refused in one sentence."
-import numpy as np, pytest, timm, torch
+import contextlib, math
+
+import numpy as np, pandas as pd, pytest, timm, torch
 from PIL import Image
 from torch import nn
 
 from lico.backbones import adapt, create_backbone
 from lico.config import derive_seed
 from lico.data import load
-from lico.losses import LossOptions, cost_matrix, ot_alignment
-from lico.metrics import deletion, insertion
+from lico.evidence.arms import compare
+from lico.evidence.stats import sign_flip
+from lico.losses import LossOptions, adjacency, cost_matrix, manifold_matching, ot_alignment, sinkhorn
+from lico.metrics import deletion, energy_pointing_game, insertion, pointing_game
 from lico.model import LICO, CrossEntropy, refuse_other_forward
+from lico.pixels import read_image
 from lico.shipping import load_network, preprocessing_of, save_network
 from lico.saliency import explain, overlay
+from lico.temperatures import calibrated_taus
 from lico.text import PromptLearner, load_text_encoder
-from lico.training import fit
+from lico.training import fit, predict
 
 
 @pytest.fixture(scope='module')
@@ -36,7 +42,7 @@ def test_a_seed_is_a_number_whatever_its_kind(digits, tmp_path):
         return net.fc.weight
     assert torch.equal(weights(1, steps=2), weights(np.int64(1), steps=np.int64(2), folder=tmp_path/'run'))
     for seed in (None, 'a', 1.5):
-        with pytest.raises(ValueError, match=f'seed={seed!r}: expected a whole number'): weights(seed, steps=1)
+        with pytest.raises(ValueError, match=f'seed = {seed!r}: expected a whole number'): weights(seed, steps=1)
 
 
 def test_a_hook_is_seen_beside_a_new_last_layer_of_zeros():
@@ -233,7 +239,228 @@ def test_what_cannot_be_trained_or_measured_is_said_first(digits, encoder):
             ask(CrossEntropy(net))
     with pytest.raises(ValueError, match='n_masks = 10.5: expected a whole number'):
         explain(net, x, method='rise', n_masks=10.5)
-    with pytest.raises(ValueError, match='batch_size is 1.5: expected a whole number'): explain(net, x, batch_size=1.5)
+    with pytest.raises(ValueError, match='batch_size = 1.5: expected a whole number'): explain(net, x, batch_size=1.5)
     for baseline, why in ((float('nan'), 'not finite'), ([.1, .2, .3], 'expected a number or what broadcasts')):
         with pytest.raises(ValueError, match=f'baseline .*{why}'): deletion(net, x, maps, 0, baseline=baseline)
     assert deletion(net, x, maps, 0, step=np.int64(64)).curve.shape == (1, 5)
+
+
+def test_what_is_no_number_is_no_distance():
+    "A value that is not finite in one sample stays seen in Eq. 1, and no temperature is found for it."
+    torch.manual_seed(0)
+    x, g, y = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([0, 0, 1, 1])
+    for bad in (math.nan, math.inf):
+        broken = x.clone(); broken[1, 2] = bad
+        for kind in ('euclidean', 'cosine'):
+            for normalise in (True, False):
+                A = adjacency(broken, 1., kind, normalise)
+                assert A[1].isnan().all(), (bad, kind, normalise)
+                assert ((A[:, 1] == 0) | A[:, 1].isnan()).all(), "nobody is near it"
+        assert manifold_matching(broken, g, 1.).isnan() and manifold_matching(g, broken, 1.).isnan()
+        with pytest.raises(ValueError, match='image features hold values that are not finite'):
+            calibrated_taus(broken, g, y)
+        with pytest.raises(ValueError, match='prompt features hold values that are not finite'):
+            calibrated_taus(g, broken, y)
+    with pytest.raises(ValueError, match=r'samples of shape \[4\]: expected \[B, ...\]'): adjacency(x[:, 0], 1.)
+    with pytest.raises(ValueError, match='n_iter is -1: expected'): sinkhorn(torch.rand(1, 2, 3), n_iter=-1)
+
+
+class Last(torch.nn.Module):
+    "A network and what somebody wrote behind it."
+    def __init__(self, net, last):
+        super().__init__()
+        self.net, self.last = net, last
+
+    def forward(self, x): return self.last(self.net(x))
+
+
+WAYS = dict(clone=lambda p: p.clone(), half=lambda p: p.half().float(), clamp=lambda p: p.clamp(1e-6, 1 - 1e-6),
+            turned=lambda p: p.T.clone().T, joined=lambda p: torch.cat([p, p[:0]]), piled=lambda p: torch.stack([p])[0],
+            copied=lambda p: p.contiguous().double().float())
+
+
+@pytest.mark.parametrize('classes', [1, 3])
+@pytest.mark.parametrize('way', WAYS)
+def test_a_sigmoid_is_known_behind_what_only_moves_numbers(classes, way):
+    torch.manual_seed(0)
+    net, x, maps = net_for_classes(classes), torch.randn(2, 3, 16, 16), torch.rand(2, 16, 16)
+    plain, moved = (insertion(Last(net, last), x, maps, 0).auc for last in (
+        torch.sigmoid, lambda z: WAYS[way](torch.sigmoid(z))))
+    assert torch.allclose(plain, moved, atol=2e-3)
+    logits = insertion(net, x, maps, 0).auc
+    assert classes == 1 or (plain - logits).abs().min() > 1e-2
+
+
+def net_for_classes(classes): return create_backbone('wrn_10_1', classes, 16).eval()
+
+
+def test_probabilities_in_half_precision_are_no_logits():
+    torch.manual_seed(0)
+    net, x, maps = net_for_classes(10), torch.randn(2, 3, 16, 16), torch.rand(2, 16, 16)
+    sharp = lambda z: (6*z).softmax(1)
+    plain = insertion(Last(net, sharp), x, maps, 0).auc
+    for kind in (torch.float16, torch.bfloat16):
+        rounded = insertion(Last(net, lambda z, kind=kind: (6*z).to(kind).softmax(1).float()), x, maps, 0).auc
+        assert torch.allclose(plain, rounded, atol=2e-2)
+
+
+def test_numbers_from_0_to_1_without_a_gradient_are_asked_about():
+    "What runs elsewhere may end in a sigmoid or not: nobody can see, so the caller says."
+    torch.manual_seed(0)
+    net, x, maps = net_for_classes(1), torch.randn(2, 3, 16, 16), torch.rand(2, 16, 16)
+    elsewhere = Last(net, lambda z: torch.sigmoid(z).detach())
+    with pytest.raises(ValueError, match='without a gradient, which may be probabilities or logits: say which'):
+        insertion(elsewhere, x, maps, 0)
+    said = insertion(elsewhere, x, maps, 0, score=lambda out: out).auc
+    assert torch.allclose(said, 1 - insertion(Last(net, torch.sigmoid), x, maps, 0).auc, atol=1e-5)
+    three = Last(net_for_classes(3), lambda z: z.detach().softmax(1))
+    assert explain(three, x, method='rise', n_masks=4).isfinite().all()  # these say themselves what they are
+
+
+def test_a_network_of_no_numbers_is_not_tested(digits, tmp_path):
+    "The step before the last test is the one that nothing else looks at."
+    torch.manual_seed(0)
+    with pytest.raises(FloatingPointError, match='answers to 1?[0-9]+ of .* images are not finite: train it anew'):
+        fit(CrossEntropy(net_for(digits)), digits, steps=1, lr=1e9, progress=False)
+    net = net_for(digits)
+    net.fc.weight.data[3, 0] = math.nan
+    with pytest.raises(FloatingPointError, match='images are not finite'): predict(net, digits, digits.test)
+    with pytest.raises(ValueError, match='fc.weight of PreActResNet holds values that are not finite'):
+        save_network(net, tmp_path/'net', digits.class_names, preprocessing_of(digits))
+    assert not (tmp_path/'net').exists()
+
+
+def test_a_curve_through_what_the_network_cannot_answer_is_refused():
+    "A network that standardises each picture knows nothing of a grey one."
+    net, x = net_for_classes(3), torch.randn(3, 3, 16, 16)
+    class Standardising(torch.nn.Module):
+        def __init__(self): super().__init__(); self.net = net
+        def forward(self, x): return self.net((x - x.mean((1, 2, 3), True))/x.std((1, 2, 3), keepdim=True))
+    with pytest.raises(ValueError, match='answer to image 0 with 100% of its pixels exchanged is not finite'):
+        deletion(Standardising(), x, torch.rand(3, 16, 16), 0)
+    assert insertion(Standardising(), x, torch.rand(3, 16, 16), 0).auc.isfinite().all()
+
+
+def test_a_refusal_leaves_the_model_as_it_was(digits, tmp_path):
+    fit(CrossEntropy(net_for(digits)), digits, steps=1, folder=tmp_path, progress=False)
+    net, bad = net_for(digits), 'a checkpoint of another run|the checkpoint of another run'
+    net.bn.momentum = .37
+    with pytest.raises(ValueError, match=bad):
+        fit(CrossEntropy(net), digits, steps=1, seed=1, folder=tmp_path, progress=False)
+    assert net.bn.momentum == .37
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    model, x = CrossEntropy(net.train()), digits.normalise(digits.train.x[:4])
+    for y, why in ((torch.tensor([0, 1, 2, 10]), 'label 10 is out of range: the network has 10 classes, 0 to 9'),
+                   (torch.tensor([0, -1, 2, 3]), 'label -1 is out of range'),
+                   (torch.zeros(4, dtype=torch.int32), r'labels of shape \[4\] and torch.int32: expected int64 \[4\]'),
+                   (torch.zeros(3, dtype=torch.int64), r'labels of shape \[3\]')):
+        with pytest.raises(ValueError, match=why): model(x, y)
+    assert all(v.equal(before[k]) for k, v in net.state_dict().items())
+
+
+def test_an_average_leaves_frozen_weights_alone(digits):
+    net = net_for(digits)
+    net.stem.requires_grad_(False)
+    before = net.stem.weight.clone()
+    fit(CrossEntropy(net), digits, preset='released', steps=7, progress=False)
+    assert net.stem.weight.equal(before)
+
+
+@pytest.mark.parametrize('given, says', [
+    (dict(data='digits'), 'data is str: expected what lico.data.load gives'),
+    (dict(on_epoch=3), 'on_epoch is 3: expected a function'), (dict(double=True), 'holds torch.float64: training'),
+    (dict(off=True), 'gradients are off')])
+def test_what_fit_cannot_train_with_is_said_first(digits, given, says):
+    net = net_for(digits).double() if given.pop('double', False) else net_for(digits)
+    before = net.fc.weight.clone()
+    grad = torch.no_grad() if given.pop('off', False) else contextlib.nullcontext()
+    with pytest.raises(ValueError, match=says), grad:
+        fit(CrossEntropy(net), **(dict(data=digits, steps=1, progress=False) | given))
+    assert net.fc.weight.equal(before)
+
+
+@pytest.mark.parametrize('given, says', [
+    (dict(method='smoothgrad', noise=math.nan), 'noise = nan: expected a number'),
+    (dict(method='smoothgrad', noise=math.inf), 'noise = inf: expected a number'),
+    (dict(method='rise', p='a'), "p = 'a': expected a number"), (dict(method='rise', seed=1.5), 'seed = 1.5: expected'),
+    (dict(method='random', cells=0), 'cells = 0: expected a whole number of at least 1'),
+    (dict(method='random', cells=2.5), 'cells = 2.5: expected'),
+    (dict(reshape='a'), "reshape is 'a': expected a function"),
+    (dict(target=torch.tensor(1j)), 'expected one class index')])
+def test_options_of_maps_are_numbers(given, says):
+    with pytest.raises(ValueError, match=says): explain(net_for_classes(3), torch.randn(1, 3, 16, 16), **given)
+
+
+def test_numpys_seeds_are_seeds_of_maps_and_controls():
+    x, net = torch.randn(1, 3, 16, 16), net_for_classes(3)
+    for method, few in (('rise', dict(n_masks=8)), ('smoothgrad', dict(samples=2)), ('random', {})):
+        a, b = (explain(net, x, method=method, seed=s, **few) for s in (3, np.int64(3)))
+        assert a.equal(b)
+    enc, names = load_text_encoder('minilm'), ['cat', 'dog', 'horse']
+    for control in ('shuffled', 'random'):
+        a, b = (PromptLearner(enc, names, class_text=control, seed=s) for s in (3, np.int64(3)))
+        assert all(i.equal(j) for i, j in zip(a.ids, b.ids))
+    with pytest.raises(ValueError, match="seed = 'a': expected a whole number"):
+        PromptLearner(enc, names, class_text='shuffled', seed='a')
+    with pytest.raises(ValueError, match='class_names is None: expected a list'): PromptLearner(enc, None)
+    with pytest.raises(ValueError, match='class_ids is list: expected a tensor'): PromptLearner(enc, names)([0, 1])
+
+
+@pytest.mark.parametrize('given, says', [
+    (dict(x=np.zeros((1, 3, 16, 16), 'float32')), 'images are ndarray: expected a tensor'),
+    (dict(target='a'), "target 'a': expected one class index"), (dict(baseline=None), 'baseline is NoneType: expected'),
+    (dict(saliency=[torch.zeros(16, 16), 3]), 'saliency is list: expected maps')])
+def test_what_no_curve_can_be_made_of(given, says):
+    ok = dict(x=torch.randn(1, 3, 16, 16), saliency=torch.rand(1, 16, 16), target=0)
+    with pytest.raises(ValueError, match=says): deletion(net_for_classes(3), **ok | given)
+
+
+def test_maps_of_any_number_point():
+    maps, box = torch.rand(2, 16, 16), [torch.tensor([[2., 2, 9, 9]])]*2
+    plain = pointing_game(maps.bfloat16().float(), box, 2)
+    assert pointing_game(maps.bfloat16(), box, 2).equal(plain)
+    assert pointing_game(maps.bfloat16().float().requires_grad_(), [b.requires_grad_() for b in box], 2).equal(plain)
+    assert not energy_pointing_game(maps.requires_grad_(), box).requires_grad
+    for bad, says in ((dict(tolerance='a'), "tolerance = 'a': expected"), (dict(regions=None), 'regions is NoneType')):
+        with pytest.raises(ValueError, match=says): pointing_game(**dict(saliency=maps, regions=box) | bad)
+
+
+@pytest.mark.parametrize('name, size', [('botnet26t_256', 33), ('nest_tiny', 33), ('gmlp_s16_224', 8)])
+def test_images_that_a_backbone_cannot_take(name, size):
+    with pytest.raises(ValueError, match=f'{name} cannot take images of {size} pixels .*: give a larger image_size'):
+        create_backbone(name, 3, size)
+
+
+def test_white_that_is_zero_in_16_bits(tmp_path):
+    "A grey TIFF whose white is zero, and a grey value that a PNG calls transparent, also in 16 bits."
+    tifffile, ramp = pytest.importorskip('tifffile'), np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    tifffile.imwrite(tmp_path/'black.tif', ramp, photometric='minisblack')
+    tifffile.imwrite(tmp_path/'white.tif', ramp, photometric='miniswhite')
+    black, white = (np.asarray(read_image(tmp_path, o)) for o in ('black.tif', 'white.tif'))
+    assert np.array_equal(black, 255 - white) and black[0, 0, 0] == 0
+    Image.fromarray(ramp).save(tmp_path/'seen.png')
+    Image.fromarray(ramp).save(tmp_path/'through.png', transparency=0)
+    seen, through = (np.asarray(read_image(tmp_path, o)) for o in ('seen.png', 'through.png'))
+    assert (through[0, 0] == 255).all() and np.array_equal(seen.reshape(-1, 3)[1:], through.reshape(-1, 3)[1:])
+
+
+@pytest.mark.parametrize('given, says', [
+    (dict(preprocessing={}), 'preprocessing lacks'), (dict(preprocessing=None), 'preprocessing lacks'),
+    (dict(class_names=None), 'class_names is None'), (dict(net=None), 'net is NoneType'),
+    (dict(folder='file'), 'is a file'),
+    (dict(net=Last(net_for_classes(10), lambda z: dict(logits=z))), r'gives dict, and what is shipped gives a')])
+def test_what_cannot_be_shipped(digits, tmp_path, given, says):
+    (tmp_path/'file').touch()
+    about = dict(net=net_for_classes(10), class_names=digits.class_names, preprocessing=preprocessing_of(digits),
+                 folder='net') | given
+    with pytest.raises(ValueError, match=says): save_network(**about | dict(folder=tmp_path/about['folder']))
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+
+
+def test_sign_flips_of_what_is_no_number(): assert math.isnan(sign_flip([1, 2, math.nan, 4, 5, 6, 7, 8]))
+
+
+def test_comparing_with_a_table_that_is_none():
+    with pytest.raises(ValueError, match='99'): compare(pd.DataFrame(), 99)
+    with pytest.raises(ValueError, match='the results have no .*arm.*: expected read'): compare(pd.DataFrame(), 3)
+    with pytest.raises(ValueError, match='metric is empty'): compare(pd.DataFrame(), 3, metric=[])

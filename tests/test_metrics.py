@@ -285,6 +285,14 @@ def test_refusals_of_pointing_games(play, change, message):
     with pytest.raises(ValueError, match=message):
         play(**{**dict(saliency=uniform(2, 8, 9), regions=[[[0, 0, 3, 3]]]*2), **change})
 
+@pytest.mark.parametrize('play', [insertion, deletion])
+def test_a_curve_of_a_constant_map_is_said_to_be_none_of_the_map(play):
+    maps = torch.stack([uniform(1, 8, 9)[0], torch.zeros(8, 9)])
+    net, x = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3*72, 4)), torch.randn(2, 3, 8, 9)
+    with pytest.warns(UserWarning, match='map 1 of 2 is constant: its curve is that of the order of the pixels'):
+        play(net, x, maps, 0)
+
+
 def test_more_refusals():
     box, s = [[[0, 0, 3, 3]]], uniform(1, 8, 9)
     with pytest.raises(ValueError, match="tolerance = -1: expected pixels, 0 or more"): pointing_game(s, box, -1)

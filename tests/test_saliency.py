@@ -512,7 +512,7 @@ def test_leaves_no_trace_in_a_vit():
     (dict(target=torch.tensor([1, 2, 3])), r'shape \[3\]: expected one class index, or one for each of 2 images'),
     (dict(target=1.5), 'target is torch.float32 of shape'),
     (dict(target=torch.tensor([True, False])), 'target is torch.bool'),
-    (dict(batch_size=0), 'batch_size is 0: expected a whole number of at least 1'),
+    (dict(batch_size=0), 'batch_size = 0: expected a whole number of at least 1'),
     (dict(method='rise', masks=3), "rise has no option 'masks': its options are n_masks, cells, p"),
     (dict(kind='score-cam'), "grad-cam has no option 'kind': its options are none"),
     (dict(method='rise', n_masks=0), 'RISE with 0 masks'), (dict(method='rise', p=1.), 'p = 1.0: expected'),

@@ -37,7 +37,7 @@ def test_guide_from_start_to_end(tmp_path):
     "Images are cut, halves do not mix, two networks are trained and compared, and one is shipped."
     p = guide(tmp_path)
     assert p.returncode == 0, p.stderr[-3000:]
-    out = tmp_path/'data'/'your_data'
+    out = tmp_path/'data'/'smoke'/'your_data'
     assert len(list((out/'images'/'train').glob('*/*.png'))) == len(list((out/'images'/'test').glob('*/*.png'))) == 192
     assert pd.read_csv(out/'log.csv').network.tolist() == ['CE', 'LICO'] and not (tmp_path/'figures').exists()
     shipped = load_network(out/'network')
@@ -85,7 +85,7 @@ def test_guide_on_a_folder_of_ones_own(tmp_path, size, seeds):
     assert shipped.class_names == ('blue light', 'green light', 'red light')
     told = table.accuracy['LICO' if 'ship LICO' in text else 'CE']
     assert np.mean(right) > .5 if len(seeds) > 1 else abs(100*np.mean(right) - told) < .06
-    assert not (tmp_path/'data'/'your_data').exists()
+    assert not (tmp_path/'data'/'smoke').exists()
 
 
 @pytest.mark.slow
@@ -100,7 +100,7 @@ def test_guide_refuses_maps_of_few_positions(lico_root):
     corners(lico_root/'mine', (('train', 4), ('test', 2)))
     with pytest.raises(ValueError, match='maps of 2 x 2 places at 64 pixels.*such as -p image_size 128'):
         run('your_data', profile='smoke', folder=str(lico_root/'mine'), image_size='64')
-    assert not (lico_root/'data'/'your_data'/'log.csv').exists()
+    assert not (lico_root/'data'/'smoke'/'your_data'/'log.csv').exists()
 
 
 def folder_of(top, counts, parts=('train', 'test'), size=(48, 64), mode='RGB', names=('red', 'green', 'blue')):

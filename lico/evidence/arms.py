@@ -273,8 +273,11 @@ def compare(
 
     ValueError where the results have nothing to compare.
     """
-    metrics, reference = [metric] if isinstance(metric, str) else list(metric), reference or TABLES[table].reference
-    if missing := {*metrics, 'dataset', 'seed', 'arm', 'paper_dataset'} - set(df):
+    metrics = [metric] if isinstance(metric, str) else list(metric)
+    reference = reference or TABLES[choose('table of the paper', table, TABLES)].reference
+    if not metrics: raise ValueError("metric is empty: expected a column of the results, such as accuracy_last")
+    needed = {'id', 'dataset', 'backbone', 'seed', 'arm', 'paper_dataset', 'is_stand_in', *filter(None, [within])}
+    if missing := {*metrics, *needed} - set(df):
         raise ValueError(f"the results have no {', '.join(sorted(missing))}: expected read_results(folder)")
     known, parts = conditions(df), []
     for m in metrics:

@@ -264,24 +264,33 @@ def readme_table(
                           'verdict': r.verdict}
                          for says, r in zip(said, own.itertuples())]).to_markdown(index=False, disable_numparse=True)
 
-def _gains(df, metric, arms, reference):
-    "The paired difference of each arm's Grad-CAM maps from the reference's, in words."
+def _gains(df, metric, arms):
+    "The paired difference of each arm's Grad-CAM maps from cross-entropy's, {arm: row}."
     own = df[df.saliency == 'grad-cam']
-    found = {a: paired(own[own.arm.isin([a, reference])], [metric], reference).iloc[0] for a in arms}
-    return ', '.join(f"{signed(r.difference, r.half_width).replace('-', '−')} (`{a}`)" for a, r in found.items())
+    return {a: paired(own[own.arm.isin([a, 'CE'])], [metric], 'CE').iloc[0] for a in arms}
+
+def _in_words(gains):
+    return ', '.join(f"{signed(r.difference, r.half_width).replace('-', '−')} (`{a}`)" for a, r in gains.items())
+
+def _seeds(df): return df[df.saliency == 'grad-cam'].seed.nunique()
 
 def maps_sentence(
     small: pd.DataFrame,  # rows of block B
+    again: pd.DataFrame,  # rows of block F
     large: pd.DataFrame,  # rows of block G
 ) -> str:
     """Whether LICO's Grad-CAM maps are better: insertion − deletion, less each network's own random map, and on
-    photographs the pointing game, beside what the mean map of other photographs reaches."""
+    photographs the pointing game, beside what the mean map of other photographs reaches. Maps have no verdicts."""
     seen = large[large.saliency == 'grad-cam'].groupby('arm')[['pointing_others', 'alike']].mean()
-    others, own, seeds = seen.pointing_others, seen.alike, small[small.saliency == 'grad-cam'].seed.nunique()
-    return (f"No verdict. Insertion − deletion of Grad-CAM above a random map's, minus cross-entropy's: on CIFAR-10 "
-            f"{_gains(above_random(small), 'overall', ('paper', 'repaired', 'semantic', 'CE+LS'), 'CE')} (B, {seeds} "
-            f"seeds), on photographs {_gains(above_random(large), 'overall', ('semantic',), 'CE')} (G); pointing game "
-            f"there {_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled'), 'CE')}. But G's maps hardly "
-            f"change with the photograph: each correlates by {own['semantic']:.2f} with the mean map of the *other* "
-            f"photographs (cross-entropy {own['CE']:.2f}), which alone hits in {others['semantic']:.0f} % "
-            f"({others['CE']:.0f} %).")
+    others, own = seen.pointing_others, seen.alike
+    first, second = (_gains(above_random(df), 'overall', arms) for df, arms in (
+        (small, ('paper', 'repaired', 'semantic')), (again, ('paper', 'repaired'))))
+    worse = all(r.difference < 0 for r in (*first.values(), *second.values()))
+    return (f"{'Worse on CIFAR-10, if anything' if worse else 'Cannot tell'} (no verdicts). Insertion − "
+            f"deletion of Grad-CAM above a random map's, minus cross-entropy's: {_in_words(first)} (B, {_seeds(small)} "
+            f"seeds), {_in_words(second)} (F, {_seeds(again)}); without text "
+            f"{_in_words(_gains(above_random(small), 'overall', ['CE+LS']))}; on photographs "
+            f"{_in_words(_gains(above_random(large), 'overall', ['semantic']))} (G); pointing game there "
+            f"{_in_words(_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled')))}. G's maps hardly "
+            f"change with the photograph: they correlate by {own['semantic']:.2f} (cross-entropy {own['CE']:.2f}) with "
+            f"the mean map of *others*, which alone hits in {others['semantic']:.0f}% ({others['CE']:.0f}%).")

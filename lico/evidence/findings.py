@@ -55,8 +55,7 @@ _says = dict(supported='Yes', contradicted='No, the other way round', inconclusi
 def _said(r):
     "A verdict in words."
     if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter, if any'
-    small = r.verdict == 'supported' and r.p_within < .05
-    if small: return f'Yes, less than the {r.margin:g} point that would matter'
+    if r.verdict == 'supported' and abs(r.difference) + r.half_width < r.margin: return f'Yes, less than the {r.margin:g} point that would matter'
     return _says.get(r.verdict, r.verdict)
 
 def _answer(**said):
@@ -69,7 +68,7 @@ def _answer(**said):
 def _points(r): return signed(r.difference, r.half_width).replace('-', '−')
 
 def _matching(active):
-    return f'matching had {"something" if active else "nothing"} to say at the end of {active or 1:.0%} of the runs'
+    return f'matching had {"something" if active else "nothing"} to say in the end in {active or 1:.0%} of runs'
 
 def _alone(rows, contrast):
     "The pooled rows of a contrast that are of one block."
@@ -100,7 +99,7 @@ def _part(rows, names, invented):
     own = _alone(rows, names.contrast)
     by = ' and '.join(own.block[own.difference > own.half_width])
     against = [f'by {by} alone' if by else 'its blocks differ'] if names.p_same < .05 else []
-    if invented.p_within < .05: against.append('invented words do as well')
+    if invented.p_within < .05: against.append(f'invented words do as well, within {invented.margin:g} point')
     if names.verdict != 'supported' or not against: return _said(names)
     return f"Not shown: yes by the declared rule, but {', and '.join(against)}"
 
@@ -108,8 +107,10 @@ def _louder(whole):
     "What right names gain over shuffled ones in the block that has louder names and transport's twin, if it was run."
     where = 'with ten times the weight', 'in transport alone'
     ran = [(what, whole[c.says]) for what, c in zip(where, LOUDER) if c.says in whole]
-    each = ', '.join(f'{what} {_points(r)} ({r.verdict})' for what, r in ran)
-    return f' Right minus shuffled {each} (L).' if each else ''
+    within = lambda r: f' within {r.margin:g} point' if r.verdict == 'equivalent' else ''
+    says = {r.verdict + within(r): r for _, r in ran}  # once, if it is the same of both
+    each = ', '.join(f'{what} {_points(r)}' + (f' ({r.verdict}{within(r)})' if len(says) > 1 else '') for what, r in ran)
+    return f" Right minus shuffled {each} ({'; '.join(['L', *says][:1 + (len(says) == 1)])})." if each else ''
 
 def _again(rows):
     """What fresh seeds make of the one block that names seemed to help in, by the rule declared before them; nothing
@@ -143,7 +144,7 @@ def findings(
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     transport, shuffled, supervised, _, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
-    no_more = ', and no more than transport alone' if beyond[0].p_within < .05 else ''
+    no_more = f", {'and no more than' if beyond[0].p_within < .05 else 'against'} transport alone"
     said = [f"**Does LICO gain accuracy?** {_answer(repaired=_said(repaired), semantic=_said(semantic))}: "
             f"`repaired` {_points(repaired)}, `semantic` {_points(semantic)} points "
             f"({_by_block(rows, printed, repaired.contrast, semantic.contrast)}). Transport alone gains "
@@ -154,9 +155,8 @@ def findings(
             f"`semantic` {_points(names_2)}{_each(rows, names_2.contrast)}. Minus *invented words*: `repaired` "
             f"{_points(invented)}{_where(rows, invented.contrast)}. Shuffled names gain "
             f"{_points(shuffled)}.{_louder(whole)}{_again(rows)}",
-            f"**Does the paper's text, taken literally, work?** {_said(literal)}{no_more}: {_points(literal)}"
-            f"{_each(rows, literal.contrast)}; minus transport alone {_points(beyond[0])}; "
-            f"{_matching(literal.active)}.",
+            f"**Does the paper's text, taken literally, work?** {_said(literal)}{no_more} "
+            f"({_points(beyond[0])}): {_points(literal)}{_each(rows, literal.contrast)}; {_matching(literal.active)}.",
             f"**Are its maps better?** {maps}",
             f"**How far does this go?** {_extent(rows)}."]
     return '\n'.join(f'* {s}' for s in said)

@@ -7,7 +7,7 @@ __all__ = ['SCORERS', 'OF_PLACES', 'OF_OTHERS', 'MAP_OPTIONS', 'blurred', 'avera
            'scores', 'saliency_options', 'refuse_map_options', 'score']
 
 # %% ../../nbs/evidence/39_map_scores.ipynb #0da6d5a6
-import functools, hashlib, inspect, io, json, math, time
+import functools, hashlib, inspect, io, json, math, time, warnings
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, torch
@@ -64,7 +64,11 @@ def _tolerance(maps): return 15*maps.shape[-1]/224  # 15 pixels of 224
 
 def _auc(play, baseline):
     "Insertion or deletion in percent, from or to what `baseline` makes of the cases."
-    return lambda c: 100*play(c.net, c.x, c.maps, c.target, baseline=baseline(c), batch_size=c.batch_size).auc
+    def auc(c):
+        with warnings.catch_warnings():  # constant maps are counted beside the scores
+            warnings.filterwarnings('ignore', 'saliency map .* is constant')
+            return 100*play(c.net, c.x, c.maps, c.target, baseline=baseline(c), batch_size=c.batch_size).auc
+    return auc
 
 _mean, _noise = (lambda c: averaged(c.x)), (lambda c: noise_like(c.x, c.names))
 SCORERS = dict(  # metric -> what it gives for a batch of cases, [b]

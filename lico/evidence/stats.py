@@ -112,7 +112,7 @@ def sign_flip(
 ) -> float:
     "p value of the sign-flip test of mean zero; not a number below 8 pairs, which have too few signs."
     d = np.asarray(d, float)
-    if len(d) < 8: return math.nan
+    if len(d) < 8 or not np.isfinite(d).all(): return math.nan
     if len(d) <= most: signs = 1 - 2*((np.arange(2**len(d))[:, None] >> np.arange(len(d))) & 1)
     else: signs = np.random.default_rng(0).choice([-1, 1], (100_000, len(d)))
     beyond = (np.abs(signs @ d) >= abs(d.sum())*(1 - 1e-12)).mean()
