@@ -247,9 +247,8 @@ class LossOptions:
     mm_diagonal   compare each sample with itself too ("in", Eq. 1), or only with the others ("out")
     distance      D of Eq. 1, "euclidean" or "cosine" (Table 7)
     tau           τ of Eq. 1: "learned", "fixed", or "calibrated": one for each side, set by the first batch, then kept
-    tau_init      the first value of τ
     tau_share     calibrated: the share of the text's mass that then lies on other classes, between 0 and 1
-    tau_form      what is learned: log τ ("exp") or τ itself ("raw")
+    tau_init, tau_form  the first value of τ, and what is learned: log τ ("exp") or τ itself ("raw")
     detach_text   whether L_MM leaves the language side alone
     ot_eps, ot_iters, ot_tol  λ of Eqs. 5 and 6, most iterations of Eq. 7, violation of the marginals that ends them
     ot_grad       the gradient of L_OT: "envelope", "unrolled" or "none"

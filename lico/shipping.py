@@ -144,6 +144,7 @@ def _refuse_other_network(net, backbone, K, preprocessing):
         raise ValueError(f"the network is not what create_backbone({backbone!r}) makes ({why}): leave backbone out, "
                          "and it is shipped as torch.export writes it")
 
+# %% ../nbs/method/18_shipping.ipynb #f01f92d3
 def _refuse_to_ship(net, folder, class_names, preprocessing):
     "Refuse what `save_network` could not write, or nobody could use."
     if not isinstance(net, nn.Module): raise ValueError(f"net is {type(net).__name__}: expected a torch.nn.Module")
@@ -162,6 +163,7 @@ def _refuse_to_ship(net, folder, class_names, preprocessing):
             raise ValueError(f"{name} of {type(net).__name__} holds values that are not finite: train it anew before "
                              "it is shipped")
 
+# %% ../nbs/method/18_shipping.ipynb #d8205f27
 def save_network(net: nn.Module, folder, class_names, preprocessing: dict, backbone: str = ''):
     """Write what is shipped: weights, class names, preprocessing and checksums, for everyone to read; all or nothing.
 
