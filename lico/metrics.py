@@ -76,8 +76,8 @@ def _curve(net, x, start, end, saliency, target, step, score, batch_size):
     B, HW, net = len(start), saliency[0].numel(), unwrapped(net)
     constant = saliency.flatten(1).amax(1) == saliency.flatten(1).amin(1)
     if constant.any(): warnings.warn(
-        f"saliency map {_which(constant)} is constant: its curve is that of the order of the pixels, so leave it out and "
-        "count it", stacklevel=3)
+        f"saliency map {_which(constant)} is constant: its curve is that of the order of the pixels, so leave it out "
+        "and count it", stacklevel=3)
     counts = torch.tensor([*range(0, HW, step), HW], device=start.device)
     rank = saliency.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(1).int()
     jobs, found = torch.arange(B*len(counts), device=start.device), []
@@ -234,8 +234,8 @@ def pointing_game(saliency: torch.Tensor, regions, tolerance: float = 15) -> tor
 
     saliency   maps [B, H, W]
     regions    for each image boxes [K, 4] (x0, y0, x1, y1 in pixels) or boolean masks [K, H, W]
-    tolerance  pixels between a maximum and the region that still count as a hit; 15 is for images of 224 pixels, so give
-               15*W/224 at other widths
+    tolerance  pixels between a maximum and the region that still count as a hit; 15 is for images of 224 pixels, so
+               give 15*W/224 at other widths
 
     ValueError for constant maps, which point nowhere, and for regions that are empty or not one for each map.
     """

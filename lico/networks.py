@@ -165,7 +165,7 @@ def rows_of_output(
         if out.ndim >= 2 and out.shape[0] == n and out[0].numel() == out.shape[1]: return out.flatten(1)
     what = f"tensor {list(out.shape)}" if out is not None else type(output).__name__
     part = repr(next(iter(output), 0)) if isinstance(output, dict) else 0
-    raise ValueError(f"the network's output for {n} image{'s'*(n > 1)} is of {what}, which is no row of one number a "
+    raise ValueError(f"the network's output for {n} image{'s'*(n > 1)} is a {what}, which is no row of one number a "
                      "class: pass score=, a function that makes [n, K] of it, such as lambda out: "
                      f"out[{part}].softmax(1)")
 

@@ -122,11 +122,11 @@ def _refuse_outputs(net, size, K):
     "Refuse a network that gives something else than a number for each class name."
     with torch.no_grad(): out = net(torch.zeros(2, 3, size, size))
     if not torch.is_tensor(out):
-        raise ValueError(f"{type(net).__name__} gives {type(out).__name__}, and what is shipped gives a tensor [B, {K}]: "
-                         "ship a module whose forward picks it out")
+        raise ValueError(f"{type(net).__name__} gives {type(out).__name__}, and what is shipped gives a tensor "
+                         f"[B, {K}]: ship a module whose forward picks it out")
     if (found := list(out.shape)) != [2, K]:
-        raise ValueError(f"{type(net).__name__} gives {found} for 2 images, and {K} different class names need [2, {K}]: "
-                         "give each of its outputs a name of its own")
+        raise ValueError(f"{type(net).__name__} gives {found} for 2 images, and {K} different class names need "
+                         f"[2, {K}]: give each of its outputs a name of its own")
 
 # %% ../nbs/method/18_shipping.ipynb #71cede6d
 def _refuse_other_network(net, backbone, K, preprocessing):
@@ -150,7 +150,7 @@ def _refuse_to_ship(net, folder, class_names, preprocessing):
     if not isinstance(net, nn.Module): raise ValueError(f"net is {type(net).__name__}: expected a torch.nn.Module")
     if isinstance(class_names, (set, frozenset)):
         raise ValueError("class_names is a set, which has no order: expected a list, class 0 first")
-    if isinstance(class_names, str) or not hasattr(class_names, '__len__'):
+    if not hasattr(class_names, '__len__'):
         raise ValueError(f"class_names is {class_names!r}: expected a list of names, class 0 first")
     needs = 'window', 'image_size', 'mean', 'std'
     if (not isinstance(preprocessing, dict) or {*needs} - {*preprocessing}

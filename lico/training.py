@@ -215,8 +215,8 @@ def refuse_bad_call(model, data, seed, numbers_given, options):
     if not any(p.requires_grad for p in model.backbone.parameters()):
         raise ValueError(f"{type(model.backbone).__name__} has nothing to train: none of its parameters has "
                          "requires_grad=True; set it for those that shall be trained")
-    if others := {p.dtype for p in model.parameters()} - {torch.float32}:
-        raise ValueError(f"{type(model.backbone).__name__} holds {others.pop()}: training keeps weights in float32, so "
+    if half := {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}:
+        raise ValueError(f"{type(model.backbone).__name__} holds {half.pop()}: training keeps weights in float32, so "
                          "call .float() first (precision='bf16' computes in bfloat16)")
     if hasattr(model.backbone, 'forward_head'):
         where = next(model.backbone.parameters()).device

@@ -368,10 +368,10 @@ def test_an_average_leaves_frozen_weights_alone(digits):
 
 @pytest.mark.parametrize('given, says', [
     (dict(data='digits'), 'data is str: expected what lico.data.load gives'),
-    (dict(on_epoch=3), 'on_epoch is 3: expected a function'), (dict(double=True), 'holds torch.float64: training'),
+    (dict(on_epoch=3), 'on_epoch is 3: expected a function'),
     (dict(off=True), 'gradients are off')])
 def test_what_fit_cannot_train_with_is_said_first(digits, given, says):
-    net = net_for(digits).double() if given.pop('double', False) else net_for(digits)
+    net = net_for(digits)
     before = net.fc.weight.clone()
     grad = torch.no_grad() if given.pop('off', False) else contextlib.nullcontext()
     with pytest.raises(ValueError, match=says), grad:

@@ -55,7 +55,8 @@ _says = dict(supported='Yes', contradicted='No, the other way round', inconclusi
 def _said(r):
     "A verdict in words."
     if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter, if any'
-    if r.verdict == 'supported' and abs(r.difference) + r.half_width < r.margin: return f'Yes, less than the {r.margin:g} point that would matter'
+    if r.verdict == 'supported' and abs(r.difference) + r.half_width < r.margin:
+        return f'Yes, less than the {r.margin:g} point that would matter'
     return _says.get(r.verdict, r.verdict)
 
 def _answer(**said):
@@ -109,7 +110,8 @@ def _louder(whole):
     ran = [(what, whole[c.says]) for what, c in zip(where, LOUDER) if c.says in whole]
     within = lambda r: f' within {r.margin:g} point' if r.verdict == 'equivalent' else ''
     says = {r.verdict + within(r): r for _, r in ran}  # once, if it is the same of both
-    each = ', '.join(f'{what} {_points(r)}' + (f' ({r.verdict}{within(r)})' if len(says) > 1 else '') for what, r in ran)
+    verdict = lambda r: f' ({r.verdict}{within(r)})' if len(says) > 1 else ''
+    each = ', '.join(f'{what} {_points(r)}{verdict(r)}' for what, r in ran)
     return f" Right minus shuffled {each} ({'; '.join(['L', *says][:1 + (len(says) == 1)])})." if each else ''
 
 def _again(rows):
