@@ -61,9 +61,9 @@ def coverage_sentence(
     rows: pd.DataFrame,  # from `claim_rows`
 ) -> str:
     "How many claims and numbers of the paper could be tested, and how many could not."
-    total, by = (n[['printed', 'runnable', 'measured', 'stand_in']].sum(),
+    total, by = (n[['printed', 'measured', 'stand_in']].sum(),
                  rows.drop_duplicates(['table', 'claim'])['where'].value_counts())
     return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, "
             f"{by.get(GRADES[1], 0)} on other images or settings, {by.get('not testable here', 0)} are not testable "
             f"here ([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} were measured "
-            f"(cross-entropy's) and {total.stand_in} on a stand-in; {total.runnable} run at `-p profile paper`.")
+            f"(cross-entropy's) and {total.stand_in} on a stand-in.")

@@ -128,7 +128,9 @@ def _again(rows):
 def _extent(rows):
     "What was run of the programme, in words."
     ran = sorted(k for k in set(rows.block) - {'all'} if BLOCKS[k].precision == 'fp32')
-    what = lambda b: f'{b.dataset}, ' + (f'{b.labels or "all"} labels' if b.pooled else re.split('[,:]', b.says)[0])
+    known = {BLOCKS[k].dataset for k in ran if BLOCKS[k].pooled}
+    where = lambda b: '' if not b.pooled and b.dataset in known else f'{b.dataset}, '
+    what = lambda b: where(b) + (f'{b.labels or "all"} labels' if b.pooled else re.split('[,:]', b.says)[0])
     many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
     each = (f'{k}: {what(BLOCKS[k])}, {many(rows[rows.block == k].n.max(), BLOCKS[k])}' for k in ran)
     left = [k for k in BLOCKS if k not in set(rows.block)]
