@@ -149,15 +149,21 @@ def test_what_one_block_decides():
     (3, 0, 'repeated, and language has a part; +'), (3, 3, 'repeated, but not by language; +'), (0, 0, 'refuted; '),
     (-3, 0, 'open; −')])
 def test_a_finding_made_again(gain, invented, says):
-    "Block R by its declared rule, whatever A and B say; no word from fewer than 5 of its seeds."
-    made = {k: programme(k) for k in 'AB'}
-    made['R'] = programme('R', repaired=gain, repaired_random=invented)
-    def said(of):
-        return findings(pd.concat([contrast_rows(of), contrast_rows(of, SECONDARY, family=False)]), 'Nobody looked.')
-    assert f'B with fresh seeds (R): {says}' in said(made)
-    few = made | {'R': made['R'][made['R'].seed < 4]}
-    assert 'with fresh seeds' not in said(few) and "B's contrast of names again" in said(few)
-    without = contrast_rows({k: made[k] for k in 'AB'})
+    "Block R by its declared rule, whatever the others say."
+    assert f'B with fresh seeds (R): {says}' in said_of({'A': programme('A'), 'R': programme(
+        'R', repaired=gain, repaired_random=invented)})
+
+
+def said_of(made):
+    return findings(pd.concat([contrast_rows(made), contrast_rows(made, SECONDARY, family=False)]), 'Nobody looked.')
+
+
+def test_few_seeds_of_a_block_repeat_nothing():
+    "No word from fewer than 5 of R's seeds, and no other block's mean changes by them."
+    made = {'A': programme('A'), 'R': programme('R', repaired=3).query('seed < 4')}
+    said = said_of(made)
+    assert 'with fresh seeds' not in said and "R: B's contrast of names again, 4 of 15 seeds" in said
+    without = contrast_rows({'A': made['A']})
     assert contrast_rows(made).query("block != 'R'").reset_index(drop=True).equals(without)
 
 
