@@ -37,6 +37,7 @@ add_module_names = False
 html_theme, html_title = 'furo', f'lico {release}'
 html_math_renderer = 'mathml'
 html_static_path, html_css_files = ['_static'], ['site.css']
+highlight_language = 'none'  # what is laid out in columns is no Python
 html_copy_source, html_show_sourcelink = False, False
 html_theme_options = dict(top_of_page_buttons=[])
 

@@ -393,4 +393,4 @@ def public_names(site):
                   if inspect.isroutine(o := getattr(module, n)) or inspect.isclass(o)}
         assert not wanted - known, f'without a docstring: {wanted - known}'
     text = (site/'api'/'lico.losses.html').read_text(encoding='utf-8')
-    assert '[B, N, M], cost of moving row n to row m' in text and 'weight of L_MM in Eq. 8' in text
+    assert '[B, N, M], cost of moving row n to row m' in text and 'weights of L_MM and of L_OT in Eq. 8' in text
