@@ -85,7 +85,7 @@ BLOCKS = {
     'E': Block('tiny-imagenet-100', 'tf_efficientnet_lite0', None, (*_four, 'semantic', 'semantic-shuffled', 'CGC'),
                seeds=5, saliency=_maps, images=200, metrics=('insertion', 'deletion', 'pointing_game', 'energy'),
                also={'grad-cam': (*_baselines, *OF_OTHERS), 'random': _baselines},
-               how=dict(pretrained=True, image_size=112, output_stride=16, epochs=5), pooled=False,
+               how=dict(pretrained=True, image_size=112, output_stride=16, epochs=1), pooled=False,
                says="photographs, a network with ImageNet's weights, maps with boxes"),
     'F': Block('cifar10', 'wrn_28_2', 40, _four, seeds=10, saliency=('grad-cam', 'random'), images=50, also={},
                pooled=False, says='A again on a CPU, for maps'),
