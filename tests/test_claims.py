@@ -125,7 +125,7 @@ def test_a_block_of_few_seeds_stands_beside():
     assert df[df.block != 'C'].reset_index(drop=True).equals(without) and not df[df.block == 'C'].pooled.any()
     every = pd.concat([df, contrast_rows(made, SECONDARY, family=False)])
     said = findings(every, 'Nobody looked.')
-    assert re.search(r'\(A \S+, \S+; B \S+, \S+\)\. Transport', said)
+    assert re.search(r'Transport alone gains \S+ ± \S+ \(A and B\), supervised', said)
     assert 'C: cifar100-part, 400 labels, 3 of 10 seeds' in said
     assert 'D, E, F, G, A16, R, L are not run' in said
 
@@ -142,7 +142,7 @@ def test_what_one_block_decides():
     assert contrast_rows(few, LOUDER).verdict.isna().all()
     every = pd.concat([contrast_rows(made), contrast_rows(made, SECONDARY, family=False), contrast_rows(made, LOUDER)])
     said = findings(every, 'Nobody looked.')
-    assert re.search(r'shuffled with ten times the weight \+\S+ ± \S+ \(supported\), in transport alone', said)
+    assert re.search(r'The same with ten times the weight \+\S+ ± \S+ \(supported\), in transport alone', said)
 
 
 @pytest.mark.parametrize('gain, invented, says', [
@@ -176,12 +176,14 @@ def test_what_speaks_against_a_verdict_is_said():
         assert rows.verdict[rows.contrast == PRIMARY[0].says].iloc[0] == 'supported'
         return findings(rows, 'Nobody looked.', {'A': 1.5})
     differ = said(0, 5)
-    assert 'Not shown: yes by the declared rule, but by B alone (`repaired`)' in differ
-    assert '; these differ, p = ' in differ
+    assert re.search(r'part in it\?\*\* Not shown\. .* \(A \S+ ± \S+, B \S+ ± \S+; these differ, p = \S+\), by the '
+                     'declared rule yes, but by B alone; ', differ)
     no_better = said(2, 2, invented=1)
-    assert 'yes by the declared rule, but invented words do as well, within 1 point (`repaired`)' in no_better
-    assert 'these differ' not in no_better and '?** Yes (`repaired`); ' in said(2, 2)
-    assert re.search(r'\(A \S+, \S+, printed \+1.5; B \S+, \S+\)\. Transport', differ)
+    assert re.search(r'yes, but invented words do as well, within 1 point \(minus these \S+ ± \S+, A and B\);',
+                     no_better)
+    assert 'these differ' not in no_better
+    assert re.search(r'in it\?\*\* In part\. .* minus shuffled: `repaired` \S+ ± \S+, yes; `semantic` ', said(2, 2))
+    assert ' points, where the paper prints +1.5 (A). Transport' in differ
 
 
 def test_pairs_as_they_came_out_elsewhere():
@@ -271,12 +273,13 @@ def test_the_sentence_on_maps():
     again = maps('F', 'overall', **dict.fromkeys(BLOCKS['F'].arms, 0) | {'paper': -1, 'repaired': 1})
     said = maps_sentence(pd.concat([bare, small[small.seed >= 3]]), again, large)
     assert said.startswith('Cannot tell (no verdicts).')
-    assert ('+4.00 ± 0.00 (`repaired`), +5.00 ± 0.00 (`semantic`) (B, 7 seeds), −1.00 ± 0.00 (`paper`), +1.00 ± 0.00 '
-            '(`repaired`) (F, 10); without text +6.00 ± 0.00 (`CE+LS`);') in said
+    assert ('`repaired` +4.00 ± 0.00, `semantic` +5.00 ± 0.00 (B, 7 seeds); `paper` −1.00 ± 0.00, `repaired` +1.00 '
+            '± 0.00 (F, 10); without text `CE+LS` +6.00 ± 0.00 (B).') in said
     turned = [df.assign(overall=-df.overall) for df in (small, again[again.arm != 'paper'])]
     paper = again[again.arm == 'paper'].assign(overall=lambda d: -100. - d.overall*(d.saliency == 'grad-cam'))
     assert maps_sentence(turned[0], pd.concat([turned[1], paper]), large).startswith('Worse on CIFAR-10, if anything')
-    assert 'photographs +3.00 ± 0.00 (`semantic`) (G); pointing game there +6.00 ± 0.00 (`semantic`), +4.00' in said
+    assert ('photographs (G, 5) `semantic` +3.00 ± 0.00; pointing game `semantic` +6.00 ± 0.00, `semantic-shuffled` '
+            '+4.00') in said
     assert 'by 0.90 (cross-entropy 0.50) with the mean map of *others*, which alone hits in 80% (80%).' in said
 
 

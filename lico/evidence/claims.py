@@ -270,7 +270,7 @@ def _gains(df, metric, arms):
     return {a: paired(own[own.arm.isin([a, 'CE'])], [metric], 'CE').iloc[0] for a in arms}
 
 def _in_words(gains):
-    return ', '.join(f"{signed(r.difference, r.half_width).replace('-', '−')} (`{a}`)" for a, r in gains.items())
+    return ', '.join(f"`{a}` {signed(r.difference, r.half_width).replace('-', '−')}" for a, r in gains.items())
 
 def _seeds(df): return df[df.saliency == 'grad-cam'].seed.nunique()
 
@@ -286,11 +286,11 @@ def maps_sentence(
     first, second = (_gains(above_random(df), 'overall', arms) for df, arms in (
         (small, ('paper', 'repaired', 'semantic')), (again, ('paper', 'repaired'))))
     worse = all(r.difference < 0 for r in (*first.values(), *second.values()))
-    return (f"{'Worse on CIFAR-10, if anything' if worse else 'Cannot tell'} (no verdicts). Insertion − "
-            f"deletion of Grad-CAM above a random map's, minus cross-entropy's: {_in_words(first)} (B, {_seeds(small)} "
-            f"seeds), {_in_words(second)} (F, {_seeds(again)}); without text "
-            f"{_in_words(_gains(above_random(small), 'overall', ['CE+LS']))}; on photographs "
-            f"{_in_words(_gains(above_random(large), 'overall', ['semantic']))} (G); pointing game there "
-            f"{_in_words(_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled')))}. G's maps hardly "
+    return (f"{'Worse on CIFAR-10, if anything' if worse else 'Cannot tell'} (no verdicts). Grad-CAM's insertion − "
+            f"deletion, less a random map's, minus cross-entropy's: {_in_words(first)} (B, {_seeds(small)} seeds); "
+            f"{_in_words(second)} (F, {_seeds(again)}); without text "
+            f"{_in_words(_gains(above_random(small), 'overall', ['CE+LS']))} (B). On photographs (G, {_seeds(large)}) "
+            f"{_in_words(_gains(above_random(large), 'overall', ['semantic']))}; pointing game "
+            f"{_in_words(_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled')))}. These maps hardly "
             f"change with the photograph: they correlate by {own['semantic']:.2f} (cross-entropy {own['CE']:.2f}) with "
             f"the mean map of *others*, which alone hits in {others['semantic']:.0f}% ({others['CE']:.0f}%).")

@@ -59,14 +59,17 @@ def _said(r):
         return f'Yes, less than the {r.margin:g} point that would matter'
     return _says.get(r.verdict, r.verdict)
 
-def _answer(**said):
-    "Answers in words; whose they are where they differ."
-    whose = {s: name for name, s in said.items()}
-    if len(whose) == 1: return next(iter(whose))
-    told = '; '.join(f'{s[0].lower()}{s[1:]} (`{name}`)' for s, name in whose.items())
-    return told[0].upper() + told[1:]
-
 def _points(r): return signed(r.difference, r.half_width).replace('-', '−')
+
+def _answer(*said):
+    "What several answers come to: themselves if they agree."
+    if len(set(said)) == 1: return said[0]
+    return 'In part' if any(s.startswith(('Yes', 'No,')) for s in said) else 'Not shown'
+
+def _presets(numbers, said):
+    "Each preset's numbers, {name: numbers}, with its own answer where they differ."
+    if len(set(said)) == 1: return ', '.join(f'`{k}` {v}' for k, v in numbers.items())
+    return '; '.join(f'`{k}` {v}, {s[0].lower()}{s[1:]}' for (k, v), s in zip(numbers.items(), said))
 
 def _matching(active):
     return f'matching had {"something" if active else "nothing"} to say in the end in {active or 1:.0%} of runs'
@@ -77,32 +80,29 @@ def _alone(rows, contrast):
 
 def _where(rows, contrast):
     "The blocks that a contrast is the mean of."
-    return f" ({', '.join(_alone(rows, contrast).block)})"
+    return ' and '.join(_alone(rows, contrast).block)
 
 # %% ../../nbs/evidence/57_findings.ipynb #d04b90b7
-def _by_block(rows, printed, *contrasts):
-    "What some contrasts came to in each of the pooled blocks, beside what is printed for it."
-    each = {}
-    for r in (r for c in contrasts for r in _alone(rows, c).itertuples()):
-        each.setdefault(r.block, []).append(f'{r.difference:+.2f}'.replace('-', '−'))
-    return '; '.join(f"{k} {', '.join(v)}" + (f', printed {printed[k]:+.1f}' if k in printed else '')
-                     for k, v in each.items())
-
 def _each(rows, contrast):
-    "What a contrast came to in each of the pooled blocks, if there are several, and whether these differ."
+    "What a contrast came to in each of the pooled blocks, where these differ."
     own, whole = _alone(rows, contrast), rows[rows.contrast == contrast].iloc[0]
     each = ', '.join(f'{r.block} {_points(r)}' for r in own.itertuples())
-    differ = f'; these differ, p = {whole.p_same:.1g}' if whole.p_same < .05 else ''
-    return f' ({each}{differ})' if len(own) > 1 else ''
+    return f' ({each}; these differ, p = {whole.p_same:.1g})' if whole.p_same < .05 else ''
+
+def _printed(own, printed):
+    "What the paper prints for the blocks in which something was measured."
+    each = ' and '.join(f'{printed[k]:+.1f} ({k})' for k in own.block if k in printed)
+    return f', where the paper prints {each}' if each else ''
 
 def _part(rows, names, invented):
     "Whether right names have a part, in words; what speaks against a verdict that they have."
     own = _alone(rows, names.contrast)
     by = ' and '.join(own.block[own.difference > own.half_width])
     against = [f'by {by} alone' if by else 'its blocks differ'] if names.p_same < .05 else []
-    if invented.p_within < .05: against.append(f'invented words do as well, within {invented.margin:g} point')
+    if invented.p_within < .05: against.append(f'invented words do as well, within {invented.margin:g} point '
+                                               f'(minus these {_points(invented)}, {_where(rows, invented.contrast)})')
     if names.verdict != 'supported' or not against: return _said(names)
-    return f"Not shown: yes by the declared rule, but {', and '.join(against)}"
+    return f"By the declared rule yes, but {', and '.join(against)}"
 
 def _louder(whole):
     "What right names gain over shuffled ones in the block that has louder names and transport's twin, if it was run."
@@ -112,7 +112,7 @@ def _louder(whole):
     says = {r.verdict + within(r): r for _, r in ran}  # once, if it is the same of both
     verdict = lambda r: f' ({r.verdict}{within(r)})' if len(says) > 1 else ''
     each = ', '.join(f'{what} {_points(r)}{verdict(r)}' for what, r in ran)
-    return f" Right minus shuffled {each} ({'; '.join(['L', *says][:1 + (len(says) == 1)])})." if each else ''
+    return f" The same {each} ({'; '.join(['L', *says][:1 + (len(says) == 1)])})." if each else ''
 
 def _again(rows):
     """What fresh seeds make of the one block that names seemed to help in, by the rule declared before them; nothing
@@ -149,18 +149,18 @@ def findings(
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     transport, shuffled, supervised, _, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
     no_more = f", {'and no more than' if beyond[0].p_within < .05 else 'against'} transport alone"
-    said = [f"**Does LICO gain accuracy?** {_answer(repaired=_said(repaired), semantic=_said(semantic))}: "
-            f"`repaired` {_points(repaired)}, `semantic` {_points(semantic)} points "
-            f"({_by_block(rows, printed, repaired.contrast, semantic.contrast)}). Transport alone gains "
-            f"{_points(transport)}{_where(rows, transport.contrast)}, supervised contrast {_points(supervised)}.",
-            f"**Has language a part in it?** "
-            f"{_answer(repaired=_part(rows, names_1, invented), semantic=_said(names_2))}. Right names minus shuffled "
-            f"ones (the same on wrong classes): `repaired` {_points(names_1)}{_each(rows, names_1.contrast)}, "
-            f"`semantic` {_points(names_2)}{_each(rows, names_2.contrast)}. Minus *invented words*: `repaired` "
-            f"{_points(invented)}{_where(rows, invented.contrast)}. Shuffled names gain "
-            f"{_points(shuffled)}.{_louder(whole)}{_again(rows)}",
-            f"**Does the paper's text, taken literally, work?** {_said(literal)}{no_more} "
-            f"({_points(beyond[0])}): {_points(literal)}{_each(rows, literal.contrast)}; {_matching(literal.active)}.",
+    gains, parts = [_said(repaired), _said(semantic)], [_part(rows, names_1, invented), _said(names_2)]
+    of_names = dict(repaired=f'{_points(names_1)}{_each(rows, names_1.contrast)}',
+                    semantic=f'{_points(names_2)}{_each(rows, names_2.contrast)}')
+    said = [f"**Does LICO gain accuracy?** {_answer(*gains)}: "
+            f"{_presets(dict(repaired=_points(repaired), semantic=_points(semantic)), gains)} points"
+            f"{_printed(_alone(rows, repaired.contrast), printed)}. Transport alone gains {_points(transport)} "
+            f"({_where(rows, transport.contrast)}), supervised contrast {_points(supervised)}.",
+            f"**Has language a part in it?** {_answer(*parts)}. Shuffled names, each on a wrong class, gain "
+            f"{_points(shuffled)} too. Right minus shuffled: "
+            f"{_presets(of_names, parts)}.{_louder(whole)}{_again(rows)}",
+            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {_points(literal)}{no_more} "
+            f"({_points(beyond[0])}); {_matching(literal.active)}.",
             f"**Are its maps better?** {maps}",
             f"**How far does this go?** {_extent(rows)}."]
     return '\n'.join(f'* {s}' for s in said)
