@@ -20,6 +20,7 @@ from . import pixels
 from .files import SUMS, read_checked, read_sums, sha256, write_atomic, write_summed
 from .data import Files
 from .pixels import reason, window_source
+from .probes import refuse_probabilities
 from .networks import deep_copy, unwrapped
 
 # %% ../nbs/method/18_shipping.ipynb #e9618408
@@ -127,6 +128,7 @@ def _refuse_outputs(net, size, K):
     if (found := list(out.shape)) != [2, K]:
         raise ValueError(f"{type(net).__name__} gives {found} for 2 images, and {K} different class names need "
                          f"[2, {K}]: give each of its outputs a name of its own")
+    refuse_probabilities(net, torch.zeros(1, 3, size, size))
 
 # %% ../nbs/method/18_shipping.ipynb #71cede6d
 def _refuse_other_network(net, backbone, K, preprocessing):

@@ -24,6 +24,7 @@ from .data import Data
 from .files import make_folder
 from .shipping import save_checkpoint
 from .model import refuse_other_forward
+from .probes import refuse_probabilities
 from .schedule import Average, TrainOptions, deal, learning_rate, refuse_precision, steps_per_epoch
 from .together import Batch, all_of, group_size, is_first, join_group, share
 from .watch import LogFile, check_finite, identity_of, mean_row, resume, tensors_of, warn_inactive
@@ -110,7 +111,7 @@ class _Trainer:
 # %% ../nbs/method/22_training.ipynb #008c2b5c
 @contextlib.contextmanager
 def _undone(model):
-    "What a step that fails has changed without an optimiser, statistics and temperatures, is put back."
+    "If a step fails, what it changed in buffers (statistics, temperatures) is put back."
     kinds = {}
     for b in model.buffers(): kinds.setdefault((b.dtype, b.device), []).append(b)
     before = [torch.cat([b.flatten() for b in alike]) for alike in kinds.values()]  # few calls: a GPU waits for each
@@ -196,6 +197,8 @@ def refuse_bad_call(model, data, seed, numbers_given, options):
                          "put the network into one of them")
     if not isinstance(data, Data):
         raise ValueError(f"data is {type(data).__name__}: expected what lico.data.load gives")
+    for part in ('train', 'test'):
+        if not len(getattr(data, part)): raise ValueError(f"{data.name} has no images in data.{part}: expected some")
     if not torch.is_grad_enabled():
         raise ValueError("gradients are off, by torch.no_grad() or inference_mode(): call fit outside of it")
     for name, value in numbers_given.items():
@@ -218,9 +221,9 @@ def refuse_bad_call(model, data, seed, numbers_given, options):
     if half := {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}:
         raise ValueError(f"{type(model.backbone).__name__} holds {half.pop()}: training keeps weights in float32, so "
                          "call .float() first (precision='bf16' computes in bfloat16)")
-    if hasattr(model.backbone, 'forward_head'):
-        where = next(model.backbone.parameters()).device
-        refuse_other_forward(model.backbone, next(iter(test_batches(data, data.train[:2], 2, where))))
+    x = next(iter(test_batches(data, data.train[:2], 2, next(model.backbone.parameters()).device)))
+    if hasattr(model.backbone, 'forward_head'): refuse_other_forward(model.backbone, x)
+    refuse_probabilities(model.backbone, x)
 
 # %% ../nbs/method/22_training.ipynb #643b7aee
 def _evaluate(t, row, evaluations, progress):
@@ -238,7 +241,48 @@ def _own_state():
     with named, full_float32():
         with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []): yield
 
+# %% ../nbs/method/22_training.ipynb #cb8028f6
+def _refuse_thawed(t):
+    "Refuse to go on where `on_epoch` has frozen or freed weights: the optimiser keeps those that it began with."
+    began = set(map(id, t.optimiser.param_groups[0]['params']))
+    other = [k for k, p in t.plain.named_parameters() if p.requires_grad != (id(p) in began)]
+    if other: raise ValueError(
+        f"what is to be trained has changed during fit (requires_grad of {other[0]}{', …' if other[1:] else ''}): end "
+        "fit before that, and call it again, with a new folder if it has one")
+
+def _loop(t, folder, evaluations, checkpoint_seconds, progress, on_epoch):
+    "Epoch after epoch until the steps are done."
+    saved, main, batches = time.perf_counter(), is_first(), t.batches()
+    table = LogFile(Path(folder)/'log.csv', t.log) if folder and main else None
+    with tqdm(total=t.steps, initial=t.step, desc='training', unit='step', leave=False,
+              disable=not (progress and main)) as bar:
+        while t.step < t.steps:
+            row = _epoch(t, batches, bar)
+            _evaluate(t, row, evaluations, progress and main)
+            warn_inactive(row, t.log)
+            t.log.append(row)
+            if table: table.write() if t.step == t.steps else table.add_newest()
+            if table and (t.step == t.steps or time.perf_counter() - saved >= checkpoint_seconds):
+                save_checkpoint(Path(folder)/'checkpoint.safetensors', tensors_of(t),
+                                dict(run=t.run, step=t.step, log=t.log, hardware=t.hardware))
+                saved = time.perf_counter()
+            if on_epoch and main: on_epoch(dict(row))
+            _refuse_thawed(t)
+
 # %% ../nbs/method/22_training.ipynb #dd1d48a5
+@contextlib.contextmanager
+def _alone_in(folder):
+    "Make the folder and keep it; where another training is at work in it, this one is refused."
+    if not folder or not is_first(): yield; return
+    from filelock import FileLock, Timeout
+    make_folder(folder)
+    lock = FileLock(Path(folder)/'training.lock')
+    try: lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another training is at work in {folder}: give this one a folder of its own") from None
+    try: yield
+    finally: lock.release()
+
 def fit(
     model, data, epochs: int = None, steps: int = None, preset: str = 'paper', seed: int = 0, evaluations: int = 1,
     folder=None, checkpoint_seconds: float = 30., progress: bool = True, on_epoch=None, **options,
@@ -272,8 +316,7 @@ def fit(
     refuse_precision(o.precision, device())
     _refuse_lonely(model, min(o.batch_size, len(data.train)))
     steps = steps or o.epochs*steps_per_epoch(len(data.train), o.batch_size)
-    with _own_state():
-        if folder and is_first(): make_folder(folder)
+    with _alone_in(folder), _own_state():
         t = _Trainer(model, data, o, steps, seed)
         if folder:
             t.run = identity_of(t, evaluations)
@@ -282,22 +325,3 @@ def fit(
         t.train_mode()
     if t.average: model.backbone.load_state_dict(t.average.weights(), strict=False)
     return t.log
-
-# %% ../nbs/method/22_training.ipynb #cb8028f6
-def _loop(t, folder, evaluations, checkpoint_seconds, progress, on_epoch):
-    "Epoch after epoch until the steps are done."
-    saved, main, batches = time.perf_counter(), is_first(), t.batches()
-    table = LogFile(Path(folder)/'log.csv', t.log) if folder and main else None
-    with tqdm(total=t.steps, initial=t.step, desc='training', unit='step', leave=False,
-              disable=not (progress and main)) as bar:
-        while t.step < t.steps:
-            row = _epoch(t, batches, bar)
-            _evaluate(t, row, evaluations, progress and main)
-            warn_inactive(row, t.log)
-            t.log.append(row)
-            if table: table.write() if t.step == t.steps else table.add_newest()
-            if table and (t.step == t.steps or time.perf_counter() - saved >= checkpoint_seconds):
-                save_checkpoint(Path(folder)/'checkpoint.safetensors', tensors_of(t),
-                                dict(run=t.run, step=t.step, log=t.log, hardware=t.hardware))
-                saved = time.perf_counter()
-            if on_epoch and main: on_epoch(dict(row))

@@ -167,7 +167,10 @@ def identity_of(
             'class names': data.class_names, 'image size': data.image_size, 'mirroring': data.flip,
             'smallest crop': data.crop, 'mean and deviation': [data.mean, data.std]}
     if t.kept: out['kept in evaluation mode'] = [k for k, m in t.plain.named_modules() if m in t.kept]
-    if hasattr(t.plain, 'prompts'): out['text encoder'] = t.plain.prompts.enc.digest()
+    if frozen := [k for k, p in t.plain.named_parameters() if not p.requires_grad]: out['frozen'] = frozen
+    if hasattr(t.plain, 'prompts'):
+        prompts = t.plain.prompts
+        out |= {'text encoder': prompts.enc.digest(), "tokens of the names": [o.tolist() for o in prompts.ids]}
     return json.loads(json.dumps(out | settings_of(t.plain)))
 
 # %% ../nbs/method/21_watch.ipynb #ef514cdd

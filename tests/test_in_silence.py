@@ -1,5 +1,5 @@
 "Ordinary calls that once went wrong without a word: now they are right, or refused in one sentence."
-import contextlib, math
+import contextlib, dataclasses, math
 
 import numpy as np, pandas as pd, pytest, timm, torch
 from PIL import Image
@@ -9,13 +9,18 @@ from lico.backbones import adapt, create_backbone
 from lico.config import derive_seed
 from lico.data import load
 from lico.evidence.arms import compare
+from lico.evidence.cases import Cases, Network
+from lico.evidence.map_scores import scores
+from lico.evidence.pages import parameters
+from lico.evidence.programme import asked_of_block
+from lico.evidence.recipe import hold_out
 from lico.evidence.stats import sign_flip
 from lico.losses import LossOptions, adjacency, cost_matrix, manifold_matching, ot_alignment, sinkhorn
 from lico.metrics import deletion, energy_pointing_game, insertion, pointing_game
 from lico.model import LICO, CrossEntropy, refuse_other_forward
 from lico.pixels import read_image
-from lico.shipping import load_network, preprocessing_of, save_network
-from lico.saliency import explain, overlay
+from lico.shipping import load_network, loading_lines, preprocessing_of, save_network
+from lico.saliency import METHODS, explain, overlay
 from lico.temperatures import calibrated_taus
 from lico.text import PromptLearner, load_text_encoder
 from lico.training import fit, predict
@@ -464,3 +469,100 @@ def test_comparing_with_a_table_that_is_none():
     with pytest.raises(ValueError, match='99'): compare(pd.DataFrame(), 99)
     with pytest.raises(ValueError, match='the results have no .*arm.*: expected read'): compare(pd.DataFrame(), 3)
     with pytest.raises(ValueError, match='metric is empty'): compare(pd.DataFrame(), 3, metric=[])
+
+
+def scored(net, lico_root, saliency='random'):
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    cases = Cases(Network('n', net, lambda image: image, tuple('abc'), 32), x, torch.tensor([0, 1]), ('p', 'q'))
+    return scores(cases, saliency, progress=False)
+
+
+def test_scores_are_of_the_network_that_is_asked(lico_root):
+    "The same weights at another stride, a network that was trained on, and one in training mode."
+    torch.manual_seed(0)
+    coarse, fine = (create_backbone('test_resnet', 3, 32, output_stride=s) for s in (None, 16))
+    fine.load_state_dict(coarse.state_dict())
+    first, other = scored(coarse.eval(), lico_root), scored(fine.eval(), lico_root)
+    assert not np.allclose(first.probability, other.probability, atol=1e-3)
+    before = {k: v.clone() for k, v in coarse.state_dict().items()}
+    assert scored(coarse.train(), lico_root).equals(first) and coarse.training
+    fresh = scored(coarse, lico_root, 'edges')  # which nobody measured before
+    assert fresh.probability.equals(first.probability)
+    assert all(torch.equal(v, before[k]) for k, v in coarse.state_dict().items())
+    with torch.no_grad(): coarse.fc.bias += torch.tensor([3., 0., 0.])
+    assert scored(coarse.eval(), lico_root).probability[0] > first.probability[0] + 10
+
+
+def test_a_method_of_ones_own_may_change(lico_root, monkeypatch):
+    torch.manual_seed(0)
+    net = create_backbone('wrn_10_1', 3, 32).eval()
+    areas = []
+    for sign in (1, -1):
+        monkeypatch.setitem(METHODS, 'mine', lambda net, x, target: sign*x.mean(1))
+        areas.append(scored(net, lico_root, 'mine').insertion)
+    assert not areas[0].equals(areas[1])
+
+
+def test_a_checkpoint_of_other_words_or_other_frozen_weights_is_refused(digits, encoder, tmp_path):
+    def model(class_text='names', frozen=False):
+        torch.manual_seed(0)
+        net = net_for(digits)
+        net.stem.requires_grad_(not frozen)
+        prompts = PromptLearner(encoder, digits.class_names, n_context=1, class_text=class_text)
+        return LICO(net, prompts, LossOptions())
+    train = lambda *of: fit(model(*of), digits, steps=1, folder=tmp_path/'run', progress=False)
+    log = train()
+    assert train() == log
+    with pytest.raises(ValueError, match='tokens of the names'): train('shuffled')
+    with pytest.raises(ValueError, match='frozen'): train('names', True)
+
+
+def test_what_is_freed_while_training_is_not_left_out(digits, tmp_path):
+    net = net_for(digits)
+    net.stem.requires_grad_(False)
+    with pytest.raises(ValueError, match=r'changed during fit \(requires_grad of backbone.stem.weight\): end fit'):
+        fit(CrossEntropy(net), digits, epochs=2, folder=tmp_path/'run', progress=False,
+            on_epoch=lambda row: net.stem.requires_grad_())
+    assert len(pd.read_csv(tmp_path/'run'/'log.csv')) == 1, 'the epoch that was computed is kept'
+
+
+@pytest.mark.parametrize('end', [nn.Softmax(1), nn.Sigmoid()], ids=['softmax', 'sigmoid'])
+def test_probabilities_are_neither_trained_nor_shipped(digits, tmp_path, end):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10), end)
+    with pytest.raises(ValueError, match='gives probabilities, .*: leave the softmax or sigmoid'):
+        fit(CrossEntropy(adapt(net, '0', 10, digits.image_size)), digits, steps=1, progress=False)
+    with pytest.raises(ValueError, match='gives probabilities'):
+        save_network(net.eval(), tmp_path/'shipped', digits.class_names, preprocessing_of(digits))
+
+
+def test_32_bits_a_pixel_are_refused_by_what_is_shipped_too(digits, tmp_path):
+    Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)).save(tmp_path/'deep.tiff')
+    save_network(net_for(digits).eval(), tmp_path/'shipped', digits.class_names, preprocessing_of(digits))
+    exec(loading_lines(tmp_path/'shipped'), lines := {})
+    shipped = load_network(tmp_path/'shipped')
+    for ask in (lines['classify'], lambda path: shipped.prepare(Image.open(path))):
+        with pytest.raises(OSError, match='mode F has 32 bits a pixel'): ask(tmp_path/'deep.tiff')
+
+
+def test_two_trainings_do_not_share_a_folder(digits, tmp_path):
+    def train(**more):
+        fit(CrossEntropy(net_for(digits)), digits, steps=1, folder=tmp_path/'run', progress=False, **more)
+    with pytest.raises(ValueError, match='another training is at work in .*run: give this one a folder of its own'):
+        train(on_epoch=lambda row: train())
+
+
+@pytest.mark.parametrize('part', ['train', 'test'])
+def test_no_images_are_no_data(digits, part):
+    bare = dataclasses.replace(digits, **{part: getattr(digits, part)[:0]})
+    with pytest.raises(ValueError, match=f'has no images in data.{part}'):
+        fit(CrossEntropy(net_for(digits)), bare, steps=1, progress=False)
+
+
+def test_not_all_can_be_held_out(digits):
+    with pytest.raises(ValueError, match='images = 21 to hold out: expected at most 20'): hold_out(digits, 21)
+
+
+def test_a_block_has_one_dataset(tmp_path):
+    given = dict(profile='smoke', out=str(tmp_path/'out'), block='A', datasets='digits, cifar10')
+    with pytest.raises(ValueError, match='datasets = digits, cifar10: a block has one'):
+        asked_of_block(parameters('language', given))

@@ -267,7 +267,7 @@ CHANGES = dict(
     evaluations=(lambda d: dict(evaluations=2), r'evaluations \(1 there, 2 here\)'),
     seed=(lambda d: dict(seed=1), r'seed \(0 there, 1 here\)'),
     lr=(lambda d: dict(lr=0.1), r'lr \(0.03 there, 0.1 here\)'),
-    prompted=(lambda d: dict(model=small(d, class_names=[*'abcdefghij'])), 'prompts.class_names'),
+    prompted=(lambda d: dict(model=small(d, class_names=[*'abcdefghij'])), 'tokens of the names, prompts.class_names'),
     position=(lambda d: dict(model=small(d, class_position='front')), r'prompts.front \(false there, true here\)'),
     dynamic=(lambda d: dict(model=small(d, dynamic=False)), r'prompts.dynamic \(true there, false here\)'),
     alpha=(lambda d: dict(model=small(d, losses=LossOptions(alpha=1.))), r'options.alpha \(10.0 there, 1.0 here\)'),

@@ -6,8 +6,6 @@
 __all__ = ['done_again', 'with_those', 'findings']
 
 # %% ../../nbs/evidence/57_findings.ipynb #2f0ac04f
-import re
-
 import pandas as pd
 
 from .programme import BLOCKS, LOUDER, PRIMARY, SECONDARY, contrast_rows
@@ -69,50 +67,54 @@ def _answer(*said):
 def _presets(numbers, said):
     "Each preset's numbers, {name: numbers}, with its own answer where they differ."
     if len(set(said)) == 1: return ', '.join(f'`{k}` {v}' for k, v in numbers.items())
-    return '; '.join(f'`{k}` {v}, {s[0].lower()}{s[1:]}' for (k, v), s in zip(numbers.items(), said))
-
-def _matching(active):
-    return f'matching had {"something" if active else "nothing"} to say in the end in {active or 1:.0%} of runs'
+    return '; '.join(f'`{k}` {v}: {s[0].lower()}{s[1:]}' for (k, v), s in zip(numbers.items(), said))
 
 def _alone(rows, contrast):
     "The pooled rows of a contrast that are of one block."
     return rows[rows.pooled & (rows.contrast == contrast) & (rows.block != 'all')]
 
+def _ran(rows):
+    "The blocks that say something, but for the one that asks about bfloat16."
+    return sorted(k for k in set(rows.block) - {'all'} if BLOCKS[k].precision == 'fp32')
+
 def _where(rows, contrast):
     "The blocks that a contrast is the mean of."
-    return ' and '.join(_alone(rows, contrast).block)
+    return ', '.join(_alone(rows, contrast).block)
 
 # %% ../../nbs/evidence/57_findings.ipynb #d04b90b7
-def _each(rows, contrast):
-    "What a contrast came to in each of the pooled blocks, where these differ."
+def _each(rows, contrast, points=_points, beside=False):
+    "What a contrast came to in each of the pooled blocks, whether these differ, and what others say `beside` them."
     own, whole = _alone(rows, contrast), rows[rows.contrast == contrast].iloc[0]
-    each = ', '.join(f'{r.block} {_points(r)}' for r in own.itertuples())
-    return f' ({each}; these differ, p = {whole.p_same:.1g})' if whole.p_same < .05 else ''
+    others = rows[beside & (rows.contrast == contrast) & ~rows.pooled & (rows.n >= FEWEST) & rows.block.isin(_ran(rows))]
+    blocks = lambda df: ', '.join(f'{r.block} {points(r)}' for r in df.itertuples())
+    differ = f'; these differ, p = {whole.p_same:.1g}' if whole.p_same < .05 else ''
+    return f" ({blocks(own)}{differ}{'; not pooled: ' + blocks(others) if len(others) else ''})"
+
+def _mean(r): return f'{r.difference:+.2f}'.replace('-', '−')
 
 def _printed(own, printed):
     "What the paper prints for the blocks in which something was measured."
-    each = ' and '.join(f'{printed[k]:+.1f} ({k})' for k in own.block if k in printed)
-    return f', where the paper prints {each}' if each else ''
+    each = ', '.join(f'{k} {printed[k]:+.1f}' for k in own.block if k in printed)
+    return f'; printed: {each}' if each else ''
 
 def _part(rows, names, invented):
     "Whether right names have a part, in words; what speaks against a verdict that they have."
     own = _alone(rows, names.contrast)
     by = ' and '.join(own.block[own.difference > own.half_width])
     against = [f'by {by} alone' if by else 'its blocks differ'] if names.p_same < .05 else []
-    if invented.p_within < .05: against.append(f'invented words do as well, within {invented.margin:g} point '
-                                               f'(minus these {_points(invented)}, {_where(rows, invented.contrast)})')
+    if invented.difference <= invented.half_width:
+        against.append(f'right minus invented words is {_points(invented)} ({_where(rows, invented.contrast)})')
     if names.verdict != 'supported' or not against: return _said(names)
     return f"By the declared rule yes, but {', and '.join(against)}"
 
-def _louder(whole):
+def _louder(rows, whole):
     "What right names gain over shuffled ones in the block that has louder names and transport's twin, if it was run."
-    where = 'with ten times the weight', 'in transport alone'
-    ran = [(what, whole[c.says]) for what, c in zip(where, LOUDER) if c.says in whole]
-    within = lambda r: f' within {r.margin:g} point' if r.verdict == 'equivalent' else ''
-    says = {r.verdict + within(r): r for _, r in ran}  # once, if it is the same of both
-    verdict = lambda r: f' ({r.verdict}{within(r)})' if len(says) > 1 else ''
-    each = ', '.join(f'{what} {_points(r)}{verdict(r)}' for what, r in ran)
-    return f" The same {each} ({'; '.join(['L', *says][:1 + (len(says) == 1)])})." if each else ''
+    ran = [whole[c.says] for c in LOUDER if c.says in whole]
+    if len(ran) < len(LOUDER): return ''
+    loud, transport = (f'{_points(r)} ({r.verdict})' for r in ran)
+    gain = next(r for r in rows[rows.contrast == SECONDARY[0].says].itertuples() if r.block == LOUDER[1].block)
+    return (f" With louder names (L, margin {ran[0].margin:g} point) {loud}; in transport alone, which gains "
+            f"{_points(gain)} there, {transport}.")
 
 def _again(rows):
     """What fresh seeds make of the one block that names seemed to help in, by the rule declared before them; nothing
@@ -127,10 +129,10 @@ def _again(rows):
 
 def _extent(rows):
     "What was run of the programme, in words."
-    ran = sorted(k for k in set(rows.block) - {'all'} if BLOCKS[k].precision == 'fp32')
+    ran = _ran(rows)
     known = {BLOCKS[k].dataset for k in ran if BLOCKS[k].pooled}
     where = lambda b: '' if not b.pooled and b.dataset in known else f'{b.dataset}, '
-    what = lambda b: where(b) + (f'{b.labels or "all"} labels' if b.pooled else re.split('[,:]', b.says)[0])
+    what = lambda b: where(b) + (f'{b.labels or "all"} labels' if b.pooled else b.says.split(': ')[-1].split(',')[0])
     many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
     each = (f'{k}: {what(BLOCKS[k])}, {many(rows[rows.block == k].n.max(), BLOCKS[k])}' for k in ran)
     left = [k for k in BLOCKS if k not in set(rows.block)]
@@ -148,19 +150,19 @@ def findings(
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     transport, shuffled, supervised, _, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
-    no_more = f", {'and no more than' if beyond[0].p_within < .05 else 'against'} transport alone"
     gains, parts = [_said(repaired), _said(semantic)], [_part(rows, names_1, invented), _said(names_2)]
-    of_names = dict(repaired=f'{_points(names_1)}{_each(rows, names_1.contrast)}',
-                    semantic=f'{_points(names_2)}{_each(rows, names_2.contrast)}')
-    said = [f"**Does LICO gain accuracy?** {_answer(*gains)}: "
-            f"{_presets(dict(repaired=_points(repaired), semantic=_points(semantic)), gains)} points"
+    each = lambda of, *how: {k: f'{_points(r)}{_each(rows, r.contrast, *how)}'
+                             for k, r in zip(('repaired', 'semantic'), of)}
+    said = [f"**Does LICO gain accuracy?** {_answer(*gains)}: {_presets(each((repaired, semantic), _mean, True), gains)}"
             f"{_printed(_alone(rows, repaired.contrast), printed)}. Transport alone gains {_points(transport)} "
-            f"({_where(rows, transport.contrast)}), supervised contrast {_points(supervised)}.",
+            f"({_where(rows, transport.contrast)}), supervised contrast {_points(supervised)} "
+            f"({_where(rows, supervised.contrast)}).",
             f"**Has language a part in it?** {_answer(*parts)}. Shuffled names, each on a wrong class, gain "
-            f"{_points(shuffled)} too. Right minus shuffled: "
-            f"{_presets(of_names, parts)}.{_louder(whole)}{_again(rows)}",
-            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {_points(literal)}{no_more} "
-            f"({_points(beyond[0])}); {_matching(literal.active)}.",
+            f"{_points(shuffled)} too (`repaired`). Right minus shuffled: "
+            f"{_presets(each((names_1, names_2)), parts)}.{_louder(rows, whole)}{_again(rows)}",
+            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {_points(literal)}; minus transport "
+            f"alone {_points(beyond[0])}. Its matching ended {'active' if literal.active else 'inactive'} in "
+            f"{literal.active or 1:.0%} of runs.",
             f"**Are its maps better?** {maps}",
             f"**How far does this go?** {_extent(rows)}."]
     return '\n'.join(f'* {s}' for s in said)

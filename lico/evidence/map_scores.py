@@ -18,7 +18,8 @@ from ..files import locked, python_command, read_sealed, write_sealed
 from .cases import Cases
 from ..experiments import MEASURING_PROTOCOL
 from ..shipping import tensors_digest
-from ..networks import full_float32
+from ..copies import plain_attributes
+from ..networks import full_float32, undisturbed
 from ..metrics import blur, deletion, energy_pointing_game, insertion, mosu, pointing_game
 from ..sensitivity import random_affine, ses
 from ..saliency import METHODS, explain
@@ -96,8 +97,9 @@ def _chunk(cases, index, saliency, metrics, batch_size, options):
                         batch_size=batch_size,
                         names=[cases.names[i] for i in index],
                         regions=cases.regions and [cases.regions[i] for i in index])
-    @torch.no_grad()
-    def probability(x): return 100*net(x).softmax(1).gather(1, target[:, None])[:, 0].cpu().numpy()
+    def probability(x):
+        with undisturbed(net, x.device), torch.no_grad():
+            return 100*net(x).softmax(1).gather(1, target[:, None])[:, 0].cpu().numpy()
     df = pd.DataFrame(dict(image=c.names, target=target.tolist(), probability=probability(x),
                            **{m: SCORERS[m](c).cpu().numpy() for m in metrics}))
     if 'insertion' in metrics: df['blurred'] = probability(blurred(x))
@@ -131,12 +133,19 @@ def _sha(*parts):
     for p in parts: sha.update(p.encode() if isinstance(p, str) else np.ascontiguousarray(p).tobytes())
     return sha.hexdigest()[:16]
 
-@functools.lru_cache(maxsize=4)
-def _weights(network):
-    "A digest of a network's weights."
-    return tensors_digest({k: v.cpu() for k, v in network.net.state_dict().items()})[:16]
+def _made_of(net):
+    "A digest of a network: weights, and its modules with their kinds, attributes and hooks."
+    hooks = lambda m: [*map(_name_of, (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))]
+    modules = [(k, _name_of(type(m)), plain_attributes(m), hooks(m)) for k, m in net.named_modules()]
+    return _sha(repr(modules), tensors_digest({k: v.detach().cpu() for k, v in net.state_dict().items()}))
 
-@functools.lru_cache(maxsize=4)
+def _name_of(o): return f"{o.__module__}.{getattr(o, '__qualname__', type(o).__name__)}"
+
+def _is_ours(saliency):
+    "Whether a method is lico's own: what another gives may change with its code, so it is not kept."
+    method = METHODS[saliency]
+    return getattr(method, 'func', method).__module__.startswith('lico.')
+
 def _contents(cases):
     "A digest of each case: its name (which seeds what is random), image, class and regions."
     regions = cases.regions or [np.zeros(0)]*len(cases)
@@ -145,7 +154,7 @@ def _contents(cases):
 
 def _file(cases, saliency, metrics, options):
     key = _sha(json.dumps([saliency, sorted(metrics), sorted(options.items()), MEASURING_PROTOCOL]))
-    return root()/'data'/'scores'/f'{_weights(cases.network)}-{saliency}-{key}.csv'
+    return root()/'data'/'scores'/f'{_made_of(cases.network.net)}-{saliency}-{key}.csv'
 
 def _check(cases, saliency, metrics):
     "Refuse a method or metric that does not exist, or that these cases cannot be scored with."
@@ -166,9 +175,10 @@ def scores(
     constant, seconds for the map."""
     _check(cases, saliency, metrics)
     path, wanted = _file(cases, saliency, metrics, options), _contents(cases)
-    read = lambda: pd.read_csv(io.StringIO(text), dtype=dict(image=str)) if (text := read_sealed(path)) else None
+    read = lambda text: pd.read_csv(io.StringIO(text), dtype=dict(image=str))
     with locked(f'{path}.lock'):
-        if (done := read()) is None: done = pd.DataFrame(dict(case=[]))
+        text = read_sealed(path) if _is_ours(saliency) else None
+        done = read(text) if text else pd.DataFrame(dict(case=[]))
         # always the same ones, so that what is random does not depend on what was there
         chunks = [range(i, min(i + 8, len(cases))) for i in range(0, len(cases), 8)]
         missing = [list(c) for c in chunks if not {wanted[i] for i in c} <= set(done.case)]
@@ -177,8 +187,9 @@ def scores(
             rows = rows.assign(
                 case=[wanted[i] for i in index], **{k: stamp()[k] for k in ('hardware', 'instructions', 'torch')})
             done = pd.concat([done, rows]).drop_duplicates('case', keep='last') if len(done) else rows
-            write_sealed(path, done.to_csv(index=False, float_format='%.5g'))
-        return read().set_index('case').loc[wanted].reset_index(drop=True)
+            text = done.to_csv(index=False, float_format='%.5g')
+            if _is_ours(saliency): write_sealed(path, text)
+        return read(text).set_index('case').loc[wanted].reset_index(drop=True)
 
 # %% ../../nbs/evidence/39_map_scores.ipynb #2d6a09d3
 def saliency_options(

@@ -232,6 +232,7 @@ def asked_of_block(
     if bits == 'bf16' and not isinstance(p.workers, str) and not has_bfloat16(here): raise ValueError(
         f"block {p.block} trains in bfloat16, for which this {here.type} has no instructions: take another machine, or "
         "block A, which is the same in float32")
+    if len(p.datasets or []) > 1: raise ValueError(f"datasets = {', '.join(p.datasets)}: a block has one, so give one")
     how = {k: getattr(p, k) for k in ('text_encoder', 'evaluations', 'steps', 'epochs')}
     return block_runs(p.block, (p.datasets or [BLOCKS[p.block].dataset])[0], p.seeds or None, **how)
 
