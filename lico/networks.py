@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIRST', 'full_float32', 'undisturbed', 'statistics_kept', 'unwrapped', 'deep_copy', 'in_float32', 'given_copies',
-           'rows_of_output', 'channel_axis', 'layout', 'module_name', 'first_tensor', 'put_first', 'listen',
-           'listen_before', 'remove', 'zeros_stirred']
+           'rows_of_output', 'sums_to_one', 'ends_in_sigmoid', 'refuse_probabilities', 'channel_axis', 'layout',
+           'module_name', 'first_tensor', 'put_first', 'listen', 'listen_before', 'remove', 'zeros_stirred']
 
 # %% ../nbs/method/13_networks.ipynb #22b99dc4
 import contextlib, copy, difflib, re, threading
@@ -168,6 +168,33 @@ def rows_of_output(
     raise ValueError(f"the network's output for {n} image{'s'*(n > 1)} is a {what}, which is no row of one number a "
                      "class: pass score=, a function that makes [n, K] of it, such as lambda out: "
                      f"out[{part}].softmax(1)")
+
+# %% ../nbs/method/13_networks.ipynb #ae050b7d
+def sums_to_one(row):
+    """Whether an answer is probabilities of several classes, and no logits; those that were rounded to half precision
+    sum to one less exactly."""
+    rounded = any(row.equal(row.to(kind).to(row)) for kind in (torch.float16, torch.bfloat16))
+    return row.shape[1] > 1 and bool((row >= 0).all()) and abs(row.sum().item() - 1) < (5e-3 if rounded else 1e-5)
+
+_MOVES = re.compile('(View|UnsafeView|Reshape|Squeeze|Unsqueeze|Flatten|Select|Slice|Index|Clone|ToCopy|Transpose|T|'
+                    'Permute|Clamp|Cat|Stack|Unbind|Split)Backward')
+
+def ends_in_sigmoid(step):
+    "Whether what autograd remembers ends in a sigmoid; moving, copying and clipping its numbers is passed over."
+    if not _MOVES.match(step.name()): return step.name().startswith('SigmoidBackward')
+    before = [o for o, _ in step.next_functions if o]
+    return bool(before) and all(map(ends_in_sigmoid, before))
+
+def refuse_probabilities(
+    net: nn.Module,  # a classifier
+    x: torch.Tensor,  # images as it takes them
+):
+    "Refuse a network that gives probabilities where logits are wanted."
+    with undisturbed(net, x.device), torch.enable_grad():
+        row = rows_of_output(net(x[:1].detach().requires_grad_().clone()), 1)
+    if not sums_to_one(row) and not (row.grad_fn and ends_in_sigmoid(row.grad_fn)): return
+    raise ValueError(f"{type(net).__name__} gives probabilities, of which the softmax would be taken again: leave the "
+                     "softmax or sigmoid at its end away, so that it gives logits")
 
 # %% ../nbs/method/13_networks.ipynb #c55ae74c
 FIRST = (nn.Conv2d, nn.modules.batchnorm._BatchNorm, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,

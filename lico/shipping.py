@@ -20,8 +20,7 @@ from . import pixels
 from .files import SUMS, read_checked, read_sums, sha256, write_atomic, write_summed
 from .data import Files
 from .pixels import reason, window_source
-from .probes import refuse_probabilities
-from .networks import deep_copy, unwrapped
+from .networks import deep_copy, refuse_probabilities, unwrapped
 
 # %% ../nbs/method/18_shipping.ipynb #e9618408
 def tensors_digest(

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-from .networks import deep_copy, full_float32, undisturbed
+from .networks import deep_copy, full_float32, refuse_probabilities, undisturbed
 from .copies import looking
 from .config import (choose, derive_seed, device, hardware, memory_format, options_from, preset as read_preset,
                          whole_number)
@@ -24,7 +24,6 @@ from .data import Data
 from .files import make_folder
 from .shipping import save_checkpoint
 from .model import refuse_other_forward
-from .probes import refuse_probabilities
 from .schedule import Average, TrainOptions, deal, learning_rate, refuse_precision, steps_per_epoch
 from .together import Batch, all_of, group_size, is_first, join_group, share
 from .watch import LogFile, check_finite, identity_of, mean_row, resume, tensors_of, warn_inactive

@@ -85,7 +85,8 @@ def _where(rows, contrast):
 def _each(rows, contrast, points=_points, beside=False):
     "What a contrast came to in each of the pooled blocks, whether these differ, and what others say `beside` them."
     own, whole = _alone(rows, contrast), rows[rows.contrast == contrast].iloc[0]
-    others = rows[beside & (rows.contrast == contrast) & ~rows.pooled & (rows.n >= FEWEST) & rows.block.isin(_ran(rows))]
+    others = rows[beside & (rows.contrast == contrast) & ~rows.pooled & (rows.n >= FEWEST)]
+    others = others[others.block.isin(_ran(rows))]
     blocks = lambda df: ', '.join(f'{r.block} {points(r)}' for r in df.itertuples())
     differ = f'; these differ, p = {whole.p_same:.1g}' if whole.p_same < .05 else ''
     return f" ({blocks(own)}{differ}{'; not pooled: ' + blocks(others) if len(others) else ''})"
@@ -153,7 +154,8 @@ def findings(
     gains, parts = [_said(repaired), _said(semantic)], [_part(rows, names_1, invented), _said(names_2)]
     each = lambda of, *how: {k: f'{_points(r)}{_each(rows, r.contrast, *how)}'
                              for k, r in zip(('repaired', 'semantic'), of)}
-    said = [f"**Does LICO gain accuracy?** {_answer(*gains)}: {_presets(each((repaired, semantic), _mean, True), gains)}"
+    said = [f"**Does LICO gain accuracy?** {_answer(*gains)}: "
+            f"{_presets(each((repaired, semantic), _mean, True), gains)}"
             f"{_printed(_alone(rows, repaired.contrast), printed)}. Transport alone gains {_points(transport)} "
             f"({_where(rows, transport.contrast)}), supervised contrast {_points(supervised)} "
             f"({_where(rows, supervised.contrast)}).",

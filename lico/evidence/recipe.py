@@ -39,7 +39,8 @@ def hold_out(
         raise ValueError(f"classes with fewer than 3 training images: {', '.join(few)}; two are needed to train on and "
                          "one to hold out for the decision: add images, or remove the class")
     if images and images > (most := len(data.train) - 2*len(counts)):
-        raise ValueError(f"images = {images} to hold out: expected at most {most}, since two of each class are trained on")
+        raise ValueError(f"images = {images} to hold out: expected at most {most}, since two of each class are left to "
+                         "train on")
     share, held = (images or len(data.train)/5)/len(data.train), torch.zeros(len(data.train), dtype=torch.bool)
     for c, n in enumerate(counts):
         members = (data.train.y == c).nonzero().flatten().tolist()
