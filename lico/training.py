@@ -282,6 +282,7 @@ def _alone_in(folder):
     try: yield
     finally: lock.release()
 
+# %% ../nbs/method/22_training.ipynb #385b51a3
 def fit(
     model, data, epochs: int = None, steps: int = None, preset: str = 'paper', seed: int = 0, evaluations: int = 1,
     folder=None, checkpoint_seconds: float = 30., progress: bool = True, on_epoch=None, **options,

@@ -108,6 +108,7 @@ def _part(rows, names, invented):
     if names.verdict != 'supported' or not against: return _said(names)
     return f"By the declared rule yes, but {', and '.join(against)}"
 
+# %% ../../nbs/evidence/57_findings.ipynb #b3954ee8
 def _louder(rows, whole):
     "What right names gain over shuffled ones in the block that has louder names and transport's twin, if it was run."
     ran = [whole[c.says] for c in LOUDER if c.says in whole]

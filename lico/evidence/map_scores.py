@@ -156,6 +156,7 @@ def _file(cases, saliency, metrics, options):
     key = _sha(json.dumps([saliency, sorted(metrics), sorted(options.items()), MEASURING_PROTOCOL]))
     return root()/'data'/'scores'/f'{_made_of(cases.network.net)}-{saliency}-{key}.csv'
 
+# %% ../../nbs/evidence/39_map_scores.ipynb #0435b110
 def _check(cases, saliency, metrics):
     "Refuse a method or metric that does not exist, or that these cases cannot be scored with."
     choose('saliency method', saliency, METHODS)
