@@ -256,6 +256,7 @@ def _loop(t, folder, evaluations, checkpoint_seconds, progress, on_epoch):
     with tqdm(total=t.steps, initial=t.step, desc='training', unit='step', leave=False,
               disable=not (progress and main)) as bar:
         while t.step < t.steps:
+            _refuse_thawed(t)
             row = _epoch(t, batches, bar)
             _evaluate(t, row, evaluations, progress and main)
             warn_inactive(row, t.log)
@@ -266,7 +267,6 @@ def _loop(t, folder, evaluations, checkpoint_seconds, progress, on_epoch):
                                 dict(run=t.run, step=t.step, log=t.log, hardware=t.hardware))
                 saved = time.perf_counter()
             if on_epoch and main: on_epoch(dict(row))
-            _refuse_thawed(t)
 
 # %% ../nbs/method/22_training.ipynb #dd1d48a5
 @contextlib.contextmanager
@@ -316,7 +316,7 @@ def fit(
     refuse_precision(o.precision, device())
     _refuse_lonely(model, min(o.batch_size, len(data.train)))
     steps = steps or o.epochs*steps_per_epoch(len(data.train), o.batch_size)
-    with _alone_in(folder), _own_state():
+    with _own_state(), _alone_in(folder):
         t = _Trainer(model, data, o, steps, seed)
         if folder:
             t.run = identity_of(t, evaluations)

@@ -524,6 +524,8 @@ def test_what_is_freed_while_training_is_not_left_out(digits, tmp_path):
         fit(CrossEntropy(net), digits, epochs=2, folder=tmp_path/'run', progress=False,
             on_epoch=lambda row: net.stem.requires_grad_())
     assert len(pd.read_csv(tmp_path/'run'/'log.csv')) == 1, 'the epoch that was computed is kept'
+    net.stem.requires_grad_(False)
+    fit(CrossEntropy(net), digits, epochs=1, progress=False, on_epoch=lambda row: net.stem.requires_grad_())  # the last
 
 
 @pytest.mark.parametrize('end', [nn.Softmax(1), nn.Sigmoid()], ids=['softmax', 'sigmoid'])
