@@ -10,7 +10,8 @@ import math, numbers, warnings
 from dataclasses import dataclass
 import numpy as np, torch
 from torch import nn
-from .networks import in_float32, undisturbed, unwrapped
+from .networks import undisturbed, unwrapped
+from .copies import in_float32
 from .probes import Probe, looker
 from .saliency import refuse_batchwise, refuse_no_network
 from .config import choose, whole_number

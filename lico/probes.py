@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from .backbones import Adapted
-from .networks import (ends_in_sigmoid, first_tensor, given_copies, in_float32, layout, listen, listen_before,
-                           put_first, remove, rows_of_output, sums_to_one, undisturbed, unwrapped)
-from .copies import looking, usual_batch
+from .networks import (ends_in_sigmoid, first_tensor, layout, listen, listen_before, put_first, remove,
+                           rows_of_output, sums_to_one, undisturbed, unwrapped)
+from .copies import given_copies, in_float32, looking, usual_batch
 from .pixels import reason
 
 # %% ../nbs/method/23_probes.ipynb #ab811251

@@ -13,8 +13,8 @@ import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
 
-from .networks import in_float32, module_name, undisturbed, unwrapped
-from .copies import usual_batch
+from .networks import module_name, undisturbed, unwrapped
+from .copies import in_float32, usual_batch
 from .probes import FEATURES, Probe, settle
 from .cams import cam, group_cam, to_unit
 from .config import choose, whole_number

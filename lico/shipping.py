@@ -20,7 +20,8 @@ from . import pixels
 from .files import SUMS, read_checked, read_sums, sha256, write_atomic, write_summed
 from .data import Files
 from .pixels import reason, window_source
-from .networks import deep_copy, refuse_probabilities, unwrapped
+from .networks import refuse_probabilities, unwrapped
+from .copies import deep_copy
 
 # %% ../nbs/method/18_shipping.ipynb #e9618408
 def tensors_digest(
