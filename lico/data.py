@@ -12,7 +12,7 @@ import numpy as np, torch
 from .config import derive_seed, whole_number
 from .datasets import file_bytes, find, image_hashes, repeated_images
 from .listing import as_bytes, as_text, by_hash, composed, look_into, on_disk, readable, table_of_files
-from .pixels import as_rgb, central_window, each_image, open_image, read_image, reason, whole_square
+from .pixels import as_rgb, central_window, each_image, open_image, read_image, reason, upright_size, whole_square
 
 # %% ../nbs/method/09_data.ipynb #cd132858
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -192,13 +192,11 @@ def _hold_out(images, class_names, n):
 # %% ../nbs/method/09_data.ipynb #aefce7b9
 @functools.lru_cache(maxsize=2)
 def _whole(name, size, listing):
-    "A whole dataset; of a folder, with what lies there. And how often its tensors have been changed in place."
+    "A whole dataset; of a folder, with what lies there. Nobody gets its own tensors, who might write into them."
     source = find(name, listing)
-    data = (_from_files if source.folder else _in_memory)(source.name or name, source, size)
-    return data, _changes(data)
+    return (_from_files if source.folder else _in_memory)(source.name or name, source, size)
 
-def _changes(data):
-    return [t._version for part in (data.train, data.test) for t in vars(part).values() if torch.is_tensor(t)]
+def _copy(images): return images[torch.arange(len(images))]
 
 # %% ../nbs/method/09_data.ipynb #61c13484
 def refuse_path(name):
@@ -244,13 +242,11 @@ def load(
     if image_size is not None: whole_number('image_size', image_size, 1)
     if flip not in (None, True, False): raise ValueError(f"flip = {flip!r}: expected True, False or None")
     place, listing = _place(name)
-    whole, changes = _whole(place, image_size, listing)
-    if _changes(whole) != changes:  # someone wrote into what an earlier call gave
-        _whole.cache_clear()
-        whole, _ = _whole(place, image_size, listing)
-    train, test = ((whole.train, whole.test) if validation is None
+    whole = _whole(place, image_size, listing)
+    train, test = ((whole.train, _copy(whole.test)) if validation is None
                    else _hold_out(whole.train, whole.class_names, validation))
     if k := _per_class(labels, shots, len(whole.class_names)): train = _balanced(train, whole.class_names, k, seed)
+    elif train is whole.train: train = _copy(train)
     return dataclasses.replace(whole, name=name if whole.name == place else whole.name, train=train, test=test,
                                flip=whole.flip if flip is None else bool(flip))
 
@@ -261,8 +257,17 @@ def test_boxes(
     name: str,  # "folder:PATH", with PATH/boxes.csv: columns file, x0, y0, x1, y1
 ) -> torch.Tensor:
     """Boxes int64 [n, 4] of the test images of `load(name)`, in pixels of the upright image, both ends inside
-    (`lico.metrics` wants x1 + 1 and y1 + 1; `box_masks` does that)."""
-    return _boxes(name, find(*_place(name)))
+    (`lico.metrics` wants x1 + 1 and y1 + 1; `box_masks` does that). `ValueError` for one that is not in its image."""
+    source = find(*_place(name))
+    boxes = _boxes(name, source)
+    for path, box in zip(source.test.images, boxes): _refuse_box(name, path, box, upright_size(source.folder, path))
+    return boxes
+
+def _refuse_box(name, path, box, size):
+    x0, y0, x1, y1 = box.tolist()
+    if not (0 <= x0 <= x1 < size[0] and 0 <= y0 <= y1 < size[1]):
+        raise ValueError(f"boxes.csv of {name} has the box {x0}, {y0}, {x1}, {y1} for {readable(path)}, which has "
+                         f"{size[0]} x {size[1]} pixels: expected 0 <= x0 <= x1 < width, and so for y")
 
 def _boxes(name, source):
     if not source.folder or not (file := source.folder/'boxes.csv').is_file():
@@ -283,15 +288,17 @@ def box_masks(
     "Of each of these test images its box as the network sees it, a mask bool [1, S, S]."
     from PIL import Image
     source, masks = find(*_place(name)), []
-    boxes = _boxes(name, source)
-    window = central_window if isinstance(data.test, Files) else whole_square
+    boxes, test, on_files = _boxes(name, source), data.test, isinstance(data.test, Files)
+    window = central_window if on_files else whole_square
     for i in map(int, index):
-        image = Image.new('RGB', read_image(source.folder, source.test.images[i]).size)
-        x0, y0, x1, y1 = boxes[i].tolist()
-        if not (0 <= x0 <= x1 < image.width and 0 <= y0 <= y1 < image.height):
-            raise ValueError(f"boxes.csv of {name} has the box {x0}, {y0}, {x1}, {y1} for "
-                             f"{readable(source.test.images[i])}, which has {image.width} x {image.height} pixels: "
-                             "expected 0 <= x0 <= x1 < width, and so for y")
+        path = source.test.images[i]
+        found = read_image(source.folder, path)
+        same = (len(test) == len(boxes) and (test.paths[i] == as_bytes(path) if on_files else np.array_equal(
+            test.x[i], channels_first(whole_square(found, data.image_size)))))
+        if not same: raise ValueError(f"image {i} of data.test is not test image {i} of {name}: boxes are of its test "
+                                      "images alone, whole and in their order, so give what load(name) gave")
+        _refuse_box(name, path, boxes[i], found.size)
+        image, (x0, y0, x1, y1) = Image.new('RGB', found.size), boxes[i].tolist()
         image.paste((255,)*3, (x0, y0, x1 + 1, y1 + 1))
         masks.append(np.asarray(window(image, data.image_size))[None, ..., 0] > 127)
     return masks

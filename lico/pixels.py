@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['open_image', 'refuse_unknown_white', 'as_rgb', 'whole_square', 'central_window', 'random_window',
-           'no_truncated_images', 'reason', 'read_image', 'decode', 'each_image', 'read_ahead', 'window_source']
+           'no_truncated_images', 'reason', 'upright_size', 'read_image', 'decode', 'each_image', 'read_ahead',
+           'window_source']
 
 # %% ../nbs/method/06_pixels.ipynb #21ef4f3d
 import contextlib, inspect, math, os, threading
@@ -126,6 +127,16 @@ def no_truncated_images():
 def reason(error) -> str:
     "The first sentence of what an error says, on one line."
     return readable(' '.join((str(error) or type(error).__name__).split()).split('. ')[0].rstrip('.'))
+
+def upright_size(
+    folder,  # where the path begins
+    path: str,  # below it, as `lico.listing` has it
+) -> tuple:
+    "Width and height of the picture in a file, turned as the file says; its pixels are not read."
+    with open_image(on_disk(folder, path)) as image:
+        try: turned = image.getexif().get(0x0112, 1) > 4
+        except Exception: turned = False  # as in `as_rgb`
+        return image.size[::-1] if turned else image.size
 
 def read_image(
     folder,  # where the path begins

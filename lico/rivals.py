@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .cams import grad_cam
 from .losses import LossOptions, log_adjacency
-from .model import CrossEntropy, LICO, Output, exact, wide
+from .model import CrossEntropy, LICO, Output, exact, refuse_labels, wide
 from .networks import statistics_kept
 from .together import Batch
 
@@ -81,6 +81,7 @@ class Consistent(CrossEntropy):
 
     def forward(self, x, y):
         "The loss of a batch."
+        refuse_labels(x, y, getattr(self.backbone, 'num_classes', None))
         (term, logits), batch = self.term(x, y), Batch(x, self.training)
         ce = exact(F.cross_entropy)(logits, batch.whole(y))
         return Output(loss=ce + self.weight*term, ce=ce, logits=batch.own(logits), stats={self.name: term.detach()})

@@ -6,7 +6,7 @@
 __all__ = ['group_size', 'is_first', 'share', 'Batch', 'join_group', 'agreed', 'all_of', 'end_with_parent', 'Workers']
 
 # %% ../nbs/method/17_together.ipynb #10a18581
-import os, threading, time
+import os, sys, threading, time
 from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context, parent_process
 
@@ -152,12 +152,16 @@ def all_of(
 
 # %% ../nbs/method/17_together.ipynb #d3b83525
 def end_with_parent():
-    "End this process, a second or two later, when the one that started it has ended."
-    pid = int(os.environ.get('JPY_PARENT_PID') or 0) if not (parent := parent_process()) else parent.pid
+    "End this process, if it is a worker or a notebook's kernel, soon after the one that started it has ended."
+    parent, begun_by = parent_process(), os.getppid()  # a kernel's may be a shell, between it and Jupyter
+    jupyter = int(os.environ.get('JPY_PARENT_PID') or 0) if 'ipykernel' in sys.modules else 0
+    def lives():
+        import psutil  # comes with ipykernel
+        return parent.is_alive() if parent else psutil.pid_exists(jupyter)
     def watch():
-        while os.getppid() == pid and (not parent or parent.is_alive()): time.sleep(1)
+        while os.getppid() == begun_by and lives(): time.sleep(1)
         os._exit(1)
-    if pid: threading.Thread(target=watch, daemon=True).start()
+    if parent or jupyter: threading.Thread(target=watch, daemon=True).start()
 
 # %% ../nbs/method/17_together.ipynb #9840ffcf
 def _begin(threads):

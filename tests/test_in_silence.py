@@ -1,20 +1,26 @@
 "Ordinary calls that once went wrong without a word: now they are right, or refused in one sentence."
-import contextlib, dataclasses, math
+import contextlib, dataclasses, json, math, os, subprocess, sys
+from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, timm, torch
 from PIL import Image
 from torch import nn
 
+from lico import data as data_module
 from lico.backbones import adapt, create_backbone
 from lico.config import derive_seed
-from lico.data import load
+from lico.data import box_masks, load
 from lico.evidence.arms import compare
-from lico.evidence.cases import Cases, Network
-from lico.evidence.map_scores import scores
+from lico.evidence.cases import Cases, Network, coco_in
+from lico.evidence.embeddings import order_sentences
+from lico.evidence.map_scores import SCORERS, saliency_options, scores
 from lico.evidence.pages import parameters
-from lico.evidence.programme import asked_of_block
+from lico.evidence.pictures import scene_runs
+from lico.evidence.programme import asked_of_block, contrast_rows
 from lico.evidence.recipe import hold_out
 from lico.evidence.stats import sign_flip
+from lico.evidence.store import image_rows, write_results
+from lico.experiments import TRAINING_METHODS, Run, start
 from lico.losses import LossOptions, adjacency, cost_matrix, manifold_matching, ot_alignment, sinkhorn
 from lico.metrics import deletion, energy_pointing_game, insertion, pointing_game
 from lico.model import LICO, CrossEntropy, refuse_other_forward
@@ -188,6 +194,8 @@ def test_what_load_gave_is_ones_own():
     first.test.x[:] = 0
     again = load('digits')
     assert torch.equal(again.train.y, y) and torch.equal(again.test.x, x)
+    np.random.default_rng(0).shuffle(again.train.y.numpy())  # of which torch knows nothing
+    assert torch.equal(load('digits').train.y, y)
 
 
 def test_a_layer_on_which_only_the_class_token_counts_is_refused():
@@ -568,3 +576,129 @@ def test_a_block_has_one_dataset(tmp_path):
     given = dict(profile='smoke', out=str(tmp_path/'out'), block='A', datasets='digits, cifar10')
     with pytest.raises(ValueError, match='datasets = digits, cifar10: a block has one'):
         asked_of_block(parameters('language', given))
+
+
+def test_what_is_measured_anew_takes_the_place_of_the_old(tmp_path):
+    "Without options of the map, of which a file says nothing and a new row says ''."
+    scored = lambda value: pd.DataFrame([dict(id='a', saliency='random', saliency_options='', insertion=value)])
+    images = lambda value: scored(value).assign(image=['3'])
+    for value in (50., 51.): df = write_results(tmp_path, scored(value), images(value), keep=True)
+    assert df.insertion.tolist() == [51] and image_rows(tmp_path).insertion.tolist() == [51]
+
+
+def test_no_verdict_by_a_reference_that_failed():
+    "Right names at 45 %, shuffled ones at chance: that says nothing of names."
+    runs = [dict(id=f'{a}{s}', arm=a, method='LICO', preset='repaired', seed=s, split=s, accuracy_last=mean + s/10,
+                 classes=10, dataset='cifar10', labels='40', backbone='wrn_28_2', text_encoder='minilm')
+            for a, mean in (('repaired', 45), ('repaired-shuffled', 10)) for s in range(8)]
+    found = contrast_rows({'A': pd.DataFrame(runs)})
+    assert set(found.verdict.dropna()) == {'training failed (100%)'} and found.failed.iloc[0] == 1
+
+
+@pytest.mark.parametrize('given, says', [
+    (dict(options='epochs=5'), 'options has epochs = 5: it is a parameter of its own'),
+    (dict(options='alpha=1, alpha=5'), 'alpha has more than one value there')])
+def test_options_that_would_not_be_read_are_refused(tmp_path, given, says):
+    with pytest.raises(ValueError, match=says):
+        p = parameters('table3', dict(profile='smoke', out=str(tmp_path)) | given)
+        Run(steps=2, options=p.options)
+    with pytest.raises(ValueError, match='rise.n_masks has more than one value there'):
+        saliency_options('rise.n_masks=5, rise.n_masks=50')
+
+
+def test_table_8_has_the_labels_that_it_is_asked_for(tmp_path):
+    given = dict(profile='smoke', out=str(tmp_path), datasets='digits', labels='40, 250', evaluations=5)
+    runs = scene_runs(parameters('table8', given), 8)
+    assert {r.labels for r in runs} == {40, 250} and {r.evaluations for r in runs} == {5}
+
+
+def test_of_what_is_one_no_second_is_ignored(tmp_path):
+    for notebook, name, values in (('figure4', 'saliency', 'grad-cam, rise'), ('study', 'labels', '250, 40')):
+        with pytest.raises(ValueError, match=f'{name} = {values}: {notebook} takes one of them, so give one'):
+            parameters(notebook, {'profile': 'smoke', 'out': str(tmp_path), name: values}, one=(name,))
+
+
+@pytest.fixture
+def boxed(tmp_path):
+    "Two classes of pictures of 90 x 30 pixels, in network's eyes 30 x 30; boxes of the test images at the left edge."
+    rng, rows = np.random.default_rng(0), ['file,x0,y0,x1,y1']
+    for part, k in (('train', 5), ('test', 2)):
+        for name in ('cat', 'dog'):
+            (tmp_path/'mine'/part/name).mkdir(parents=True)
+            for i in range(k):
+                path = f'{part}/{name}/{i}.png'
+                Image.fromarray(rng.integers(0, 255, (30, 90, 3), np.uint8)).save(tmp_path/'mine'/path)
+                rows.append(f'{path},0,0,7,7')
+    (tmp_path/'mine'/'boxes.csv').write_text('\n'.join(rows) + '\n')
+    return f"folder:{tmp_path/'mine'}"
+
+
+@pytest.mark.parametrize('size', [32, 96])
+def test_boxes_are_of_the_test_images_alone(boxed, size):
+    data = load(boxed, image_size=size)
+    assert data_module.test_boxes(boxed).tolist() == [[0, 0, 7, 7]]*4
+    assert not np.any(box_masks(boxed, data, [0, 3])), 'out of sight'
+    for other in (load(boxed, image_size=size, validation=2), hold_out(data), dataclasses.replace(
+            data, test=data.test[torch.tensor([3, 2, 1, 0])])):
+        with pytest.raises(ValueError, match='image 0 of data.test is not test image 0 of folder:'):
+            box_masks(boxed, other, [0])
+
+
+def test_an_object_out_of_sight_has_no_score():
+    maps, seen = torch.rand(2, 8, 8), np.zeros((1, 8, 8), bool)
+    seen[:, :4] = True
+    c = SimpleNamespace(maps=maps, regions=[np.zeros((1, 8, 8), bool), seen])
+    for metric in ('pointing_game', 'pointing_mask', 'energy', 'sch'):
+        first, second = SCORERS[metric](c).tolist()
+        assert math.isnan(first) and 0 <= second <= 100
+
+
+@pytest.mark.parametrize('box', ['0,0,90,7', '9,0,7,7', '-1,0,7,7'])
+def test_a_box_that_is_not_in_its_image_is_refused_at_once(boxed, box):
+    folder = boxed.removeprefix('folder:')
+    with open(f'{folder}/boxes.csv') as f: text = f.read().replace('test/cat/1.png,0,0,7,7', f'test/cat/1.png,{box}')
+    with open(f'{folder}/boxes.csv', 'w') as f: f.write(text)
+    with pytest.raises(ValueError, match='test/cat/1.png, which has 90 x 30 pixels: expected 0 <= x0 <= x1 < width'):
+        data_module.test_boxes(boxed)
+
+
+@pytest.mark.slow
+def test_a_kernel_behind_a_shell_goes_on():
+    "As a cluster starts it: a shell stands between Jupyter and the kernel."
+    code = ('import sys; sys.modules["ipykernel"] = sys; from lico.together import end_with_parent; end_with_parent(); '
+            'import time; time.sleep(3); print("alive")')
+    env = dict(os.environ, JPY_PARENT_PID=str(os.getpid()))
+    shell = f"{sys.executable} -c '{code}'; exit $?"
+    said = subprocess.run(['sh', '-c', shell], env=env, text=True, capture_output=True)
+    assert said.stdout.strip() == 'alive', said.stderr
+    gone = dict(env, JPY_PARENT_PID='4194304')  # no process has this number
+    assert subprocess.run([sys.executable, '-c', code], env=gone).returncode == 1
+
+
+def test_annotations_that_were_mended_are_read_again(tmp_path):
+    (tmp_path/'images').mkdir(); (tmp_path/'annotations').mkdir()
+    Image.new('RGB', (64, 64)).save(tmp_path/'images'/'a.png')
+    def annotate(x):
+        corners = [x, 10, x + 20, 10, x + 20, 30, x, 30]
+        cat = dict(id=1, image_id=1, category_id=1, iscrowd=0, area=400, bbox=[x, 10, 20, 20], segmentation=[corners])
+        (tmp_path/'annotations'/'instances.json').write_text(json.dumps(dict(
+            images=[dict(id=1, file_name='a.png', width=64, height=64)], categories=[dict(id=1, name='cat')],
+            annotations=[cat])))
+        return coco_in(tmp_path, 64)[0].boxes[0, 0].item()
+    assert annotate(2) != annotate(40)
+
+
+def test_networks_are_not_mixed_in_one_sentence():
+    df = pd.DataFrame([dict(dataset='digits', backbone=b, labels='40', arm='CE', preset='paper', text_encoder=None,
+                            ordinal=.5) for b in ('wrn_16_1', 'wrn_10_1')])
+    with pytest.raises(ValueError, match='results of the networks wrn_16_1, wrn_10_1, which pictures and means would'):
+        order_sentences(df)
+
+
+@pytest.mark.parametrize('wrong', [-100, -1, 10])
+def test_labels_that_are_none_are_refused_by_every_method(digits, encoder, wrong):
+    y = torch.tensor([0, 1, 2, wrong])
+    for method in TRAINING_METHODS:
+        model = start(Run(method=method, backbone='wrn_10_1'), digits, encoder)
+        with pytest.raises(ValueError, match=f'label {wrong} is out of range: the network has 10 classes'):
+            model(torch.rand(4, 3, 16, 16), y)

@@ -282,6 +282,13 @@ def test_what_a_page_shows_is_what_is_stored():
     assert shown > 50
 
 
+def test_no_bars_are_stored():
+    "What a bar drew while a notebook ran is no output."
+    for path in NOTEBOOKS:
+        outputs = [o for c in nbformat.read(path, 4).cells if c.cell_type == 'code' for o in c.outputs]
+        assert not any('%|' in o.get('text', '') or '\r' in o.get('text', '') for o in outputs), path.name
+
+
 def test_lines_of_code_are_short():
     "In tests and cells; a module's first line is its notebook's prose, and its `__all__` is written by nbdev."
     sources = {p.name: p.read_text(encoding='utf-8') for p in (TOP/'tests').glob('*.py')}

@@ -276,6 +276,6 @@ def draw_effects(c: pd.DataFrame):
     fig = plt.figure(figsize=(5.5*columns, 1.2 + .27*rows), layout='constrained', dpi=75)
     if not parts: fig.text(.5, .5, 'training failed with every change', ha='center', va='center')
     for (key, o), place in zip(parts, fig.subfigures(1, columns, squeeze=False)[0]):
-        forest(o.drop(columns='preset'), place)
+        forest(o.drop(columns='preset'), place, 'outside lower right')
         place.suptitle(_where(key), fontsize=9)
     return fig

@@ -21,7 +21,7 @@ from ..data import box_masks
 from ..batches import test_batches
 from ..datasets import file_bytes, image_hashes
 from ..files import sha256
-from ..listing import by_hash, in_either_form, table_of_files
+from ..listing import by_hash, in_either_form, stamp_of, table_of_files
 from ..pixels import read_image
 from ..records import load_backbone, run_of
 from ..experiments import load_data
@@ -208,8 +208,8 @@ def _layout(folder):
     return 'annotations/instances.json', 'images'
 
 @functools.lru_cache(maxsize=4)
-# what kind they are is seen in the masks: all 5,000 are read, once for all networks
-def _coco(folder, image_size, kind):
+# what kind they are is seen in the masks: all 5,000 are read, once for all networks, and again when they have changed
+def _coco(folder, image_size, kind, stamps):
     return of_kind(coco_scenes(folder, image_size, *_layout(folder)), kind)
 
 def coco_in(
@@ -218,7 +218,8 @@ def coco_in(
     kind: str = '',  # of scenes, as in `of_kind`
 ):
     "Scenes of a folder in COCO's own layout of 2017, else with `images` and `annotations/instances.json`."
-    return _coco(_found(folder), image_size, kind)
+    folder = _found(folder)
+    return _coco(folder, image_size, kind, tuple(stamp_of(folder/o) for o in _layout(folder)))
 
 def coco(
     folder: str,  # images and annotations in COCO's format

@@ -50,7 +50,7 @@ CLAIMS = (
     Claim(2, "LICO costs no accuracy on ImageNet, it gains some", 'LICO', needs=_ablation),
     Claim(2, "CGC costs accuracy", 'CGC', sign=-1, needs=_imagenet),
     Claim(2, "GCC costs accuracy", 'GCC', sign=-1, needs=_imagenet),
-    Claim(3, "LICO gains accuracy, with few labels and with all", 'LICO', needs='CIFAR-10 with few labels: here'),
+    Claim(3, "LICO gains accuracy, with few labels", 'LICO', needs='CIFAR-10 with few labels: here'),
     Claim(4, "LICO gains accuracy on fine-grained classes with few examples", 'LICO', needs=_birds),
     Claim(4, "LICO gains more than CGC on fine-grained classes", 'LICO', against='CGC', needs=_birds),
     Claim(5, "matching without transport gains accuracy", 'CE+MM', needs=_ablation),
@@ -269,8 +269,9 @@ def _gains(df, metric, arms):
     own = df[df.saliency == 'grad-cam']
     return {a: paired(own[own.arm.isin([a, 'CE'])], [metric], 'CE').iloc[0] for a in arms}
 
-def _in_words(gains):
-    return ', '.join(f"`{a}` {signed(r.difference, r.half_width).replace('-', '−')}" for a, r in gains.items())
+def _points(r): return signed(r.difference, r.half_width).replace('-', '−')
+
+def _in_words(gains): return ', '.join(f'`{a}` {_points(r)}' for a, r in gains.items())
 
 def _seeds(df): return df[df.saliency == 'grad-cam'].seed.nunique()
 
@@ -285,13 +286,17 @@ def maps_sentence(
     photographs the pointing game, beside what the mean map of other photographs reaches. Maps have no verdicts."""
     seen = large[large.saliency == 'grad-cam'].groupby('arm')[['pointing_others', 'alike']].mean()
     others, own = seen.pointing_others, seen.alike
+    hits = large[large.saliency == 'grad-cam'].groupby('arm').pointing_game.mean()
+    smoothed = _gains(above_random(small), 'overall', ['CE+LS'])['CE+LS']
     first, second = (_gains(above_random(df), 'overall', [a for a in _READ if a in set(df.arm)])
                      for df in (small, again))
     worse = all(r.difference < 0 for r in (*first.values(), *second.values()))
     return (f"{'Worse on CIFAR-10, if anything' if worse else 'Cannot tell'} (no verdicts). Grad-CAM's insertion − "
-            f"deletion, less a random map's, minus cross-entropy's: {_in_words(first)} (B, {_seeds(small)} seeds); "
+            f"deletion, less that of random pixels, minus cross-entropy's: {_in_words(first)} (B, {_seeds(small)} "
+            f"seeds; label smoothing alone {_points(smoothed)}); "
             f"{_in_words(second)} (F, {_seeds(again)}). On photographs (G, {_seeds(large)}) "
             f"{_in_words(_gains(above_random(large), 'overall', ['semantic']))}; pointing game "
             f"{_in_words(_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled')))}. These maps hardly change "
-            f"with the photograph: the mean map of the *others* correlates by {own['semantic']:.2f} (cross-entropy's "
-            f"{own['CE']:.2f}), and hits in {others['semantic']:.0f}% ({others['CE']:.0f}%).")
+            f"with the photograph: the mean map of the *others* correlates by {own['semantic']:.2f} "
+            f"(cross-entropy {own['CE']:.2f}), and hits in {others['semantic']:.0f}% "
+            f"(cross-entropy's own maps: {hits['CE']:.0f}%).")

@@ -21,6 +21,7 @@ from ..batches import test_batches
 from .report import dataset_title, in_markdown, in_picture
 from .stats import interval
 from ..experiments import MEASURING_PROTOCOL, TRAINING_PROTOCOL, Run, build, load_data, run_id, spec
+from ..runs import own_random_state, start
 from ..losses import mean_cosine
 from ..text import load_text_encoder
 from ..training import fit
@@ -54,8 +55,9 @@ def weights_along(
     encoder=None,  # its text encoder; not used by CE
 ) -> dict:
     "Train as `run` does: {k: the model's weights after k steps}; of an average of weights, the last ones are averaged."
-    model, s = Snapshots(build(r, data, encoder), at), spec(r, data)
-    fit(model, data, steps=s['steps'], preset=r.preset, seed=r.seed, progress=False, **s['train'])
+    model, s = Snapshots(start(r, data, encoder), at), spec(r, data)
+    with own_random_state(r.threads):
+        fit(model, data, steps=s['steps'], preset=r.preset, seed=r.seed, progress=False, **s['train'])
     if model.step in model.at: model.copy()
     return model.weights
 

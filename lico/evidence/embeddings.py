@@ -8,7 +8,7 @@ __all__ = ['ORDERS', 'VEHICLES', 'MEASURES', 'pooled_features', 'centroids', 'or
            'order_sentences', 'picture_sentence']
 
 # %% ../../nbs/evidence/44_embeddings.ipynb #99b42b49
-import functools, math
+import math
 
 import numpy as np, pandas as pd, torch
 from torch import nn
@@ -22,7 +22,8 @@ from .store import read_points, read_results, rows_of, train, write_results
 from ..records import load_backbone, run_of
 from ..experiments import load_data
 from ..networks import undisturbed
-from ..text import PromptLearner, load_text_encoder
+from ..runs import find_encoder
+from ..text import PromptLearner
 
 # %% ../../nbs/evidence/44_embeddings.ipynb #c17528ed
 @torch.no_grad()
@@ -124,14 +125,13 @@ _of_features = 'silhouette', *ORDERS, 'vehicles', 'vehicles_rank'
 MEASURES = 'accuracy_last', 'trustworthiness', *(f'{k}{end}' for k in _of_features for end in ('', '_embedded'))
 
 # %% ../../nbs/evidence/44_embeddings.ipynb #3c646851
-@functools.cache
 def text_order(
     encoder: str,  # a name `load_text_encoder` knows
     names: tuple,  # class names
 ) -> float:
     "`order_correlation` of the class rows of bare names; not a number if they are not the digits."
     if names != tuple(map(str, range(10))): return math.nan
-    rows = PromptLearner(load_text_encoder(encoder), names, n_context=0)(torch.arange(10))[:, -1].detach()
+    rows = PromptLearner(find_encoder(encoder)[0], names, n_context=0)(torch.arange(10))[:, -1].detach()
     return order_correlation(rows, range(10), range(10))
 
 def measure_features(
@@ -168,7 +168,12 @@ def collect_embeddings(
     return read_results(p.out), read_points(p.out)
 
 # %% ../../nbs/evidence/44_embeddings.ipynb #4c0afcfc
-def _without_idle_presets(df): return df.assign(preset=df.preset.where(df.text_encoder.notna()))  # CE reads no text
+def _of_one_network(df):
+    "The rows, without the presets of methods that read no text; of several networks, which would be mixed, refused."
+    if df.backbone.nunique() > 1:
+        raise ValueError(f"results of the networks {', '.join(df.backbone.unique())}, which pictures and means would "
+                         "mix: give each a folder of its own with -p out")
+    return df.assign(preset=df.preset.where(df.text_encoder.notna()))
 
 def _draw_points(ax, r, points):
     "One network's picture."
@@ -187,7 +192,7 @@ def draw_embeddings(
 ):
     "Figure 9: a row for each dataset and number of labels, all labels above; the baseline on the left."
     import matplotlib.pyplot as plt
-    df = _without_idle_presets(df[df.id.isin(points.id)])
+    df = _of_one_network(df[df.id.isin(points.id)])
     setting = lambda r: (r.dataset, r.labels != 'all', r.labels)
     settings = sorted({setting(r) for r in df.itertuples()}, key=str)
     names = sorted(dict.fromkeys(map(arm_label, df.itertuples())), key=lambda name: name != 'CE')
@@ -206,7 +211,7 @@ def order_sentences(
 ) -> str:
     "What is known of the order of digits without comparing methods, a Markdown list; empty for other classes."
     said = []
-    df = _without_idle_presets(df)
+    df = _of_one_network(df)
     known = df.dropna(subset=['ordinal']) if 'ordinal' in df else df[:0]
     for (dataset, labels), rows in known.groupby(['dataset', 'labels'], sort=False):
         for arm, o in rows.groupby(list(map(arm_label, rows.itertuples())), sort=False):

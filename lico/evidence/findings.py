@@ -18,13 +18,14 @@ def done_again(
     again: pd.DataFrame,  # of the same arms and seeds in another precision or on another machine
     margin: float = .5,  # points of accuracy
 ) -> pd.DataFrame:
-    """What doing runs again adds to their accuracy, a row an arm of at least 3 pairs, and one over all: the mean,
-    the standard deviation `sd` of the differences, and whether two one-sided tests hold the mean within the margin."""
+    """What doing runs again adds to their accuracy, a row an arm of at least 3 pairs, or one over all where no arm has
+    as many: the mean, the standard deviation `sd` of the differences, and whether two one-sided tests hold the mean
+    within the margin."""
     both = of_runs(first).merge(of_runs(again), on=['arm', 'seed', 'split'], suffixes=('_first', ''),
                                 validate='one_to_one')
     both['d'] = (both.accuracy_last - both.accuracy_last_first).round(9)
     rows = []
-    for arm, o in [(k, o) for k, o in both.groupby('arm', sort=False) if len(o) > 2] + [('all', both)]:
+    for arm, o in [(k, o) for k, o in both.groupby('arm', sort=False) if len(o) > 2] or [('all', both)]:
         e = interval(o.d)
         rows.append(dict(arm=arm, n=e.n, base=o.accuracy_last_first.mean(), difference=e.mean, half_width=e.half_width,
                          sd=o.d.std(), margin=margin, p_within=e.p_within(margin),
@@ -53,7 +54,7 @@ _says = dict(supported='Yes', contradicted='No, the other way round', inconclusi
 def _said(r):
     "A verdict in words."
     if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter, if any'
-    if r.verdict == 'supported' and abs(r.difference) + r.half_width < r.margin:
+    if r.verdict == 'supported' and r.p_within < .05:
         return f'Yes, less than the {r.margin:g} point that would matter'
     return _says.get(r.verdict, r.verdict)
 
@@ -98,15 +99,20 @@ def _printed(own, printed):
     each = ', '.join(f'{k} {printed[k]:+.1f}' for k in own.block if k in printed)
     return f'; printed: {each}' if each else ''
 
-def _part(rows, names, invented):
+def _part(rows, names, invented, elsewhere):
     "Whether right names have a part, in words; what speaks against a verdict that they have."
     own = _alone(rows, names.contrast)
     by = ' and '.join(own.block[own.difference > own.half_width])
     against = [f'by {by} alone' if by else 'its blocks differ'] if names.p_same < .05 else []
+    for r in elsewhere.itertuples():
+        if r.contrast == names.contrast and r.replaced and r.verdict != names.verdict:
+            pairs = 'one pair' if r.replaced == 1 else f'{r.replaced} pairs'
+            against.append(f'{pairs} made on another GPU would leave it {r.verdict} ({_points(r)})')
     if invented.difference <= invented.half_width:
         against.append(f'right minus invented words is {_points(invented)} ({_where(rows, invented.contrast)})')
     if names.verdict != 'supported' or not against: return _said(names)
-    return f"By the declared rule yes, but {', and '.join(against)}"
+    *first, last = against
+    return f"By the declared rule yes, but {', '.join(first)}{', and ' if first else ''}{last}"
 
 # %% ../../nbs/evidence/57_findings.ipynb #b3954ee8
 def _louder(rows, whole):
@@ -145,6 +151,7 @@ def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts, the further ones and the louder ones
     maps: str,  # the sentence on maps
     printed: dict = {},  # block -> the gain in accuracy that the paper prints for it
+    elsewhere: pd.DataFrame = pd.DataFrame(),  # from `with_those`
 ) -> str:
     """Five answers that follow from the numbers: does it work, is it the language, does the literal text work, are
     its maps better, how far does this go."""
@@ -152,19 +159,19 @@ def findings(
     if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     transport, shuffled, supervised, _, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
-    gains, parts = [_said(repaired), _said(semantic)], [_part(rows, names_1, invented), _said(names_2)]
+    gains, parts = [_said(repaired), _said(semantic)], [_part(rows, names_1, invented, elsewhere), _said(names_2)]
     each = lambda of, *how: {k: f'{_points(r)}{_each(rows, r.contrast, *how)}'
                              for k, r in zip(('repaired', 'semantic'), of)}
     said = [f"**Does LICO gain accuracy?** {_answer(*gains)}: "
-            f"{_presets(each((repaired, semantic), _mean, True), gains)}"
-            f"{_printed(_alone(rows, repaired.contrast), printed)}. Transport alone gains {_points(transport)} "
+            f"{_presets(each((repaired, semantic), _mean, True), gains)}. Transport alone gains {_points(transport)} "
             f"({_where(rows, transport.contrast)}), supervised contrast {_points(supervised)} "
             f"({_where(rows, supervised.contrast)}).",
             f"**Has language a part in it?** {_answer(*parts)}. Shuffled names, each on a wrong class, gain "
             f"{_points(shuffled)} too (`repaired`). Right minus shuffled: "
             f"{_presets(each((names_1, names_2)), parts)}.{_louder(rows, whole)}{_again(rows)}",
-            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {_points(literal)}; minus transport "
-            f"alone {_points(beyond[0])}. Its matching ended {'active' if literal.active else 'inactive'} in "
+            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {_points(literal)}"
+            f"{_each(rows, literal.contrast, _mean)}{_printed(_alone(rows, literal.contrast), printed)}; minus "
+            f"transport alone {_points(beyond[0])}. Its matching ended {'active' if literal.active else 'inactive'} in "
             f"{literal.active or 1:.0%} of runs.",
             f"**Are its maps better?** {maps}",
             f"**How far does this go?** {_extent(rows)}."]

@@ -53,11 +53,12 @@ def boxes_of(regions) -> list:
 
 # %% ../../nbs/evidence/39_map_scores.ipynb #9e732ef8
 def _where(score, several=False):
-    "A score of places, not a number where a map says nothing; `several`: only where an image has several objects."
+    "A score of places; no number where a map says nothing or no object is seen, or, with `several`, only one is."
     def play(c):
-        says = torch.tensor([bool(m.max() > m.min()) and len(r) > several for m, r in zip(c.maps, c.regions)])
+        regions = [r[r.any((1, 2))] for r in map(np.asarray, c.regions)]  # a network may see no part of an object
+        says = torch.tensor([bool(m.max() > m.min()) and len(r) > several for m, r in zip(c.maps, regions)])
         out = torch.full((len(c.maps),), math.nan)
-        if says.any(): out[says] = score(c.maps[says], [r for r, s in zip(c.regions, says) if s]).float()
+        if says.any(): out[says] = score(c.maps[says], [r for r, s in zip(regions, says) if s]).float()
         return out
     return play
 
@@ -204,7 +205,10 @@ def saliency_options(
         if not (dot and equals and name and value):
             raise ValueError(f"saliency_options = {text!r}: expected METHOD.NAME=VALUE, such as rise.n_masks=500, "
                              "smoothgrad.samples=25")
-        found.setdefault(choose('saliency method', method, METHODS), {})[name.strip()] = parse_value(value)
+        own, name = found.setdefault(choose('saliency method', method, METHODS), {}), name.strip()
+        if name in own:
+            raise ValueError(f"saliency_options = {text!r}: {method}.{name} has more than one value there, give it one")
+        own[name] = parse_value(value)
     return found
 
 # %% ../../nbs/evidence/39_map_scores.ipynb #15d04ab2

@@ -168,11 +168,12 @@ def scene_runs(
     p,  # parameters of a notebook, from `lico.evidence.pages.parameters`
     table: int = None,  # of the paper; `None`: every one of `p.methods` is an arm
 ) -> list:
-    """The runs behind Figures 3 to 8 and Table 8: on `p.datasets`, of which `digit-scenes` is `scene_dataset`, each
-    method, preset and seed; none where `stored` is `only`, or `datasets` is `none`."""
+    """The runs behind Figures 3 to 8, of all labels, and Table 8: on `p.datasets`, of which `digit-scenes` is
+    `scene_dataset`, each method, preset and seed; none where `stored` is `only`, or `datasets` is `none`."""
     if p.stored == 'only' or p.datasets == [None]: return []
     names = [scene_dataset(200 if p.profile == 'smoke' else 2500) if d == 'digit-scenes' else d for d in p.datasets]
-    return grid(SimpleNamespace(**vars(p) | dict(datasets=names, labels=['all'], evaluations=1)), table)
+    own = dict(labels=p.labels or ['all'], evaluations=p.evaluations) if table else dict(labels=['all'], evaluations=1)
+    return grid(SimpleNamespace(**vars(p) | dict(datasets=names) | own), table)
 
 def cases_of_kind(
     record: dict,  # from `run` or `sweep`

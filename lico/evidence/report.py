@@ -202,6 +202,7 @@ def forest_size(c: pd.DataFrame) -> tuple:
 def forest(
     c: pd.DataFrame,  # from `compare` or `paired`
     fig=None,  # a figure or subfigure to draw into
+    legend: str = 'outside upper right',  # where the legend lies
 ):
     """Every row's difference with its 95 % interval, filled where that leaves 0 out, and its pairs, a panel a metric;
     the printed difference as a diamond."""
@@ -216,7 +217,7 @@ def forest(
     shown = [Line2D([], [], marker='o', color='k', ls='', ms=5, label='filled: the 95 % interval leaves 0 out')]
     if 'printed_value' in c and c.printed_value.notna().any():
         shown.append(Line2D([], [], marker='D', mfc='none', mec='k', ls='', label='printed'))
-    fig.legend(handles=shown, fontsize=7, loc='outside upper right', ncols=2, frameon=False)
+    fig.legend(handles=shown, fontsize=7, loc=legend, ncols=2, frameon=False)
     return fig
 
 # %% ../../nbs/evidence/41_report.ipynb #5ff4c7ae

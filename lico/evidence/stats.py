@@ -223,11 +223,13 @@ def differences(
     metric: str,  # a column
     sign: int = 1,  # -1: a claim that the arm's is smaller
 ) -> dict:
-    """The paired differences in a claim's direction, `d`; the reference's mean, `base`; and the shares of the arm's
-    runs whose training `failed` and whose matching was `active` (no number where there is none)."""
+    """The paired differences in a claim's direction, `d`; the reference's mean, `base`; the share of runs whose
+    training `failed`, of the arm's or of its reference's, whichever is larger; and the share of the arm's runs whose
+    matching was `active` (no number where there is none)."""
     d = sign*(o[metric] - o[f'{metric}_base']).to_numpy(float).round(9)
     active = 1 - float(o.inactive.mean()) if o.method.iloc[0] == 'LICO' else math.nan
-    return dict(d=d, base=float(o[f'{metric}_base'].mean()), failed=float(o.failed.mean()), active=active)
+    failed = max(float(o.failed.mean()), float(o.failed_base.mean()))
+    return dict(d=d, base=float(o[f'{metric}_base'].mean()), failed=failed, active=active)
 
 # %% ../../nbs/evidence/36_stats.ipynb #08d993f8
 GRADES = ("the paper's data", 'natural images', 'demonstration')
@@ -239,7 +241,7 @@ def verdict(
     p: float,  # of its difference from zero, corrected for its family
     smallest: float,  # the smallest difference of interest
     grade: str = GRADES[0],  # one of `GRADES`
-    failed: float = 0.,  # share of the method's runs whose training failed
+    failed: float = 0.,  # share of the method's or the reference's runs whose training failed
 ) -> str:
     "What a claim's pairs say; empty for a demonstration."
     if choose('grade of evidence', grade, GRADES) == GRADES[2]: return ''

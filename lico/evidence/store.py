@@ -18,9 +18,10 @@ from ..config import device, parse_value, root
 from ..files import (python_command, read_sealed, read_sums, read_summed, set_aside, write_sealed, write_summed,
                         write_sums)
 from ..batches import test_batches
+from ..data import test_boxes
 from .arms import TABLES, arm_of, paper_dataset
 from .cases import test_images
-from .map_scores import SCORERS, refuse_map_options, saliency_options, score
+from .map_scores import OF_PLACES, SCORERS, refuse_map_options, saliency_options, score
 from ..experiments import frame, load_data, runs_folder, sweep
 from ..records import load_backbone, run_of
 from ..together import Workers, end_with_parent
@@ -107,7 +108,8 @@ def _before(folder, name):
 def _added(before, df):
     "The rows of before that are no longer made, and the new ones behind them."
     both = pd.concat([o.astype(object) for o in (before, df)], ignore_index=True)
-    return both.drop_duplicates([k for k in _key if k in both], keep='last')
+    whose = both[[k for k in _key if k in both]].replace('', None)  # what is empty is read as nothing
+    return both[~whose.duplicated(keep='last')]
 
 def _merged(before, df, name, keep):
     "What a file will hold."
@@ -257,6 +259,8 @@ def collect(
 ) -> pd.DataFrame:
     "The results of runs: run what is missing, measure what is asked for, write the files in `p.out`, read them back."
     if p.stored == 'only': return read_results(p.out)
+    if not cases and set(_metrics(p, table)) & set(OF_PLACES):
+        for name in dict.fromkeys(r.dataset for r in runs): test_boxes(name)  # is said now, if anything is wrong
     records, per_image = train(p, runs), None
     rows = (rows_of(records, table, p.stand_in, arm_name, profile=p.protocol) if records
             else pd.DataFrame(columns=['id']))
