@@ -42,10 +42,13 @@ RIVALS = {'CGC': ('CGC', _cgc), 'GCC': ('GCC', dict(weight='gcc_weight')), 'LICO
 def _check(r):
     "Bring the fields of a new `Run` into one form, or refuse them."
     choose('method', r.method, TRAINING_METHODS)
-    object.__setattr__(r, 'options', tuple(sorted(check_options(**dict(r.options)).items())))
-    if 'epochs' in dict(r.options):
-        raise ValueError(f"options has epochs = {dict(r.options)['epochs']}: it is a parameter of its own, so give "
-                         "epochs, and no steps")
+    options = check_options(**dict(r.options))
+    if epochs := options.pop('epochs', None):
+        if r.epochs or r.steps:
+            other = f'epochs={r.epochs}' if r.epochs else f'steps={r.steps}'
+            raise ValueError(f"epochs={epochs} among the options, and {other}: give one of them")
+        object.__setattr__(r, 'epochs', epochs)
+    object.__setattr__(r, 'options', tuple(sorted(options.items())))
     if r.labels == 'all': object.__setattr__(r, 'labels', None)
     for f in fields(r):
         if f.name in FIELDS and ((value := getattr(r, f.name)) is not None or f.default is not None):

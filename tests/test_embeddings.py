@@ -116,8 +116,8 @@ def test_collected_rows_points_and_picture(lico_root):
 
 def test_order_sentences_have_the_textbooks_interval():
     d = np.array([.1, .25, .3, .05])
-    df = pd.DataFrame(dict(dataset='digits', labels='40', arm='CE', preset='paper', text_encoder=None, ordinal=.2,
-                           ordinal_0_as_10=.2 + d,
+    df = pd.DataFrame(dict(dataset='digits', backbone='wrn_16_1', labels='40', arm='CE', preset='paper',
+                           text_encoder=None, ordinal=.2, ordinal_0_as_10=.2 + d,
                            ordinal_embedded=[-.5, .1, .2, .31], ordinal_text=np.nan))
     half = stats.t.ppf(.975, 3)*stats.sem(d)
     assert (f'changes by +{d.mean():.2f} ± {half:.2f}' in order_sentences(df)

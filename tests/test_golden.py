@@ -63,6 +63,8 @@ def varied(fields, changes):
 
 RUNS = dict(BASES)
 for case, changes in VARIANTS: RUNS[named(case, changes)] = varied(RUNS[case], changes)
+for run in RUNS.values():  # which has a length once
+    if 'steps' in run: run['options'] = {k: v for k, v in run['options'].items() if k != 'epochs'}
 LOGGED = ('loss', 'ce', 'mm', 'ot', 'cgc', 'gcc', 'supcon', 'tau', 'tau_image', 'entropy_image', 'entropy_text',
           'cosine', 'grad_norm',
           'train_accuracy', 'test_accuracy')

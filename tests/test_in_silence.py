@@ -1,5 +1,6 @@
 "Ordinary calls that once went wrong without a word: now they are right, or refused in one sentence."
 import contextlib, dataclasses, json, math, os, subprocess, sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np, pandas as pd, pytest, timm, torch
@@ -596,7 +597,7 @@ def test_no_verdict_by_a_reference_that_failed():
 
 
 @pytest.mark.parametrize('given, says', [
-    (dict(options='epochs=5'), 'options has epochs = 5: it is a parameter of its own'),
+    (dict(options='epochs=5'), 'epochs=5 among the options, and steps=2: give one of'),
     (dict(options='alpha=1, alpha=5'), 'alpha has more than one value there')])
 def test_options_that_would_not_be_read_are_refused(tmp_path, given, says):
     with pytest.raises(ValueError, match=says):
@@ -629,7 +630,7 @@ def boxed(tmp_path):
                 path = f'{part}/{name}/{i}.png'
                 Image.fromarray(rng.integers(0, 255, (30, 90, 3), np.uint8)).save(tmp_path/'mine'/path)
                 rows.append(f'{path},0,0,7,7')
-    (tmp_path/'mine'/'boxes.csv').write_text('\n'.join(rows) + '\n')
+    (tmp_path/'mine'/'boxes.csv').write_text('\n'.join(rows) + '\n', encoding='utf-8')
     return f"folder:{tmp_path/'mine'}"
 
 
@@ -656,8 +657,9 @@ def test_an_object_out_of_sight_has_no_score():
 @pytest.mark.parametrize('box', ['0,0,90,7', '9,0,7,7', '-1,0,7,7'])
 def test_a_box_that_is_not_in_its_image_is_refused_at_once(boxed, box):
     folder = boxed.removeprefix('folder:')
-    with open(f'{folder}/boxes.csv') as f: text = f.read().replace('test/cat/1.png,0,0,7,7', f'test/cat/1.png,{box}')
-    with open(f'{folder}/boxes.csv', 'w') as f: f.write(text)
+    table = Path(folder, 'boxes.csv')
+    text = table.read_text(encoding='utf-8').replace('test/cat/1.png,0,0,7,7', f'test/cat/1.png,{box}')
+    table.write_text(text, encoding='utf-8')
     with pytest.raises(ValueError, match='test/cat/1.png, which has 90 x 30 pixels: expected 0 <= x0 <= x1 < width'):
         data_module.test_boxes(boxed)
 
@@ -683,7 +685,7 @@ def test_annotations_that_were_mended_are_read_again(tmp_path):
         cat = dict(id=1, image_id=1, category_id=1, iscrowd=0, area=400, bbox=[x, 10, 20, 20], segmentation=[corners])
         (tmp_path/'annotations'/'instances.json').write_text(json.dumps(dict(
             images=[dict(id=1, file_name='a.png', width=64, height=64)], categories=[dict(id=1, name='cat')],
-            annotations=[cat])))
+            annotations=[cat])), encoding='utf-8')
         return coco_in(tmp_path, 64)[0].boxes[0, 0].item()
     assert annotate(2) != annotate(40)
 

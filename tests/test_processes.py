@@ -8,7 +8,7 @@ import pandas as pd, pytest, torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lico import training
+from lico import training, watch
 from lico.batches import training_batch
 from lico.experiments import Run, load_data, runs_folder, start
 from lico.records import read_record, run
@@ -155,11 +155,10 @@ FIT = replace(TINY, labels=100, method='LICO', preset='repaired', steps=8,
 @pytest.fixture
 def doubled(monkeypatch):
     "Batches in float64."
-    from lico import training
     def train(*args, batches=training.training_batches): return ((x.double(), y) for x, y in batches(*args))
     def test(*args, batches=training.test_batches): return (x.double() for x in batches(*args))
     monkeypatch.setattr(training, 'training_batches', train)
-    monkeypatch.setattr(training, 'test_batches', test)
+    for module in (training, watch): monkeypatch.setattr(module, 'test_batches', test)
 
 
 def trained(folder):
