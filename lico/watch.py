@@ -44,6 +44,7 @@ def refuse_lonely(
         raise ValueError("a batch of one image: manifold matching compares the images of a batch, so give a larger "
                          "batch_size and more images, or alpha=0")
 
+# %% ../nbs/method/21_watch.ipynb #ebe64087
 def refuse_bad_call(
     model, data, seed,
     numbers: dict,  # whole numbers of at least 1, or `None`, by name

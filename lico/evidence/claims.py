@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Claim', 'folders', 'blocks', 'stored_frames', 'claim_rows', 'claims_table', 'printed_gains', 'readme_table',
-           'maps_sentence']
+           'in_points', 'maps_sentence']
 
 # %% ../../nbs/evidence/48_claims.ipynb #42f86f72
 import math
@@ -269,9 +269,13 @@ def _gains(df, metric, arms):
     own = df[df.saliency == 'grad-cam']
     return {a: paired(own[own.arm.isin([a, 'CE'])], [metric], 'CE').iloc[0] for a in arms}
 
-def _points(r): return signed(r.difference, r.half_width).replace('-', '−')
+def in_points(
+    r,  # a row with its `difference` and `half_width`
+) -> str:
+    "A difference with its interval, in a sentence."
+    return signed(r.difference, r.half_width).replace('-', '−')
 
-def _in_words(gains): return ', '.join(f'`{a}` {_points(r)}' for a, r in gains.items())
+def _in_words(gains): return ', '.join(f'`{a}` {in_points(r)}' for a, r in gains.items())
 
 def _seeds(df): return df[df.saliency == 'grad-cam'].seed.nunique()
 
@@ -293,7 +297,7 @@ def maps_sentence(
     worse = all(r.difference < 0 for r in (*first.values(), *second.values()))
     return (f"{'Worse on CIFAR-10, if anything' if worse else 'Cannot tell'} (no verdicts). Grad-CAM's insertion − "
             f"deletion, less that of random pixels, minus cross-entropy's: {_in_words(first)} (B, {_seeds(small)} "
-            f"seeds; label smoothing alone {_points(smoothed)}); "
+            f"seeds; label smoothing alone {in_points(smoothed)}); "
             f"{_in_words(second)} (F, {_seeds(again)}). On photographs (G, {_seeds(large)}) "
             f"{_in_words(_gains(above_random(large), 'overall', ['semantic']))}; pointing game "
             f"{_in_words(_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled')))}. These maps hardly change "

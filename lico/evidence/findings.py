@@ -9,7 +9,7 @@ __all__ = ['done_again', 'with_those', 'findings']
 import pandas as pd
 
 from .programme import BLOCKS, LOUDER, PRIMARY, SECONDARY, contrast_rows
-from .report import signed
+from .claims import in_points
 from .stats import FEWEST, interval, of_runs
 
 # %% ../../nbs/evidence/57_findings.ipynb #328a0a04
@@ -58,8 +58,6 @@ def _said(r):
         return f'Yes, less than the {r.margin:g} point that would matter'
     return _says.get(r.verdict, r.verdict)
 
-def _points(r): return signed(r.difference, r.half_width).replace('-', '−')
-
 def _answer(*said):
     "What several answers come to: themselves if they agree."
     if len(set(said)) == 1: return said[0]
@@ -83,7 +81,7 @@ def _where(rows, contrast):
     return ', '.join(_alone(rows, contrast).block)
 
 # %% ../../nbs/evidence/57_findings.ipynb #d04b90b7
-def _each(rows, contrast, points=_points, beside=False):
+def _each(rows, contrast, points=in_points, beside=False):
     "What a contrast came to in each of the pooled blocks, whether these differ, and what others say `beside` them."
     own, whole = _alone(rows, contrast), rows[rows.contrast == contrast].iloc[0]
     others = rows[beside & (rows.contrast == contrast) & ~rows.pooled & (rows.n >= FEWEST)]
@@ -107,9 +105,9 @@ def _part(rows, names, invented, elsewhere):
     for r in elsewhere.itertuples():
         if r.contrast == names.contrast and r.replaced and r.verdict != names.verdict:
             pairs = 'one pair' if r.replaced == 1 else f'{r.replaced} pairs'
-            against.append(f'{pairs} made on another GPU would leave it {r.verdict} ({_points(r)})')
+            against.append(f'{pairs} made on another GPU would leave it {r.verdict} ({in_points(r)})')
     if invented.difference <= invented.half_width:
-        against.append(f'right minus invented words is {_points(invented)} ({_where(rows, invented.contrast)})')
+        against.append(f'right minus invented words is {in_points(invented)} ({_where(rows, invented.contrast)})')
     if names.verdict != 'supported' or not against: return _said(names)
     *first, last = against
     return f"By the declared rule yes, but {', '.join(first)}{', and ' if first else ''}{last}"
@@ -119,10 +117,10 @@ def _louder(rows, whole):
     "What right names gain over shuffled ones in the block that has louder names and transport's twin, if it was run."
     ran = [whole[c.says] for c in LOUDER if c.says in whole]
     if len(ran) < len(LOUDER): return ''
-    loud, transport = (f'{_points(r)} ({r.verdict})' for r in ran)
+    loud, transport = (f'{in_points(r)} ({r.verdict})' for r in ran)
     gain = next(r for r in rows[rows.contrast == SECONDARY[0].says].itertuples() if r.block == LOUDER[1].block)
     return (f" With louder names (L, margin {ran[0].margin:g} point) {loud}; in transport alone, which gains "
-            f"{_points(gain)} there, {transport}.")
+            f"{in_points(gain)} there, {transport}.")
 
 def _again(rows):
     """What fresh seeds make of the one block that names seemed to help in, by the rule declared before them; nothing
@@ -133,7 +131,7 @@ def _again(rows):
     gains = lambda r: r.difference > 0 and r.p < .05
     verdict = 'repeated' if gains(names) else 'refuted' if names.p_within < .05 else 'open'
     if verdict == 'repeated': verdict += ', and language has a part' if gains(invented) else ', but not by language'
-    return f" B with fresh seeds (R): {verdict}; {_points(names)}, minus invented words {_points(invented)}."
+    return f" B with fresh seeds (R): {verdict}; {in_points(names)}, minus invented words {in_points(invented)}."
 
 def _extent(rows):
     "What was run of the programme, in words."
@@ -160,19 +158,19 @@ def findings(
     names_1, names_2, literal, repaired, semantic = (whole[c.says] for c in PRIMARY)
     transport, shuffled, supervised, _, _, invented, *beyond = (whole[c.says] for c in SECONDARY)
     gains, parts = [_said(repaired), _said(semantic)], [_part(rows, names_1, invented, elsewhere), _said(names_2)]
-    each = lambda of, *how: {k: f'{_points(r)}{_each(rows, r.contrast, *how)}'
+    each = lambda of, *how: {k: f'{in_points(r)}{_each(rows, r.contrast, *how)}'
                              for k, r in zip(('repaired', 'semantic'), of)}
     said = [f"**Does LICO gain accuracy?** {_answer(*gains)}: "
-            f"{_presets(each((repaired, semantic), _mean, True), gains)}. Transport alone gains {_points(transport)} "
-            f"({_where(rows, transport.contrast)}), supervised contrast {_points(supervised)} "
+            f"{_presets(each((repaired, semantic), _mean, True), gains)}. Transport alone gains {in_points(transport)} "
+            f"({_where(rows, transport.contrast)}), supervised contrast {in_points(supervised)} "
             f"({_where(rows, supervised.contrast)}).",
             f"**Has language a part in it?** {_answer(*parts)}. Shuffled names, each on a wrong class, gain "
-            f"{_points(shuffled)} too (`repaired`). Right minus shuffled: "
+            f"{in_points(shuffled)} too (`repaired`). Right minus shuffled: "
             f"{_presets(each((names_1, names_2)), parts)}.{_louder(rows, whole)}{_again(rows)}",
-            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {_points(literal)}"
+            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {in_points(literal)}"
             f"{_each(rows, literal.contrast, _mean)}{_printed(_alone(rows, literal.contrast), printed)}; minus "
-            f"transport alone {_points(beyond[0])}. Its matching ended {'active' if literal.active else 'inactive'} in "
-            f"{literal.active or 1:.0%} of runs.",
+            f"transport alone {in_points(beyond[0])}. Its matching ended "
+            f"{'active' if literal.active else 'inactive'} in {literal.active or 1:.0%} of runs.",
             f"**Are its maps better?** {maps}",
             f"**How far does this go?** {_extent(rows)}."]
     return '\n'.join(f'* {s}' for s in said)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..config import check_value, choose, derive_seed, device, gathered, parse_value, root, stamp
 from ..files import locked, python_command, read_sealed, write_sealed
+from .pages import refuse_twice
 from .cases import Cases
 from ..experiments import MEASURING_PROTOCOL
 from ..shipping import tensors_digest
@@ -198,18 +199,16 @@ def saliency_options(
     text: str,  # METHOD.NAME=VALUE, METHOD.NAME=VALUE
 ) -> dict:
     "{method: its options} of a notebook's parameter."
-    found = {}
+    found = []
     for item in filter(None, map(str.strip, str(text or '').split(','))):
         method, dot, rest = item.partition('.')
         name, equals, value = rest.partition('=')
         if not (dot and equals and name and value):
             raise ValueError(f"saliency_options = {text!r}: expected METHOD.NAME=VALUE, such as rise.n_masks=500, "
                              "smoothgrad.samples=25")
-        own, name = found.setdefault(choose('saliency method', method, METHODS), {}), name.strip()
-        if name in own:
-            raise ValueError(f"saliency_options = {text!r}: {method}.{name} has more than one value there, give it one")
-        own[name] = parse_value(value)
-    return found
+        found.append((choose('saliency method', method, METHODS), name.strip(), parse_value(value)))
+    refuse_twice(f'saliency_options = {text!r}', [f'{method}.{name}' for method, name, _ in found])
+    return {method: {name: value for m, name, value in found if m == method} for method, *_ in found}
 
 # %% ../../nbs/evidence/39_map_scores.ipynb #15d04ab2
 _count = (int, 1, 10**9)
