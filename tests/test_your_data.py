@@ -38,7 +38,7 @@ def test_guide_from_start_to_end(tmp_path):
     p = guide(tmp_path)
     assert p.returncode == 0, p.stderr[-3000:]
     out = tmp_path/'data'/'smoke'/'your_data'
-    assert len(list((out/'images'/'train').glob('*/*.png'))) == len(list((out/'images'/'test').glob('*/*.png'))) == 192
+    assert len(list((out/'patches'/'train').glob('*/*.png'))) == len(list((out/'patches'/'test').glob('*/*.png'))) == 192
     assert pd.read_csv(out/'log.csv').network.tolist() == ['CE', 'LICO'] and not (tmp_path/'figures').exists()
     shipped = load_network(out/'network')
     assert shipped.class_names[0] == 'brick wall' and shipped.preprocessing['mean'] == [0.5]*3
