@@ -153,11 +153,11 @@ def make_network(
     options = {**found, **options}
     weights = ':'.join(filter(None, timm_source(name))) if pretrained else architecture
     try: return _timm(weights, num_classes, image_size, pretrained, options)
-    except (TypeError, NotImplementedError, AssertionError):
+    except (TypeError, NotImplementedError, AssertionError) as e:
         if not options: raise
         told = ', '.join(f'{k}={v}' for k, v in options.items())
-        raise ValueError(f"{name} takes no {told}: leave it out, or give a convolutional network of timm's such as "
-                         "resnet50") from None
+        raise ValueError(f"{name} does not take {told} ({reason(e)}): leave it out, or give another value, or another "
+                         "network of timm's such as resnet50") from None
     except (OSError, RuntimeError) as e:
         if not pretrained: raise
         raise FileNotFoundError(f"no pretrained weights for {name}: timm found none in its cache and could not "

@@ -7,8 +7,6 @@ __all__ = ['rise_masks', 'rise', 'input_gradient', 'guided_backprop', 'smoothgra
            'guided_path_attribution', 'guided_ig', 'xrai', 'noise', 'edges']
 
 # %% ../nbs/method/25_attribution.ipynb #8571a909
-import math
-
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -43,9 +41,6 @@ def rise(
 ):
     """RISE maps [B, H, W] (Petsiuk et al. 2018, Eq. 6): the mean of random masks, weighted by the class's
     probability in the picture behind them."""
-    if n_masks < 1 or cells < 1 or not 0 < p < 1:
-        raise ValueError(f"RISE with {n_masks} masks of {cells} cells and p = {p}: expected at least 1, at least 1, "
-                         "and a probability between 0 and 1")
     generator, total = torch.Generator().manual_seed(seed), torch.zeros_like(x[:, 0])
     scores, size = looker(net, x, n_masks*len(x), batch_size)
     per = max(1, size//len(x))
@@ -110,8 +105,6 @@ def smoothgrad(
 ):
     """SmoothGrad maps [B, H, W] (Smilkov et al. 2017): mean gradient of noisy copies; absolute values summed over
     the colours."""
-    if samples < 1 or not 0 <= noise < math.inf:
-        raise ValueError(f"smoothgrad with samples = {samples} and noise = {noise}: expected at least 1, and 0 or more")
     maps, per = [], batch_size or usual_batch(x)
     for image, c in tqdm(list(zip(x, target)), 'SmoothGrad', unit='image', delay=2, leave=False):
         generator, total = torch.Generator().manual_seed(seed), torch.zeros_like(image)
@@ -130,7 +123,6 @@ def integrated_gradients(
 ):
     "Integrated gradients [B, H, W] from zero (Sundararajan et al. 2017); absolute values summed over the colours."
     from captum.attr import IntegratedGradients
-    if steps < 1: raise ValueError(f"integrated-gradients with steps = {steps}: expected at least 1")
     attribution = IntegratedGradients(net).attribute(x.clone().requires_grad_(), target=target, n_steps=steps,
                                                      internal_batch_size=batch_size or usual_batch(x))
     return attribution.detach().abs().sum(1)
@@ -159,9 +151,6 @@ def guided_path_attribution(
 ):
     """Guided integrated gradients [B, 3, H, W] from zero, with their signs (Kapishnikov et al. 2021, Algorithm 1,
     between anchors)."""
-    if steps < 1 or anchors < 0 or not 0 < fraction <= 1:
-        raise ValueError(f"guided-ig with {steps} steps, fraction {fraction} and {anchors} anchors: "
-                         "expected at least 1, a part of 1, and at least 0")
     end = (x if x.device.type == 'mps' else x.double()).flatten(1)  # Apple's GPUs have no float64
     z, attribution, per, distance = (torch.zeros_like(end), torch.zeros_like(end), -(-steps//(anchors + 1)),
                                      end.abs().sum(1)/(anchors + 1))
@@ -192,7 +181,6 @@ def xrai(
     """XRAI maps [B, H, W] (Kapishnikov et al. 2019) from PAIR's `saliency`; integrated gradients enter by their
     largest value over the colours."""
     from saliency.core import INPUT_OUTPUT_GRADIENTS, XRAI, XRAIParameters
-    if steps < 1: raise ValueError(f"xrai with steps = {steps}: expected at least 1")
     flat = (x.amax((1, 2, 3)) == x.amin((1, 2, 3))).tolist()
     if any(flat): raise ValueError(f"xrai cannot cut image {flat.index(True)} into segments: all its values are equal")
 

@@ -53,6 +53,7 @@ def create_backbone(
     """
     for k in [k for k, v in dict(in_chans=3, features_only=False).items() if options.get(k, v) != v]:
         raise ValueError(f"option {k}: a backbone is a classifier of images of 3 channels; leave it out")
+    if 'img_size' in options: raise ValueError("option img_size: give it as image_size")
     try:
         net = make_network(name, num_classes, image_size, pretrained, options).eval()
         with torch.no_grad(): maps = net.forward_features(torch.zeros(1, 3, image_size, image_size))

@@ -53,7 +53,8 @@ class Data:
 
     def normalise(self, x):
         """uint8 [B, 3, S, S] to float32 less `mean`, over `std`: mean 0 and variance 1 per channel over the
-        training set."""
+        training set. `ValueError` for other numbers."""
+        if x.dtype != torch.uint8: raise ValueError(f"images of {x.dtype}: expected uint8, 0 to 255, as data.test.x is")
         mean, std = (torch.tensor(o, dtype=torch.float32, device=x.device).view(3, 1, 1) for o in (self.mean, self.std))
         return (x.float()/255 - mean)/std
 
@@ -229,7 +230,7 @@ def load(
     shots       the same, per class
     seed        decides which images are labelled, nothing else
     image_size  side S in pixels. None: digits 16, Fashion-MNIST 28, CIFAR and SVHN 32, a folder of one of these as it
-                has, else 224
+                has; a folder of fewer than 20,000 images, all squares of one size up to 224, that size; else 224
     validation  hold out so many training images, the same number of each class, and test on them instead
     flip        mirror half of the training images? None: as the dataset has it; a folder's images are
 

@@ -61,7 +61,7 @@ def _speeds(hardware, processes):
     found = {}
     for path in runs_folder().glob('*/record.json'):
         r = read_record(path.parent) or {}
-        if (own := r.get('stamp', {})).get('hardware') == hardware and own.get('processes', 1) == processes:
+        if (own := r.get('stamp', {})).get('hardware') == hardware and own['processes'] == processes:
             found.setdefault(_like(r['spec']), []).append(r['seconds']/r['spec']['steps'])
     return {like: (statistics.median(times), len(times)) for like, times in found.items()}
 

@@ -194,7 +194,8 @@ def _plan(C, eps, n_iter, tol):
 
 # %% ../nbs/method/01_losses.ipynb #135a9916
 def sinkhorn(C, eps=0.1, n_iter=100, tol=1e-3):
-    """The plan of Eq. 6, [B, N, M]: each of the N rows sums to 1/N exactly, each of the M columns to 1/M within `tol`.
+    """The plan of Eq. 6, [B, N, M]: each of the N rows sums to 1/N exactly, each of the M columns to 1/M within `tol`
+    or as near as `n_iter` updates come.
 
     C       [B, N, M], cost of moving row n to row m
     eps     λ of Eq. 5, strength of the entropy term, in units of cost

@@ -13,8 +13,8 @@ from torch import nn
 from .networks import undisturbed, unwrapped
 from .copies import in_float32
 from .probes import Probe, looker
-from .saliency import refuse_batchwise, refuse_no_network
-from .config import choose, whole_number
+from .saliency import class_indices, refuse_bad_asking, refuse_images
+from .config import whole_number
 
 # %% ../nbs/method/27_metrics.ipynb #e256075c
 def _which(bad):
@@ -36,36 +36,18 @@ def finite_maps(
                          "so leave it out and count it")
     return saliency if saliency.dtype in (torch.float32, torch.float64) else saliency.float()
 
-# %% ../nbs/method/27_metrics.ipynb #6b31d467
-def _targets(target, B, device):
-    "Targets as int64 [B]; one number stands for all images."
-    if target is None: raise ValueError("target is None: expected class indices, such as net(x).argmax(1)")
-    try: target = torch.as_tensor(target, device=device)
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(f"target {target!r}: expected one class index, or one for each of {B} images") from None
-    if (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
-        or target.shape not in ((), (B,))):
-        raise ValueError(f"target of shape {list(target.shape)} and {target.dtype}: expected one class index, "
-                         f"or one for each of {B} images")
-    if (target < 0).any(): raise ValueError(f"target {int(target.min())}: class indices begin at 0")
-    return target.long().expand(B)
-
 # %% ../nbs/method/27_metrics.ipynb #ee57668f
 def _inputs(x, saliency, target, step):
     "Images in float32, maps, targets and the step in pixels, all checked."
-    if not torch.is_tensor(x): raise ValueError(f"images are {type(x).__name__}: expected a tensor [B, C, H, W]")
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"images of shape {list(x.shape)} and {x.dtype}: expected the network's input, floats [B, C, "
-                         "H, W]")
-    if (bad := ~x.isfinite().flatten(1).all(1)).any():
-        raise ValueError(f"image {_which(bad)} holds values that are not finite: expected what the preprocessing gives")
+    refuse_images(x)
+    if target is None: raise ValueError("target is None: expected class indices, such as net(x).argmax(1)")
     saliency = finite_maps(saliency).to(x.device)
     (B, _, H, W) = x.shape
     if saliency.shape != (B, H, W):
         raise ValueError(f"images {list(x.shape)} and maps {list(saliency.shape)}: expected one map [{H}, "
                          f"{W}] for each of {B} images")
     step = math.ceil(H*W/28) if step is None else whole_number('step', step, 1, H*W)
-    return x.detach().float(), saliency, _targets(target, B, x.device), step
+    return x.detach().float(), saliency, class_indices(target, B, x.device), step
 
 # %% ../nbs/method/27_metrics.ipynb #80b64e34
 def _frames(start, end, rank, count):
@@ -133,12 +115,6 @@ def _baseline(baseline, x):
         raise ValueError(f"baseline of shape {list(baseline.shape)} for images {list(x.shape)}: "
                          "expected a number or what broadcasts to them") from None
 
-def _settings(net, score, batch_size):
-    refuse_no_network(net)
-    if score is not None and not callable(score): choose('score', score, ('softmax', 'logit'))
-    if batch_size is not None: whole_number('batch_size', batch_size, 1)
-    refuse_batchwise(net, batch_size)
-
 # %% ../nbs/method/27_metrics.ipynb #2fcd45d6
 def insertion(
     net: nn.Module, x: torch.Tensor, saliency: torch.Tensor, target, step: int = None, baseline=None, score=None,
@@ -158,7 +134,7 @@ def insertion(
 
     ValueError for maps or images that are not finite and shapes that do not go together.
     """
-    _settings(net, score, batch_size)
+    refuse_bad_asking(net, score, batch_size)
     x, saliency, target, step = _inputs(x, saliency, target, step)
     return _curve(net, x, blur(x) if baseline is None else _baseline(baseline, x), x, saliency, target, step, score,
                   batch_size)
@@ -174,7 +150,7 @@ def deletion(
     baseline  where to end: a number or a tensor that broadcasts to x
     net, x, saliency, target, step, score, batch_size  as in `insertion`
     """
-    _settings(net, score, batch_size)
+    refuse_bad_asking(net, score, batch_size)
     x, saliency, target, step = _inputs(x, saliency, target, step)
     return _curve(net, x, x, _baseline(baseline, x), saliency, target, step, score, batch_size)
 

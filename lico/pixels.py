@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['open_image', 'refuse_unknown_white', 'as_rgb', 'whole_square', 'central_window', 'random_window',
            'no_truncated_images', 'reason', 'upright_size', 'read_image', 'decode', 'each_image', 'read_ahead',
-           'window_source']
+           'as_input', 'window_source']
 
 # %% ../nbs/method/06_pixels.ipynb #21ef4f3d
 import contextlib, inspect, math, os, threading
@@ -56,10 +56,8 @@ def whole_square(
     S: int,  # pixels
 ):
     "The largest central square of an image, brought to S x S."
-    from PIL import Image
-    (w, h), side = image.size, min(image.size)
-    box = (w - side)/2, (h - side)/2, (w + side)/2, (h + side)/2
-    return image.resize((S, S), Image.Resampling.BICUBIC, box)
+    from PIL import Image, ImageOps
+    return ImageOps.fit(image, (S, S), Image.Resampling.BICUBIC)
 
 # %% ../nbs/method/06_pixels.ipynb #43f99a7e
 def central_window(
@@ -199,6 +197,13 @@ def read_ahead(
     finally: pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/method/06_pixels.ipynb #7bbceae8
+def as_input(image, window, S, mean, std):
+    "What a network takes, float32 [3, S, S], of a PIL image as `Image.open` gives it."
+    import numpy as np, torch
+    pixels = torch.tensor(np.array(window(as_rgb(image), S))).permute(2, 0, 1)
+    mean, std = (torch.tensor(o).view(3, 1, 1) for o in (mean, std))
+    return (pixels.float()/255 - mean)/std
+
 def window_source(
     window,  # `whole_square` or `central_window`
     S: int,  # pixels
@@ -206,13 +211,7 @@ def window_source(
     std: tuple,
 ) -> str:
     "Code of a function `preprocess`, which needs PIL, NumPy and torch, from a PIL image to float32 [3, S, S]."
-    return f'''{inspect.getsource(refuse_unknown_white)}
-{inspect.getsource(as_rgb)}
-{inspect.getsource(window)}
-def preprocess(image):
-    "What the network takes, float32 [3, {S}, {S}], of a PIL image as `Image.open` gives it."
-    import numpy as np, torch
-    pixels = torch.tensor(np.array({window.__name__}(as_rgb(image), {S}))).permute(2, 0, 1)
-    mean, std = (torch.tensor(o).view(3, 1, 1) for o in ({tuple(mean)}, {tuple(std)}))
-    return (pixels.float()/255 - mean)/std
+    parts = '\n'.join(map(inspect.getsource, (refuse_unknown_white, as_rgb, window, as_input)))
+    return f'''{parts}
+def preprocess(image): return as_input(image, {window.__name__}, {S}, {tuple(mean)}, {tuple(std)})
 '''

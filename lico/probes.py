@@ -130,13 +130,17 @@ class Probe:
         self.fast = None  # the copy that is asked where no gradient is wanted
         self.shown, seen = x[:1].detach(), x[:1].detach().clone()
         try:
-            with torch.no_grad():
-                self.answer = net(seen)
-                row = rows_of_output(score(self.answer) if callable(score) else self.answer, 1)
+            with torch.no_grad(): self.answer = net(seen)
         except (RuntimeError, AssertionError, TypeError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
             raise ValueError(f"images {list(x.shape)}: expected what {type(net).__name__} takes, which stops with: "
                              f"{reason(e)}") from e
+        try:
+            with torch.no_grad(): row = rows_of_output(score(self.answer) if callable(score) else self.answer, 1)
+        except Exception as e:
+            if not callable(score): raise
+            raise ValueError(f"score stops with {type(e).__name__}: {reason(e)}; expected a function from the output "
+                             f"of {type(net).__name__} to numbers [n, K]") from e
         if not row.isfinite().all():
             raise ValueError("the network's answer to image 0 is not finite: check the network's weights and that its "
                              "input is normalised as in training")

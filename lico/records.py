@@ -15,7 +15,7 @@ from torch import nn
 from .backbones import create_backbone
 from .architectures import made_of, timm_source
 from .config import stamp
-from .files import python_command, read_checked, set_aside, sha256, sweep_temporaries, write_atomic
+from .files import MISFIT, python_command, read_checked, set_aside, sha256, sweep_temporaries, write_atomic
 from .shipping import load_checkpoint, preprocessing_of, save_checkpoint, save_network
 from .runs import (TRAINING_METHODS, TRAINING_PROTOCOL, Run, field_names, find_encoder, load_data, options_of,
                        own_random_state, run_id, runs_folder, spec, start)
@@ -26,16 +26,16 @@ from .training import fit
 # %% ../nbs/method/32_records.ipynb #f478f798
 def _seal(record): return sha256(json.dumps({k: v for k, v in record.items() if k != 'checksum'}, sort_keys=True))
 
-def _sealed(content):
+def _unsealed(content):
     record = json.loads(content)
     if record['checksum'] == _seal(record): return record
-    raise ValueError("its checksum does not fit its content")
+    raise ValueError(MISFIT)
 
 def read_record(
     folder,  # of a run
 ) -> dict:
     "The record in a run's folder, `None` if there is none or it is damaged; then it is set aside."
-    return read_checked(Path(folder)/'record.json', _sealed)
+    return read_checked(Path(folder)/'record.json', _unsealed)
 
 # %% ../nbs/method/32_records.ipynb #55943b98
 @contextlib.contextmanager
@@ -106,7 +106,7 @@ def _train(r, data, folder, progress):
     if not (kept := load_checkpoint(folder/'checkpoint.safetensors')): return _train(r, data, folder, progress)
     save_checkpoint(folder/'model.safetensors', model.state_dict(), dict(id=folder.name))
     save_checkpoint(folder/'predictions.safetensors', dict(predicted=kept[0]['predicted']), dict(id=folder.name))
-    _write_record(r, s, data, folder, log, kept[1].get('hardware', ['unknown']))
+    _write_record(r, s, data, folder, log, kept[1]['hardware'])
     (folder/'checkpoint.safetensors').unlink(missing_ok=True)
     sweep_temporaries(folder)  # of one that was just being killed when this one began
 
@@ -176,7 +176,4 @@ def ship(
     folder,  # to write to
 ):
     "Write a run's network, its class names and its preprocessing for others, as `save_network` does."
-    if 'preprocessing' not in record:
-        raise ValueError(f"the record {record['id']} is from before records held class names and preprocessing: "
-                         f"use save_network with those of load_data({run_of(record)!r})")
     save_network(load_backbone(record), folder, record['class_names'], record['preprocessing'], _built(record)[0])

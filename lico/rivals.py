@@ -96,7 +96,7 @@ def refuse_flat(backbone):
 class CGC(Consistent):
     """Contrastive Grad-CAM consistency (Pillai et al. 2022): the map of a view is the view of the map, and unlike
     other pictures' maps."""
-    name = 'cgc'
+    name, compares = 'cgc', 'CGC'
 
     def __init__(self,
         backbone: nn.Module,  # a classifier with timm's protocol: a CNN, or a ViT
@@ -231,6 +231,8 @@ def supcon_loss(
 
 class SupCon(CrossEntropy):
     "Cross-entropy and a weight times the supervised contrast of the pooled features (Khosla et al. 2020)."
+    compares, needs_pairs = 'the supervised contrast', True
+
     def __init__(self,
         backbone: nn.Module,  # a classifier with timm's protocol
         weight: float = 0.1,  # lambda

@@ -15,7 +15,7 @@ from filelock import FileLock
 from .config import choose, derive_seed, root
 from .data import load
 from .listing import in_either_form, named_file
-from .pixels import read_image
+from .pixels import read_image, whole_square
 
 # %% ../nbs/method/29_scenes.ipynb #1fa50023
 @dataclass(frozen=True, eq=False)
@@ -190,21 +190,16 @@ def _mask(segmentation, height, width):
                        else segmentation).astype(bool)
 
 # %% ../nbs/method/29_scenes.ipynb #34c166a9
-def _square(image, size, method):
-    "A PIL image's largest centred square, resized, as an array."
-    from PIL import Image, ImageOps
-    return np.array(ImageOps.fit(image, (size, size), getattr(Image.Resampling, method)))
-
 def _annotated(folder, name, size, height, width, objects):
     "The scene of one file; `objects` are (label, segmentation, crowd)."
-    from PIL import Image
+    from PIL import Image, ImageOps
     image = read_image(folder, in_either_form(folder, name))
     if image.size != (width, height):
         raise ValueError(f"{name} has {image.width} x {image.height} pixels and its annotation says {width} x "
                          f"{height}: they do not belong together")
-    picture = torch.from_numpy(_square(image, size, 'BICUBIC')).permute(2, 0, 1)
-    masks = [torch.from_numpy(_square(Image.fromarray(_mask(s, height, width)), size, 'NEAREST'))
-             for _, s, _ in objects]
+    picture = torch.from_numpy(np.array(whole_square(image, size))).permute(2, 0, 1)
+    nearest = lambda mask: np.array(ImageOps.fit(mask, (size, size), Image.Resampling.NEAREST))
+    masks = [torch.from_numpy(nearest(Image.fromarray(_mask(s, height, width)))) for _, s, _ in objects]
     kept = [(label, mask, crowd) for (label, _, crowd), mask in zip(objects, masks) if mask.any()]
     labels, masks, crowd = zip(*kept) if kept else ((), (torch.zeros(0, size, size, dtype=torch.bool),), ())
     return _scene(picture, labels, torch.stack(masks) if kept else masks[0], crowd, name)

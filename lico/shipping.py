@@ -7,7 +7,7 @@ __all__ = ['tensors_digest', 'save_checkpoint', 'load_checkpoint', 'preprocessin
            'refuse_damaged', 'load_network', 'loading_lines']
 
 # %% ../nbs/method/18_shipping.ipynb #df731d62
-import hashlib, io, json
+import hashlib, io, json, reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import nn
 from .backbones import create_backbone
 from .architectures import made_of
 from . import pixels
-from .files import SUMS, read_checked, read_sums, sha256, write_atomic, write_summed
+from .files import MISFIT, SUMS, read_checked, read_sums, sha256, write_atomic, write_summed
 from .data import Files
 from .pixels import reason, window_source
 from .networks import refuse_probabilities, unwrapped
@@ -72,18 +72,14 @@ def save_checkpoint(
 
 # %% ../nbs/method/18_shipping.ipynb #fb42f620
 def _opened(content):
-    "Tensors and state of a file's bytes; one from before headers were sealed is known by the checksum of its tensors."
+    "Tensors and state of a file's bytes."
     from safetensors import SafetensorError
     from safetensors.torch import load
     header, body = _header(content)
     meta = header['__metadata__']
-    if 'seal' in meta and meta['seal'] != _file_seal(header, body):
-        raise ValueError("its checksum does not fit its content")
-    try: tensors = load(content)
+    if meta.get('seal') != _file_seal(header, body): raise ValueError(MISFIT)
+    try: return load(content), json.loads(meta['state'])
     except SafetensorError as e: raise ValueError(e) from None
-    if 'seal' not in meta and meta['checksum'] != tensors_digest(tensors):
-        raise ValueError("its checksum does not fit its content")
-    return tensors, json.loads(meta['state'])
 
 def load_checkpoint(
     path,  # the file to read
@@ -150,10 +146,9 @@ def _refuse_other_network(net, backbone, K, preprocessing):
 def _refuse_to_ship(net, folder, class_names, preprocessing):
     "Refuse what `save_network` could not write, or nobody could use."
     if not isinstance(net, nn.Module): raise ValueError(f"net is {type(net).__name__}: expected a torch.nn.Module")
-    if isinstance(class_names, (set, frozenset)):
-        raise ValueError("class_names is a set, which has no order: expected a list, class 0 first")
-    if not hasattr(class_names, '__len__'):
-        raise ValueError(f"class_names is {class_names!r}: expected a list of names, class 0 first")
+    listed = hasattr(class_names, '__len__') and not isinstance(class_names, (str, set, frozenset, dict))
+    if not listed or not all(isinstance(o, str) for o in class_names):
+        raise ValueError(f"class_names is {reprlib.repr(class_names)}: expected a list of names, class 0 first")
     needs = 'window', 'image_size', 'mean', 'std'
     if (not isinstance(preprocessing, dict) or {*needs} - {*preprocessing}
         or not hasattr(pixels, preprocessing['window'])):
@@ -217,11 +212,8 @@ class Shipped:
 
     def prepare(self, image):
         "A PIL image as the network takes it, float32 [3, S, S]; to the bit what its tests were done with."
-        import numpy as np
         o = self.preprocessing
-        x = torch.tensor(np.array(getattr(pixels, o['window'])(pixels.as_rgb(image), o['image_size']))).permute(2, 0, 1)
-        mean, std = (torch.tensor(o[k]).view(3, 1, 1) for k in ('mean', 'std'))
-        return (x.float()/255 - mean)/std
+        return pixels.as_input(image, getattr(pixels, o['window']), o['image_size'], o['mean'], o['std'])
 
 def refuse_damaged(
     folder,  # with `SHA256SUMS`

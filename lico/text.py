@@ -169,7 +169,7 @@ def load_text_encoder(name='minilm') -> TextEncoder:
     if name in _HUB: return _load_folder(_hub_folder(name))
     if name == 'clip': name = 'clip:ViT-B-32/openai'
     if str(name).startswith('clip:'): return _load_clip(name[5:])
-    if Path(name).is_dir(): return _load_folder(name)
+    if Path(name).expanduser().is_dir(): return _load_folder(Path(name).expanduser())
     choose('text encoder', name, ('minilm', 'clip', 'clip:ARCH/TAG', 'bert', 'align', 'glove',
                                   'the path of a folder with a Hugging Face BERT or ALIGN'))
 

@@ -232,9 +232,10 @@ def fit(
     model, data, epochs: int = None, steps: int = None, preset: str = 'paper', seed: int = 0, evaluations: int = 1,
     folder=None, checkpoint_seconds: float = 30., progress: bool = True, on_epoch=None, **options,
 ) -> list:
-    """Train `model.backbone` in place (Algorithm 1); one row per epoch. With an average, the backbone ends with the
-    averaged weights. More epochs in the same folder extend a run; unless the schedule is `constant`, the learning rate
-    then jumps to that of the longer run, which is warned of and in the log as `extended_at`.
+    """Train `model.backbone` in place (Algorithm 1), on `lico.config.device()`, where it stays; one row per epoch.
+    With an average, the backbone ends with the averaged weights. More epochs in the same folder extend a run; unless
+    the schedule is `constant`, the learning rate then jumps to that of the longer run, which is warned of and in the
+    log as `extended_at`.
 
     model        CrossEntropy(net), LICO(net, prompts, options)
     data         a Data; trained on .train, tested on .test
@@ -254,15 +255,16 @@ def fit(
     """
     refuse_bad_call(model, data, seed, dict(epochs=epochs, steps=steps, evaluations=evaluations), on_epoch, options)
     seed, steps, evaluations = int(seed), steps and int(steps), int(evaluations)
+    folder = folder and Path(folder).expanduser()
     o = options_from(TrainOptions, read_preset(preset, **options, **(dict(epochs=epochs) if epochs else {})))
     refuse_precision(o.precision, device())
-    refuse_lonely(model, min(o.batch_size, len(data.train)))
+    refuse_lonely(model, data.train.y, o.batch_size)
     steps = steps or o.epochs*steps_per_epoch(len(data.train), o.batch_size)
     with _own_state(), _alone_in(folder):
         t = _Trainer(model, data, o, steps, seed)
         if folder:
             t.run = identity_of(t, evaluations)
-            resume(t, Path(folder)/'checkpoint.safetensors')
+            resume(t, folder/'checkpoint.safetensors')
         _loop(t, folder, evaluations, checkpoint_seconds, progress, on_epoch)
         t.train_mode()
     if t.average: model.backbone.load_state_dict(t.average.weights(), strict=False)

@@ -13,3 +13,11 @@ def lico_root(tmp_path, monkeypatch):
     "A root of its own, so that no test touches the project's records or figures."
     monkeypatch.setenv('LICO_ROOT', str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture(scope='module')
+def module_root(tmp_path_factory):
+    "The same for all tests of a module that look at one run."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('LICO_ROOT', str(tmp_path_factory.mktemp('root')))
+        yield

@@ -15,11 +15,7 @@ from lico.scenes import coco_scenes, coco_to_imagenet, digit_scenes
 
 
 @pytest.fixture(scope='module')
-def record(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv('LICO_ROOT', str(tmp_path_factory.mktemp('root')))
-    yield run(Run(labels=40, backbone='wrn_10_1', steps=2), progress=False)
-    patch.undo()
+def record(module_root): return run(Run(labels=40, backbone='wrn_10_1', steps=2), progress=False)
 
 
 def test_folding_changes_nothing():
@@ -32,8 +28,7 @@ def test_folding_changes_nothing():
     assert norms(net) == 0
 
 
-def test_pictures_with_labels(tmp_path, monkeypatch):
-    monkeypatch.setenv('LICO_ROOT', str(tmp_path))
+def test_pictures_with_labels(tmp_path, lico_root):
     from skimage import data
     (tmp_path/'sample'/'images').mkdir(parents=True)
     for name in ('chelsea', 'coffee'): Image.fromarray(getattr(data,
@@ -119,9 +114,8 @@ def labelled(folder, rows, pictures=(), header='file,class_index', encoding='utf
     return str(folder)
 
 
-def test_two_pictures_of_one_name_stay_two(tmp_path, monkeypatch):
+def test_two_pictures_of_one_name_stay_two(tmp_path, lico_root):
     "In folders below one, and in two folders of one last name, of which a copy elsewhere is the same."
-    monkeypatch.setenv('LICO_ROOT', str(tmp_path))
     both = labelled(tmp_path/'a'/'mine', ['x/1.png,3', 'y/1.png,4'], [('x/1.png', 'red'), ('y/1.png', 'blue')])
     cases = imagenet_cases(both, 2)
     assert dict(zip(cases.names, cases.target.tolist())) == {'x/1.png': 3, 'y/1.png': 4}

@@ -58,7 +58,6 @@ def test_no_network_no_file(offline, name):
     assert ('no network' in message) == (name not in ('imagenet', 'cub200', 'cars'))
 
 def test_a_silent_network_does_not_hang(offline, monkeypatch):
-    import urllib.request
     silent = socket.create_server(('127.0.0.1', 0))  # takes connections and says nothing
     monkeypatch.undo(); monkeypatch.setenv('LICO_ROOT', str(offline.parent))
     monkeypatch.setattr(readers, 'patience', 1)
@@ -142,8 +141,7 @@ def test_debians_package_helps_after_a_download_that_failed(offline):
     assert find('fashion_mnist').train.labels == [9, 0, 4, 5]
 
 @pytest.mark.skipif(not readers.debian.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
-def test_debians_fashion_mnist_is_what_torchvision_reads(tmp_path, monkeypatch):
-    monkeypatch.setenv('LICO_ROOT', str(tmp_path))
+def test_debians_fashion_mnist_is_what_torchvision_reads(tmp_path, lico_root, monkeypatch):
     debians, raw = find('fashion_mnist'), tmp_path/'data'/'FashionMNIST'/'raw'
     raw.mkdir(parents=True)
     for path in readers.debian.glob('*.gz'): (raw/path.stem).write_bytes(gzip.decompress(path.read_bytes()))

@@ -1,6 +1,5 @@
 "Figure 10 against independent references: scipy's softmax and KL, the records of `run`, factors by hand."
-import math, numpy as np, os, pandas as pd, pytest, shutil, subprocess, sys, torch
-from pathlib import Path
+import math, numpy as np, pandas as pd, pytest, torch
 
 from scipy import stats
 from scipy.special import log_softmax, rel_entr
@@ -177,30 +176,3 @@ def test_rows_of_other_seeds_are_kept(tmp_path):
     write_results(tmp_path, df[df.seed < 2])
     both = write_results(tmp_path, df[df.seed > 0], keep=True)
     assert len(both) == len(df) == 30 and sorted(both.seed.unique()) == [0, 1, 2]
-
-
-def smoke(tmp_path, name):
-    """A notebook in the smoke profile from any folder, and drawn again without data or records: its folder, and
-    both tables."""
-    env = {**os.environ, 'LICO_ROOT': str(tmp_path), 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [Path(sys.executable).with_name('papermill'), TOP/'nbs'/f'{name}.ipynb', 'x.ipynb', '-p', 'profile',
-               'smoke']
-    def mill(*args):
-        p = subprocess.run([*command, *args], cwd=tmp_path, env=env, capture_output=True, text=True)
-        assert p.returncode == 0, p.stderr[-3000:]
-        assert 'Unable to parse line' not in p.stderr
-    mill()
-    table = (tmp_path/'data'/'smoke'/name/'table.md').read_text(encoding='utf-8')
-    shutil.move(tmp_path/'data'/'smoke'/name, tmp_path/'kept'); shutil.rmtree(tmp_path/'data')
-    mill('-p', 'stored', 'only', '-p', 'out', str(tmp_path/'kept'))
-    assert not (tmp_path/'data').exists()
-    return tmp_path/'kept', table, (tmp_path/'kept'/'table.md').read_text(encoding='utf-8')
-
-
-@pytest.mark.slow
-def test_figure10_smoke_and_drawn_again_from_files(tmp_path):
-    out, table, again = smoke(tmp_path, 'figure10')
-    assert {f.name for f in out.iterdir() if not f.name.startswith('.')} == {
-        'results.csv', 'table.md', 'figure.png', 'SHA256SUMS'}
-    assert again == table and 'digits' in table and 'smoke' in table
-    assert {'seed', 'hardware', 'torch', 'commit', 'profile', 'arm', 'kl'} <= set(pd.read_csv(out/'results.csv'))

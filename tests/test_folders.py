@@ -2,12 +2,12 @@
 write a split, every link, every name; and what is said of it."""
 import os, socket, subprocess, sys, unicodedata
 from pathlib import Path
-import numpy as np, pytest, torch
+import numpy as np, pytest
 from PIL import Image
 from lico import data as data_module
 from lico.config import dataset_settings
 from lico.data import load
-from lico.listing import image_endings, look_into, readable, stamp_of
+from lico.listing import image_endings, look_into, stamp_of
 from lico.folders import image_tree, part_of
 
 def utf8(name): return os.fsdecode(name.encode())  # as it is called here, whatever the locale

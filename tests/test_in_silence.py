@@ -9,23 +9,25 @@ from torch import nn
 
 from lico import data as data_module
 from lico.backbones import adapt, create_backbone
-from lico.config import derive_seed
+from lico.config import derive_seed, root
 from lico.data import box_masks, load
 from lico.evidence.arms import compare
 from lico.evidence.cases import Cases, Network, coco_in
 from lico.evidence.embeddings import order_sentences
+from lico.evidence.looking import collect_looking
 from lico.evidence.map_scores import SCORERS, saliency_options, scores
 from lico.evidence.pages import parameters
 from lico.evidence.pictures import scene_runs
 from lico.evidence.programme import asked_of_block, contrast_rows
-from lico.evidence.recipe import hold_out
+from lico.evidence.recipe import grid_side, hold_out
 from lico.evidence.stats import sign_flip
-from lico.evidence.store import image_rows, write_results
+from lico.evidence.store import image_rows, read_results, write_results
 from lico.experiments import TRAINING_METHODS, Run, start
 from lico.losses import LossOptions, adjacency, cost_matrix, manifold_matching, ot_alignment, sinkhorn
 from lico.metrics import deletion, energy_pointing_game, insertion, pointing_game
 from lico.model import LICO, CrossEntropy, refuse_other_forward
 from lico.pixels import read_image
+from lico.rivals import CGC, SupCon
 from lico.shipping import load_network, loading_lines, preprocessing_of, save_network
 from lico.saliency import METHODS, explain, overlay
 from lico.temperatures import calibrated_taus
@@ -394,8 +396,8 @@ def test_what_fit_cannot_train_with_is_said_first(digits, given, says):
 
 
 @pytest.mark.parametrize('given, says', [
-    (dict(method='smoothgrad', noise=math.nan), 'noise = nan: expected a number'),
-    (dict(method='smoothgrad', noise=math.inf), 'noise = inf: expected a number'),
+    (dict(method='smoothgrad', noise=math.nan), 'smoothgrad.noise = nan: expected a number'),
+    (dict(method='smoothgrad', noise=math.inf), 'smoothgrad.noise = inf: expected a number'),
     (dict(method='rise', p='a'), "p = 'a': expected a number"), (dict(method='rise', seed=1.5), 'seed = 1.5: expected'),
     (dict(method='random', cells=0), 'cells = 0: expected a whole number of at least 1'),
     (dict(method='random', cells=2.5), 'cells = 2.5: expected'),
@@ -421,7 +423,7 @@ def test_numpys_seeds_are_seeds_of_maps_and_controls():
 
 
 @pytest.mark.parametrize('given, says', [
-    (dict(x=np.zeros((1, 3, 16, 16), 'float32')), 'images are ndarray: expected a tensor'),
+    (dict(x=np.zeros((1, 3, 16, 16), 'float32')), 'images ndarray: expected a tensor'),
     (dict(target='a'), "target 'a': expected one class index"), (dict(baseline=None), 'baseline is NoneType: expected'),
     (dict(saliency=[torch.zeros(16, 16), 3]), 'saliency is list: expected maps')])
 def test_what_no_curve_can_be_made_of(given, says):
@@ -461,6 +463,8 @@ def test_white_that_is_zero_in_16_bits(tmp_path):
 @pytest.mark.parametrize('given, says', [
     (dict(preprocessing={}), 'preprocessing lacks'), (dict(preprocessing=None), 'preprocessing lacks'),
     (dict(class_names=None), 'class_names is None'), (dict(net=None), 'net is NoneType'),
+    (dict(class_names={k: str(k) for k in range(10)}), 'class_names is {0: '),
+    (dict(class_names='0123456789'), "class_names is '01"),
     (dict(folder='file'), 'is a file'),
     (dict(net=Last(net_for_classes(10), lambda z: dict(logits=z))), r'gives dict, and what is shipped gives a')])
 def test_what_cannot_be_shipped(digits, tmp_path, given, says):
@@ -500,6 +504,30 @@ def test_scores_are_of_the_network_that_is_asked(lico_root):
     assert all(torch.equal(v, before[k]) for k, v in coarse.state_dict().items())
     with torch.no_grad(): coarse.fc.bias += torch.tensor([3., 0., 0.])
     assert scored(coarse.eval(), lico_root).probability[0] > first.probability[0] + 10
+
+
+class Normalised(nn.Module):
+    "A network of which the weights are the lesser part."
+    def __init__(self, mean=0., act=torch.relu, scale=1.):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.end, self.act, self.options = nn.Conv2d(3, 8, 3), nn.Linear(8, 3), act, dict(scale=scale)
+        self.register_buffer('mean', torch.tensor(mean), persistent=False)
+
+    def forward(self, x):
+        return self.end(self.act(self.conv(x - self.mean)).mean((2, 3)))*self.options['scale']
+
+
+@pytest.mark.parametrize('other', [dict(mean=1.), dict(act=torch.tanh), dict(act=lambda x: 2*x), dict(scale=3.)])
+def test_a_network_is_more_than_its_weights(digits, tmp_path, lico_root, other):
+    "A buffer that is not kept, a function, a dictionary: scores and checkpoints are of the network that has them."
+    one, two = Normalised().eval(), Normalised(**other).eval()
+    assert not scored(one, lico_root).probability.equals(scored(two, lico_root).probability)
+    data = dataclasses.replace(digits, class_names=tuple('abc'), train=digits.train[digits.train.y < 3],
+                               test=digits.test[digits.test.y < 3])
+    train = lambda net: fit(CrossEntropy(adapt(net, 'conv', 3, 16)), data, steps=1, folder=tmp_path, progress=False)
+    train(one)
+    with pytest.raises(ValueError, match='is the checkpoint of another run, which differs in'): train(two)
 
 
 def test_a_method_of_ones_own_may_change(lico_root, monkeypatch):
@@ -585,6 +613,28 @@ def test_what_is_measured_anew_takes_the_place_of_the_old(tmp_path):
     images = lambda value: scored(value).assign(image=['3'])
     for value in (50., 51.): df = write_results(tmp_path, scored(value), images(value), keep=True)
     assert df.insertion.tolist() == [51] and image_rows(tmp_path).insertion.tolist() == [51]
+
+
+def test_what_is_measured_besides_leaves_the_rest(tmp_path):
+    "Other metrics of the same maps stand beside those of before, on the same images only."
+    row = lambda n, **found: pd.DataFrame([dict(id='a', saliency='random', images=n, **found)])
+    image = lambda **found: pd.DataFrame([dict(id='a', saliency='random', image='3', **found)])
+    write_results(tmp_path, row(4, insertion=50.), image(insertion=50.))
+    df = write_results(tmp_path, row(4, deletion=10.), image(deletion=10.), keep=True)
+    assert df[['insertion', 'deletion']].values.tolist() == [[50, 10]]
+    assert image_rows(tmp_path)[['insertion', 'deletion']].values.tolist() == [[50, 10]]
+    df = write_results(tmp_path, row(8, energy=1.), image(energy=1.), keep=True)
+    assert df.energy.tolist() == [1] and df[['insertion', 'deletion']].isna().all(None)
+
+
+def test_a_page_of_one_block_takes_no_other(tmp_path):
+    "Networks of another block, seed or dataset stand in a folder of their own."
+    for file in ('results.csv', 'SHA256SUMS'):
+        (tmp_path/file).write_bytes((root()/'figures'/'looking'/file).read_bytes())
+    p = parameters('looking', dict(profile='smoke', out=str(tmp_path), block='A', datasets='digits',
+                                   stored='add', arms=''))
+    with pytest.raises(ValueError, match='shows other networks .block G there, A here, dataset .* there, digits here'):
+        collect_looking(p)
 
 
 def test_no_verdict_by_a_reference_that_failed():
@@ -688,6 +738,65 @@ def test_annotations_that_were_mended_are_read_again(tmp_path):
             annotations=[cat])), encoding='utf-8')
         return coco_in(tmp_path, 64)[0].boxes[0, 0].item()
     assert annotate(2) != annotate(40)
+
+
+def test_names_of_images_are_text(lico_root):
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    net = create_backbone('wrn_10_1', 3, 32).eval()
+    cases = Cases(Network('n', net, lambda image: image, tuple('abc'), 32), x, torch.tensor([0, 1]), ('NA', '07'))
+    assert scores(cases, 'random', progress=False).image.tolist() == ['NA', '07']
+
+
+def test_what_is_compared_needs_another(digits):
+    "An image or a class alone: those terms would be zero from the first step to the last."
+    for kind in (SupCon, CGC):
+        with pytest.raises(ValueError, match='a batch of one image: .* compares the images of a batch'):
+            fit(kind(net_for(digits)), digits, steps=1, batch_size=1, progress=False)
+    with pytest.raises(ValueError, match='one image of each class: the supervised contrast'):
+        fit(SupCon(net_for(digits)), load('digits', shots=1), steps=1, progress=False)
+
+
+def test_images_that_are_floats_are_not_normalised_again(digits):
+    with pytest.raises(ValueError, match='images of torch.float32: expected uint8'):
+        digits.normalise(digits.test.x[:2].float()/255)
+
+
+def test_a_home_is_a_home(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    fit(CrossEntropy(net_for(digits)), digits, steps=1, folder='~/run', progress=False)
+    assert (tmp_path/'run'/'log.csv').is_file() and not Path('~').exists()
+
+
+def test_what_is_transparent_lies_on_white():
+    picture = np.zeros((8, 8, 4), np.uint8)
+    seen = overlay(picture, torch.zeros(8, 8), alpha=0)
+    assert (seen == 255).all() and np.array_equal(seen, overlay(Image.fromarray(picture), torch.zeros(8, 8), alpha=0))
+
+
+def test_a_score_that_fails_is_not_the_images_fault():
+    net, x = net_for_classes(10), torch.rand(2, 3, 16, 16)
+    for score, says in ((lambda out: out.softmax('a'), 'TypeError'), (lambda out: out['logits'], 'IndexError')):
+        with pytest.raises(ValueError, match=f'score stops with {says}: .*expected a function from the output'):
+            explain(net, x, score=score)
+
+
+def test_options_that_a_backbone_cannot_have():
+    with pytest.raises(ValueError, match='option img_size: give it as image_size'):
+        create_backbone('test_vit', 5, 64, img_size=160)
+    with pytest.raises(ValueError, match='resnet18 does not take output_stride=4 .*or give another value'):
+        create_backbone('resnet18', 10, 64, output_stride=4)
+
+
+def test_what_is_made_for_a_network_lies_where_it_does(tmp_path):
+    "On another device than the processor: `meta`, which all machines have."
+    assert grid_side(create_backbone('wrn_10_1', 3, 16).to('meta')) == 4
+
+
+def test_printed_numbers_stand_beside_results_that_pandas_read():
+    df = read_results(root()/'figures'/'table3-digits')
+    own = df[df.labels.isin(['40', '250'])]
+    as_numbers = compare(own.assign(labels=own.labels.astype(int)), 3)
+    assert as_numbers.printed_value.notna().any() and as_numbers.printed_value.equals(compare(own, 3).printed_value)
 
 
 def test_networks_are_not_mixed_in_one_sentence():

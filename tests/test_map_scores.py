@@ -16,11 +16,7 @@ from lico.scenes import digit_scenes, scene_dataset
 
 
 @pytest.fixture(scope='module')
-def record(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv('LICO_ROOT', str(tmp_path_factory.mktemp('root')))
-    yield run(Run(labels=40, backbone='wrn_10_1', steps=5), progress=False)
-    patch.undo()
+def record(module_root): return run(Run(labels=40, backbone='wrn_10_1', steps=5), progress=False)
 
 
 @pytest.fixture(scope='module')

@@ -10,11 +10,11 @@ from torch import nn
 
 from lico import copies
 from lico.backbones import adapt, create_backbone, features
-from lico.networks import layout, rows_of_output, undisturbed
+from lico.networks import undisturbed
 from lico.probes import default_layer
 from lico.cams import to_unit
 from lico.metrics import deletion, insertion, pointing_game
-from lico.sensitivity import sanity_check, ses
+from lico.sensitivity import sanity_check
 from lico.saliency import METHODS, explain, overlay
 from test_saliency import FAST, lived_in, pictures, same, small, traces
 
@@ -280,8 +280,8 @@ def test_images_that_change_each_other_s_answers():
 @pytest.mark.parametrize('given, sentence', [
     (dict(score='sigmoid'), "unknown score 'sigmoid': choose one of softmax, logit"),
     (dict(target='cat'), "target 'cat': expected one class index"), (dict(target=[1, [2]]), 'expected one class index'),
-    (dict(method='integrated-gradients', steps=0), 'integrated-gradients with steps = 0: expected at least 1'),
-    (dict(method='xrai', steps=0), 'xrai with steps = 0: expected at least 1')])
+    (dict(method='integrated-gradients', steps=0), 'integrated-gradients.steps = 0: expected a whole number of at le'),
+    (dict(method='xrai', steps=0), 'xrai.steps = 0: expected a whole number of at least 1')])
 def test_arguments_that_mean_nothing(given, sentence):
     with pytest.raises(ValueError, match=sentence) as e: explain(seeded(Plain), pictures(2), **{'target': 1, **given})
     assert '\n' not in str(e.value)
@@ -368,7 +368,7 @@ def test_wrapped_networks():
 @pytest.mark.parametrize('how', ['whole', 'in place', 'a part'])
 def test_compiled_networks_are_asked_as_they_are_written(how):
     net, x = small(), pictures(2)
-    maps, curve = explain(net, x, 1), insertion(net, x, maps := explain(net, x, 1), 1).curve
+    curve = insertion(net, x, maps := explain(net, x, 1), 1).curve
     if how == 'in place': net.compile()
     if how == 'a part': net.blocks = torch.compile(net.blocks)
     compiled = torch.compile(net) if how == 'whole' else net

@@ -1,7 +1,6 @@
 """lico.pixels against what was drawn, PIL and torchvision: every kind of file is one picture; windows, strips,
 bombs; and threads."""
-import io, os, resource, subprocess, sys, threading
-from pathlib import Path
+import io, os, subprocess, sys, threading
 import numpy as np, pytest, torch
 from PIL import Image, ImageDraw, ImageFile
 from torchvision.transforms import v2
@@ -201,7 +200,7 @@ def photos(tmp_path):
 
 def test_reading_ahead_needs_no_shared_memory_and_no_process(photos, monkeypatch):
     "Docker gives 64 MB of /dev/shm; nothing is put there, and no process is started."
-    import multiprocessing.process, torch.multiprocessing as mp
+    import multiprocessing.process
     assert isinstance(photos.train, Files)
     monkeypatch.setattr(batches_module, '_workers', lambda n: 3)
     monkeypatch.setattr(multiprocessing.process.BaseProcess, 'start', lambda self: 1/0)

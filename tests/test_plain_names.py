@@ -1,7 +1,7 @@
 """What somebody calls a folder or a class comes out as it was written: in Markdown, in pictures, in files; and every
 text file is UTF-8."""
 import ast, re
-import matplotlib, nbformat, numpy as np, pandas as pd, pytest
+import nbformat, numpy as np, pandas as pd, pytest
 import matplotlib.pyplot as plt
 from lico.config import root
 from lico.evidence.arms import compare

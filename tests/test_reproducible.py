@@ -7,7 +7,7 @@ from multiprocessing.pool import ThreadPool
 import numpy as np, pytest, torch
 from joblib.externals import loky
 
-from lico import config, experiments, records as records_module, runs, training
+from lico import config, records as records_module, runs, training
 from lico.backbones import create_backbone
 from lico.data import load
 from lico.experiments import (TRAINING_METHODS, Run, encoder_name, frame, load_data, run_id, runs_folder, spec, start,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np, pandas as pd
 
 from lico.evidence.pictures import cases_of_kind, draw, scene_runs
-from lico.evidence.sanity import SCHEMES, check_network, collect_sanity, compare_sanity, sanity_sentences, sanity_table
+from lico.evidence.sanity import SCHEMES, collect_sanity, compare_sanity, sanity_sentences, sanity_table
 from lico.evidence.store import read_scores, write_results
 from lico.experiments import sweep
 from lico.sensitivity import sanity_check
@@ -36,7 +36,7 @@ def test_networks_are_checked_as_the_metric_says(lico_root):
     first = cases_of_kind(sweep(scene_runs(p), progress=False)[0], 'one', 2)
     trained = explain(first.network.net, first.x, first.target, 'grad-cam')[0]
     assert np.abs(maps.maps[0, 0]/255 - trained.numpy()).max() <= .5/255 + 1e-6
-    draw(maps)
+    assert sum(bool(ax.images) for ax in draw(maps).axes) == 2*(1 + 3), 'the picture and a map a column, twice'
 
 
 def test_sentences_count_intervals(tmp_path):

@@ -41,7 +41,7 @@ def test_stored_rows(lico_root, monkeypatch, capsys):
 def test_that_results_cannot_be_written_is_said_before_anything_runs(lico_root, monkeypatch):
     monkeypatch.setattr(store, 'sweep', lambda *a, **k: pytest.fail('a run was started'))
     (lico_root/'file').write_text('', encoding='utf-8')
-    with pytest.raises(OSError, match='results cannot be written to .*file.* give another folder with -p out'):
+    with pytest.raises(OSError, match='cannot write .*file.*: see that it can be written to, or name another place'):
         collect(p_of(lico_root/
         'file'), [TINY])
 

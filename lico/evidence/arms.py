@@ -143,7 +143,7 @@ def printed_dataset(
 def printed_place(
     table: int,
     dataset: str,  # the paper's name of it
-    labels: str,  # a number, `5-shot` or `all`
+    labels,  # a number, as such or as text, `5-shot` or `all`
     backbone: str,
     stand_in: bool,  # whether the row stands in for that dataset
 ) -> dict:
@@ -151,7 +151,7 @@ def printed_place(
     table does not have."""
     places = [(k.size, k.backbone) for k in printed_numbers() if (k.table, k.dataset) == (table, dataset)]
     sizes, nets = ([*dict.fromkeys(o)] for o in zip(*places)) if places else ([], [])
-    size, net = 'full' if labels == 'all' else labels, family(backbone)
+    size, net = 'full' if labels == 'all' else str(labels), family(backbone)
     size = size if size in sizes else sizes[0] if stand_in and len(sizes) == 1 else None
     return dict(size=size,
                 backbone=net if net in nets else '' if '' in nets else nets[0] if nets and stand_in else None)

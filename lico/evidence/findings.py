@@ -16,7 +16,6 @@ from .stats import FEWEST, interval, of_runs
 def done_again(
     first: pd.DataFrame,  # rows of results
     again: pd.DataFrame,  # of the same arms and seeds in another precision or on another machine
-    margin: float = .5,  # points of accuracy
 ) -> pd.DataFrame:
     """What doing runs again adds to their accuracy, a row an arm of at least 3 pairs, or one over all where no arm has
     as many: the mean, the standard deviation `sd` of the differences, and whether two one-sided tests hold the mean
@@ -24,7 +23,7 @@ def done_again(
     both = of_runs(first).merge(of_runs(again), on=['arm', 'seed', 'split'], suffixes=('_first', ''),
                                 validate='one_to_one')
     both['d'] = (both.accuracy_last - both.accuracy_last_first).round(9)
-    rows = []
+    rows, margin = [], .5  # points of accuracy
     for arm, o in [(k, o) for k, o in both.groupby('arm', sort=False) if len(o) > 2] or [('all', both)]:
         e = interval(o.d)
         rows.append(dict(arm=arm, n=e.n, base=o.accuracy_last_first.mean(), difference=e.mean, half_width=e.half_width,

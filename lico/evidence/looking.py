@@ -20,8 +20,8 @@ from .map_scores import saliency_options
 from .pictures import show
 from .programme import ARMS, BLOCKS, arm_name, asked_of_block
 from .report import dataset_title, in_markdown, in_picture, signed
-from .store import read_results, rows_of, train, write_results
-from ..experiments import MEASURING_PROTOCOL
+from .store import read_results, rows_of, short_names, train, write_results
+from ..experiments import MEASURING_PROTOCOL, load_data, run_id
 from ..records import run_of
 from ..files import python_command, sha256, write_atomic
 from ..pixels import whole_square
@@ -167,18 +167,31 @@ def _looked(p, records):
     more = dict(profile=p.protocol, block=p.block, epochs=[r['run']['epochs'] for r in records])
     return pd.concat(rows).merge(rows_of(records, arm_name=arm_name, **more), on='id'), sheets
 
+def _refuse_mixed(folder, block, runs):
+    "Refuse to add to a page of another block, dataset, network or seed, or another network of an arm."
+    before = read_results(folder)
+    for r in runs:
+        data = load_data(r)
+        name = r.dataset if data.name.startswith('folder:') else data.name
+        here = dict(block=block, dataset=short_names([name])[name], backbone=r.backbone, image_size=data.image_size,
+                    seed=r.seed)
+        there = before.iloc[0]
+        differs = [f'{k} {there[k]} there, {v} here' for k, v in here.items() if there[k] != v]
+        if set(before.id[before.arm == arm_name(r)]) - {run_id(r, data)}: differs.append(f'another {arm_name(r)}')
+        if differs: raise ValueError(f"{folder} shows other networks ({', '.join(differs)}): give these a folder of "
+                                     "their own with -p out")
+
 def collect_looking(
     p,  # parameters of `looking`; `stored`: `None`, "add" (keep the rows of other arms) or "only" (run nothing)
 ) -> pd.DataFrame:
     "Train what is missing, look, write all files but table and figure into `p.out`; the rows as they are read back."
     if p.stored != 'only':
-        rows, sheets = _looked(p, train(p, looked_runs(p)))
-        if p.stored == 'add' and (p.out/'results.csv').exists():
-            before = read_results(p.out)
-            rows = pd.concat([before[~before.arm.isin(rows.arm)].astype(object), rows.astype(object)])
+        runs, add = looked_runs(p), p.stored == 'add'
+        if add and (p.out/'results.csv').exists(): _refuse_mixed(p.out, p.block, runs)
+        rows, sheets = _looked(p, train(p, runs))
         for file, content in sheets.items(): write_atomic(p.out/file, content)
-        write_results(p.out, rows)
-        for file in set(p.out.glob('maps-*.webp')) - {p.out/o for o in rows.sheet}: file.unlink()
+        df = write_results(p.out, rows, keep=add)
+        for file in set(p.out.glob('maps-*.webp')) - {p.out/o for o in df.sheet}: file.unlink()
     df = read_results(p.out)
     write_atomic(p.out/'looking.json', looking_json(df) + '\n')
     return df

@@ -253,11 +253,13 @@ def collect_block(
     return collect(SimpleNamespace(**vars(p) | maps_of_block(p)), runs, arm_name=arm_name)
 
 # %% ../../nbs/evidence/46_programme.ipynb #8bdf20f7
+def _measured(rows): return [m for m, o in METRICS.items() if o.of_maps and m in rows and rows[m].notna().any()]
+
 def above_random(
     rows: pd.DataFrame,  # of networks, a row a method of saliency, "random" among them
 ) -> pd.DataFrame:
     "The other methods' rows, their metrics less those of the same network's random map."
-    measured = [m for m, o in METRICS.items() if o.of_maps and m in rows and rows[m].notna().any()]
+    measured = _measured(rows)
     rows = rows[rows.saliency.notna()]  # some networks may have no maps
     random, others = rows[rows.saliency == 'random'].set_index('id'), rows[rows.saliency != 'random'].copy()
     others[measured] -= random.loc[others.id, measured].to_numpy()
@@ -271,8 +273,7 @@ def map_table(
     lines = []
     for c in contrasts:
         own = rows[rows.arm.isin([c.arm, c.reference])]
-        measured = [m for m, o in METRICS.items() if o.of_maps and m in own and own[m].notna().any()]
-        df = paired(own, measured, c.reference)
+        df = paired(own, _measured(own), c.reference)
         for s, found in df.groupby('saliency', sort=False) if len(df) else ():
             cells = {METRICS[r.metric].title: signed(r.difference, r.half_width) for r in found.itertuples()}
             lines.append({'arm − reference': f'{c.arm} − {c.reference}', 'maps': s, 'pairs': found.n.max(), **cells})

@@ -24,6 +24,7 @@ from .cases import Cases, Network
 from .embeddings import pooled_features
 from .report import signed
 from .stats import Estimate, interval
+from .timing import seconds
 from ..listing import by_hash
 from ..networks import undisturbed
 from ..training import predict
@@ -53,7 +54,8 @@ def grid_side(
     net: nn.Module,  # from `create_backbone` or `adapt`
 ) -> int:
     "How many places a side its feature maps have, and with them its Grad-CAM: s of s x s."
-    with undisturbed(net): maps = net.forward_features(torch.zeros(1, 3, net.image_size, net.image_size))
+    where = next(net.parameters()).device
+    with undisturbed(net): maps = net.forward_features(torch.zeros(1, 3, net.image_size, net.image_size, device=where))
     if maps.ndim == 3: return math.isqrt(maps.shape[1] - getattr(net, 'num_prefix_tokens', 0))
     return maps.shape[1 if getattr(net, 'output_fmt', 'NCHW') == 'NHWC' else 2]
 
@@ -158,10 +160,8 @@ def seconds_of(
     call,  # a function without arguments
 ) -> float:
     "How long it takes, the second time."
-    for _ in range(2):
-        began = time.perf_counter()
-        call()
-    return time.perf_counter() - began
+    call()
+    return seconds(call, device(), time.perf_counter)
 
 def expected_seconds(
     model: nn.Module,  # `CrossEntropy(net)`, `LICO(…)`; not changed
@@ -216,19 +216,18 @@ def mcnemar_p(
     return float(mcnemar([[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]], exact=True).pvalue)
 
 def accuracy_table(
-    right: dict,  # arm -> whether its networks are right, bool [seeds, n]
-    reference: str = 'CE',  # the arm that the others are compared with
+    right: dict,  # arm -> whether its networks are right, bool [seeds, n]; "CE" among them
 ) -> pd.DataFrame:
-    "A row an arm: accuracy with its interval, and the difference from the reference over images and over seeds."
+    "A row an arm: accuracy with its interval, and the difference from CE over images and over seeds."
     rows = []
     for arm, r in right.items():
         mean, low, high = _wilson(r)
         rows.append(dict(network=arm, accuracy=f'{mean:.1f}', interval=f'{low:.1f} to {high:.1f}'))
-        if arm == reference: continue
-        images, seeds = over_images(r, right[reference]), over_seeds(r, right[reference])
-        rows[-1][f'less {reference}, over images'] = signed(images.mean, images.half_width, 1)
-        if len(right[reference]) == 1: rows[-1]["McNemar's p"] = f'{mcnemar_p(r[0], right[reference][0]):.2g}'
-        else: rows[-1][f'less {reference}, over seeds'] = signed(seeds.mean, seeds.half_width, 1)
+        if arm == 'CE': continue
+        images, seeds = over_images(r, right['CE']), over_seeds(r, right['CE'])
+        rows[-1]['less CE, over images'] = signed(images.mean, images.half_width, 1)
+        if len(right['CE']) == 1: rows[-1]["McNemar's p"] = f"{mcnemar_p(r[0], right['CE'][0]):.2g}"
+        else: rows[-1]['less CE, over seeds'] = signed(seeds.mean, seeds.half_width, 1)
     return pd.DataFrame(rows).fillna('')
 
 # %% ../../nbs/evidence/55_recipe.ipynb #4aad5fab
@@ -239,20 +238,17 @@ class Decision:
     reason: str  # a sentence
 
 def decide(
-    right: dict,  # {"CE": bool [seeds, n], arm: bool [seeds, n]}, on images that were held out for the decision
-    arm: str = 'LICO',  # the other arm
-    smallest: float = 1.,  # points: a smaller gain does not matter
+    right: dict,  # {"CE": bool [seeds, n], "LICO": bool [seeds, n]}, on images that were held out for the decision
 ) -> Decision:
-    "Which of two networks to ship: the other arm only if its gain is certain, else cross-entropy, the simpler one."
-    e = [o(right[arm], right['CE']) for o in (over_images, over_seeds)]
+    "Which network to ship: that of LICO only if its gain is certain, else that of cross-entropy, the simpler one."
+    e = [o(right['LICO'], right['CE']) for o in (over_images, over_seeds)]
     sure = [o for o in e if math.isfinite(o.half_width)]
     low, high = min(o.mean - o.half_width for o in sure), max(o.mean + o.half_width for o in sure)
     n, seeds = np.atleast_2d(right['CE']).shape[::-1]
     where = f"on {n} held-out images, {seeds} seed{'s'*(seeds > 1)}"
-    if low > 0: return Decision(arm, f"ship {arm}: it gains {low:.1f} to {high:.1f} points {where}")
-    if high < smallest:
-        return Decision('CE', f"ship CE: {arm} shows no gain of {smallest:g} point{'s'*(smallest != 1)} or more "
-                              f"(at most {high:+.1f}, {where})")
+    if low > 0: return Decision('LICO', f"ship LICO: it gains {low:.1f} to {high:.1f} points {where}")
+    if high < 1:  # point: a smaller gain does not matter
+        return Decision('CE', f"ship CE: LICO shows no gain of 1 point or more (at most {high:+.1f}, {where})")
     return Decision('CE', f"cannot tell ({low:+.1f} to {high:+.1f} points {where}), so the simpler one: ship CE; "
                           "more held-out images or seeds would tell")
 

@@ -78,9 +78,12 @@ _parts = {  # what tells rows apart, in the order in which it is said
     'labels': lambda r: r.labels if r.labels.endswith('-shot') else f'{r.labels} labels', 'backbone': _network,
     'steps': lambda r: f'{r.steps:.0f} steps', 'saliency': lambda r: r.saliency}
 
+def _told(columns):
+    "The parts that are among the columns; a method of saliency is what is compared where there is no arm."
+    return [k for k in _parts if k in columns and (k != 'saliency' or 'arm' in columns)]
+
 def _part(r, name, write):
-    """A part of a row's setting, in words, of a dataset as `write` has it; empty where the row has none. A method of
-    saliency is what is compared where there is no arm."""
+    "A part of a row's setting, in words, of a dataset as `write` has it; empty where the row has none."
     value = getattr(r, name, None)
     if pd.isna(value) or value == '' or name == 'saliency' and not hasattr(r, 'arm'): return ''
     return write(_parts[name](r)) if name == 'dataset' else _parts[name](r)
@@ -92,14 +95,14 @@ def _where(r, write, names=tuple(_parts)):
 # %% ../../nbs/evidence/41_report.ipynb #ddba22a6
 def _digits(r): return 1 if METRICS[r.metric].unit == 'points' else 3
 
-def _counts(r, name): return f'{getattr(r, name)} of {r.n}' if getattr(r, name, 0) == getattr(r, name, 0) else '—'
+def _counts(r, name): return '—' if pd.isna(count := getattr(r, name)) else f'{count} of {r.n}'
 
 def _line(r, columns, many):
     "A row of the table; `many`: whether there is more than one metric."
     unit = METRICS[r.metric].unit
     out = {'metric': METRICS[r.metric].title + (f', {unit}' if unit not in ('points', '') else '')} if many else {}
     out |= {k: _part(r, k, in_markdown).removesuffix(' labels').removesuffix(' steps') or '—'
-            for k in _parts if k in columns and not (k == 'saliency' and 'arm' not in columns)}
+            for k in _told(columns)}
     out |= {'method': arm_label(r)} | ({'text': r.text_encoder if _has(r, 'text_encoder') else '—'}
                                        if 'text_encoder' in columns else {})
     out |= {'n': r.n, r.reference: plus_minus(r.baseline, r.baseline_std, _digits(r)),
@@ -140,7 +143,7 @@ def sentence(r) -> str:
 
 def sentences(c: pd.DataFrame) -> str:
     "What a comparison says, a computed sentence a setting and metric, as a Markdown list."
-    keys = [k for k in (*_parts, 'metric') if k in c and not (k == 'saliency' and 'arm' not in c)]
+    keys = [*_told(c), 'metric']
     groups = c.groupby(keys, sort=False, dropna=False)
     return '\n'.join(f"* **{_where(next(rows.itertuples()), in_markdown)}**: "
                      f"{'; '.join(map(sentence, rows.itertuples()))}."
@@ -161,8 +164,7 @@ def accuracies(
 # %% ../../nbs/evidence/41_report.ipynb #5a5c0639
 def _labels(c):
     "The name of each row: its setting, as far as settings differ, and its arm."
-    differ = [k
-              for k in _parts if k in c and c[k].nunique(dropna=False) > 1 and not (k == 'saliency' and 'arm' not in c)]
+    differ = [k for k in _told(c) if c[k].nunique(dropna=False) > 1]
     names = [', '.join(filter(None, [_where(r, in_picture, differ), arm_label(r)])) for r in c.itertuples()]
     return [f"{n}, n = {r.n}" if c.n.nunique() > 1 else n for n, r in zip(names, c.itertuples())]
 

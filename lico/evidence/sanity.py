@@ -28,7 +28,8 @@ def check_network(
     cases = cases_of_kind(record, 'one' if 'digit-scenes' in p.datasets else 'test', p.images)
     net, method = cases.network.net, p.saliency[0]
     layers = [o.strip() for o in p.layers.split(',')] if p.layers else parameter_layers(net)
-    see = lambda net: explain(net, cases.x, cases.target, method, batch_size=p.batch_size)
+    x = cases.x.to(next(net.parameters()).device)
+    see = lambda net: explain(net, x, cases.target, method, batch_size=p.batch_size)
     before, rows, maps = see(net), [], []
     for scheme in SCHEMES:
         entries = sanity_check(see, net, layers, scheme, seed=record['run']['seed'])

@@ -12,8 +12,11 @@ import math
 from itertools import product
 
 import numpy as np, pandas as pd, torch
+from sklearn.metrics import confusion_matrix
 
 from ..config import derive_seed
+from ..losses import distances, kl_rows, log_rows
+from ..temperatures import other_mass, tau_where
 from .stats import conditions
 from ..experiments import Run, load_data, runs_folder
 from ..records import run_of
@@ -50,15 +53,9 @@ def class_rows(
 ) -> torch.Tensor:
     """How Eq. 1's text matrix shares what it gives to other classes, [K, K], zero on the diagonal, rows sum to one:
     centred, unit length, τ by bisection."""
-    u = torch.nn.functional.normalize(vectors.double() - vectors.double().mean(0), dim=1)
-    D, off = torch.cdist(u, u), ~torch.eye(len(u), dtype=torch.bool)
-    low, high = math.log(1e-3), math.log(1e3)
-    for _ in range(60):
-        tau = math.exp((low + high)/2)
-        mass = (torch.exp(-D/tau)*off).sum(1)
-        low, high = (low, math.log(tau)) if (mass/(1 + mass)).mean() > share else (math.log(tau), high)
-    weights = torch.exp(-D/tau)*off
-    return weights/weights.sum(1, keepdim=True)
+    D = distances(vectors.double() - vectors.double().mean(0), 'euclidean', True)
+    on_others = lambda tau: other_mass(log_rows(D, tau, -1, 'in'), torch.arange(len(D)))
+    return log_rows(D, tau_where(on_others, share, D.mean().item())[0], -1, 'out').exp()
 
 def confusions(
     predicted, y,  # classes [n]
@@ -66,17 +63,10 @@ def confusions(
 ) -> torch.Tensor:
     """Which wrong classes the images of each class were given, [K, K], rows sum to one; half an image is added to
     each cell, since a cell may be empty."""
-    counts = torch.zeros(classes, classes, dtype=torch.double).index_put_(
-        (torch.as_tensor(y), torch.as_tensor(predicted)), torch.ones(len(y), dtype=torch.double), accumulate=True)
-    counts = (counts + .5).fill_diagonal_(0)
+    counts = torch.from_numpy(confusion_matrix(y, predicted, labels=range(classes)) + .5).fill_diagonal_(0)
     return counts/counts.sum(1, keepdim=True)
 
 # %% ../../nbs/evidence/51_selection.ipynb #8056acf0
-def _divergence(p, q):
-    "Mean over classes of KL[p ‖ q] of rows whose diagonals are zero, in nats."
-    off = ~torch.eye(len(p), dtype=torch.bool)
-    return (p[off]*(p[off]/q[off]).log()).sum().item()/len(p)
-
 def names_against_derangements(
     confused: torch.Tensor,  # from `confusions`
     vectors: torch.Tensor,  # text vectors of the classes, [K, d]
@@ -88,8 +78,8 @@ def names_against_derangements(
     orders = [derangement(len(vectors), derive_seed('confusions', i)) for i in range(n)]
     rows = []
     for s in shares:
-        right = _divergence(confused, class_rows(vectors, s))
-        wrong = np.array([_divergence(confused, class_rows(vectors[o], s)) for o in orders])
+        predicted_by = lambda v: kl_rows(confused.log(), class_rows(v, s).log()).item()
+        right, wrong = predicted_by(vectors), np.array([predicted_by(vectors[o]) for o in orders])
         rows.append(dict(share=s, right=right, wrong=wrong.mean(), advantage=wrong.mean() - right,
                          p=(1 + (wrong <= right).sum())/(n + 1)))
     return pd.DataFrame(rows)

@@ -7,7 +7,7 @@ __all__ = ['read_results', 'read_scores', 'read_points', 'write_table', 'read_ta
            'short_names', 'rows_of', 'processes', 'train', 'top5', 'collect']
 
 # %% ../../nbs/evidence/40_store.ipynb #5a2e7071
-import csv, io, json, math, re, shlex, sys, tempfile
+import csv, io, json, math, re, shlex, sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -15,8 +15,8 @@ import pandas as pd, torch
 from tqdm import tqdm
 
 from ..config import device, parse_value, root
-from ..files import (python_command, read_sealed, read_sums, read_summed, set_aside, write_sealed, write_summed,
-                        write_sums)
+from ..files import (make_folder, python_command, read_sealed, read_sums, read_summed, set_aside, write_sealed,
+                        write_summed, write_sums)
 from ..batches import test_batches
 from ..data import test_boxes
 from .arms import TABLES, arm_of, paper_dataset
@@ -106,9 +106,13 @@ def _before(folder, name):
         write_sums(folder, {k: v for k, v in read_sums(folder).items() if k != name})
 
 def _added(before, df):
-    "The rows of before that are no longer made, and the new ones behind them."
+    """The rows of before that are no longer made, and the new ones behind them, with what was measured on the same
+    images before and is not measured now."""
     both = pd.concat([o.astype(object) for o in (before, df)], ignore_index=True)
     whose = both[[k for k in _key if k in both]].replace('', None)  # what is empty is read as nothing
+    if kept := [k for k in before if k not in df]:
+        alike = [*whose, *(k for k in ('images', 'measuring_protocol') if k in both)]
+        both[kept] = both.assign(**whose).groupby(alike, dropna=False)[kept].ffill()
     return both[~whose.duplicated(keep='last')]
 
 def _merged(before, df, name, keep):
@@ -208,11 +212,7 @@ def train(
     is asked of maps can be had, is seen to first."""
     asked = [getattr(p, k, None) or () for k in ('saliency', 'metrics')]
     refuse_map_options(*asked, saliency_options(getattr(p, 'saliency_options', '')))
-    try:
-        p.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=p.out).close()
-    except OSError as e:
-        raise OSError(f"results cannot be written to {p.out} ({e.strerror}): give another folder with -p out") from None
+    make_folder(p.out)
     with processes(p.workers) as pool: return list({r['id']: r for r in sweep(runs, executor=pool)}.values())
 
 # %% ../../nbs/evidence/40_store.ipynb #45ca6134
