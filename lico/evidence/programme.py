@@ -155,9 +155,9 @@ def smallest(block: str) -> float:
     return smallest_difference('accuracy_last', BLOCKS[block].labels)
 
 def _found(df, contrast):
-    "The `differences` in accuracy of a contrast in the rows of one block; `None` where it has not both."
+    "The `differences` in accuracy of a contrast in the runs of one block; `None` where it has not both."
     own = df[df.arm.isin([contrast.arm, contrast.reference])]  # which an arm's name says all of
-    found = pairs(conditions(of_runs(own)), contrast.reference, treatment=('arm', 'text_encoder'))  # a kind of machine
+    found = pairs(own, contrast.reference, treatment=('arm', 'text_encoder'))  # a kind of machine
     return differences(pd.concat(found), 'accuracy_last') if found else None
 
 _columns = ['contrast', 'of', 'block', 'pooled', 'settings', 'n', 'base', 'difference', 'half_width', 'p', 'p_flip',
@@ -171,9 +171,9 @@ def contrast_rows(
 ) -> pd.DataFrame:
     """One row a contrast over all blocks that count, and one a block below: mean, interval, p values; the verdict of
     the pooled one. `pooled`: those that count, which have at least 5 whole seeds; `p_same`: that these share a mean."""
-    rows = []
+    rows, runs = [], {k: conditions(of_runs(df)) for k, df in blocks.items()}
     for c in contrasts:
-        found = {k: d for k, df in blocks.items() if c.block in ('', k) and (d := _found(df, c))}
+        found = {k: d for k, df in runs.items() if c.block in ('', k) and (d := _found(df, c))}
         pooled = [k for k, d in found.items() if (c.block or BLOCKS[k].pooled) and len(d['d']) >= FEWEST]
         for where in [*found] if len(pooled) < 2 else ['all', *found]:
             mine = pooled if where == 'all' else [where]

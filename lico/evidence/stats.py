@@ -144,6 +144,7 @@ def pairs(
     name those of the reference. Warns of those that two kinds of machine leave without a partner."""
     setting, treatment, unit = ([k for k in o if k in df] for o in (setting, treatment, unit))
     df = _together(df, setting)
+    df = df.assign(_setting=df.groupby(setting, sort=False, dropna=False).ngroup())  # one column to merge by, not twenty
     base, others = df[df[treatment[0]] == reference], df[df[treatment[0]] != reference]
     reads_text = 'text_encoder' in df and base.text_encoder.notna().any()
     shared = [k for k in ('preset', 'options', 'text_encoder') if k in treatment and reads_text]
@@ -151,8 +152,9 @@ def pairs(
     if base.duplicated(setting + shared + unit).any() or others.duplicated(setting + treatment + unit).any():
         raise ValueError(f"results have two rows of one arm, setting and {' and '.join(unit)}, which would count as "
                          "two pairs: remove one of them")
-    groups = others.groupby(setting + treatment, sort=False, dropna=False)
-    found = [base.merge(group, on=setting + shared + unit, suffixes=('_base', '')) for _, group in groups]
+    groups, partner = others.groupby(['_setting', *treatment], sort=False, dropna=False), base.drop(columns=setting)
+    found = [partner.merge(group, on=['_setting', *shared, *unit], suffixes=('_base', '')).drop(columns='_setting')
+             for _, group in groups]
     if 'hardware' in setting and df.hardware.nunique() > 1:
         anywhere = base.merge(others, on=[k for k in setting if k != 'hardware'] + shared + unit)
         if lost := len(anywhere) - sum(map(len, found)): warnings.warn(
