@@ -788,6 +788,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'lico/evidence/stats.py'),
                                      'lico.evidence.stats.Metric': ('evidence/stats.html#metric', 'lico/evidence/stats.py'),
                                      'lico.evidence.stats._row': ('evidence/stats.html#_row', 'lico/evidence/stats.py'),
+                                     'lico.evidence.stats._signs': ('evidence/stats.html#_signs', 'lico/evidence/stats.py'),
                                      'lico.evidence.stats._together': ('evidence/stats.html#_together', 'lico/evidence/stats.py'),
                                      'lico.evidence.stats.conditions': ('evidence/stats.html#conditions', 'lico/evidence/stats.py'),
                                      'lico.evidence.stats.differences': ('evidence/stats.html#differences', 'lico/evidence/stats.py'),

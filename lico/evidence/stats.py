@@ -7,7 +7,7 @@ __all__ = ['METRICS', 'SETTING', 'TREATMENT', 'GRADES', 'FEWEST', 'Metric', 'sma
            'one_mean', 'sign_flip', 'of_runs', 'pairs', 'paired', 'holm', 'conditions', 'differences', 'verdict']
 
 # %% ../../nbs/evidence/36_stats.ipynb #9bd1d62e
-import math, warnings
+import functools, math, warnings
 from dataclasses import dataclass, replace
 
 import numpy as np, pandas as pd
@@ -106,6 +106,12 @@ def one_mean(
     return float(anova_oneway([np.asarray(d, float) for d in groups], use_var='unequal').pvalue)
 
 # %% ../../nbs/evidence/36_stats.ipynb #ff9acebd
+@functools.lru_cache(maxsize=3)
+def _signs(n, every):
+    "Signs of n differences, a row each: all that there are, or 100,000 draws."
+    if every: return 1. - 2*((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    return np.random.default_rng(0).choice([-1., 1.], (100_000, n))
+
 def sign_flip(
     d,  # paired differences
     most: int = 16,  # up to so many pairs all signs are tried, else 100,000 draws
@@ -113,8 +119,7 @@ def sign_flip(
     "p value of the sign-flip test of mean zero; not a number below 8 pairs, which have too few signs."
     d = np.asarray(d, float)
     if len(d) < 8 or not np.isfinite(d).all(): return math.nan
-    if len(d) <= most: signs = 1 - 2*((np.arange(2**len(d))[:, None] >> np.arange(len(d))) & 1)
-    else: signs = np.random.default_rng(0).choice([-1, 1], (100_000, len(d)))
+    signs = _signs(len(d), len(d) <= most)
     beyond = (np.abs(signs @ d) >= abs(d.sum())*(1 - 1e-12)).mean()
     return float(beyond if len(d) <= most else (beyond*len(signs) + 1)/(len(signs) + 1))
 
@@ -144,7 +149,8 @@ def pairs(
     name those of the reference. Warns of those that two kinds of machine leave without a partner."""
     setting, treatment, unit = ([k for k in o if k in df] for o in (setting, treatment, unit))
     df = _together(df, setting)
-    df = df.assign(_setting=df.groupby(setting, sort=False, dropna=False).ngroup())  # one column to merge by, not twenty
+    # one column to merge by in place of twenty
+    df = df.assign(_setting=df.groupby(setting, sort=False, dropna=False).ngroup())
     base, others = df[df[treatment[0]] == reference], df[df[treatment[0]] != reference]
     reads_text = 'text_encoder' in df and base.text_encoder.notna().any()
     shared = [k for k in ('preset', 'options', 'text_encoder') if k in treatment and reads_text]
