@@ -1057,6 +1057,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'lico.probes.Probe.hear': ('method/probes.html#probe.hear', 'lico/probes.py'),
                              'lico.probes.Probe.scores': ('method/probes.html#probe.scores', 'lico/probes.py'),
                              'lico.probes._choose': ('method/probes.html#_choose', 'lico/probes.py'),
+                             'lico.probes._first_answer': ('method/probes.html#_first_answer', 'lico/probes.py'),
                              'lico.probes._halves': ('method/probes.html#_halves', 'lico/probes.py'),
                              'lico.probes._is_flat': ('method/probes.html#_is_flat', 'lico/probes.py'),
                              'lico.probes._no_gradient': ('method/probes.html#_no_gradient', 'lico/probes.py'),

@@ -117,6 +117,21 @@ def _no_gradient(net):
     return ValueError(f"the answer of {type(net).__name__} has no gradient (it is detached, under no_grad, or of whole "
                       "numbers, as quantised networks are): use a method that needs none, such as rise")
 
+def _first_answer(net, image, shape, score):
+    "What the network says of one of the images of that shape, and its row of numbers."
+    try:
+        with torch.no_grad(): answer = net(image)
+    except (RuntimeError, AssertionError, TypeError) as e:
+        if isinstance(e, torch.cuda.OutOfMemoryError): raise
+        raise ValueError(f"images {list(shape)}: expected what {type(net).__name__} takes, which stops with: "
+                         f"{reason(e)}") from e
+    try:
+        with torch.no_grad(): return answer, rows_of_output(score(answer) if callable(score) else answer, 1)
+    except Exception as e:
+        if not callable(score): raise
+        raise ValueError(f"score stops with {type(e).__name__}: {reason(e)}; expected a function from the output "
+                         f"of {type(net).__name__} to numbers [n, K]") from e
+
 # %% ../nbs/method/23_probes.ipynb #376ce0f9
 class Probe:
     "A network within `undisturbed`, as the methods ask it: numbers for the classes, and maps of a layer."
@@ -129,18 +144,7 @@ class Probe:
         self.net, self.score, self.layer, self.reshape, self.places = net, score, layer, reshape, None
         self.fast = None  # the copy that is asked where no gradient is wanted
         self.shown, seen = x[:1].detach(), x[:1].detach().clone()
-        try:
-            with torch.no_grad(): self.answer = net(seen)
-        except (RuntimeError, AssertionError, TypeError) as e:
-            if isinstance(e, torch.cuda.OutOfMemoryError): raise
-            raise ValueError(f"images {list(x.shape)}: expected what {type(net).__name__} takes, which stops with: "
-                             f"{reason(e)}") from e
-        try:
-            with torch.no_grad(): row = rows_of_output(score(self.answer) if callable(score) else self.answer, 1)
-        except Exception as e:
-            if not callable(score): raise
-            raise ValueError(f"score stops with {type(e).__name__}: {reason(e)}; expected a function from the output "
-                             f"of {type(net).__name__} to numbers [n, K]") from e
+        self.answer, row = _first_answer(net, seen, x.shape, score)
         if not row.isfinite().all():
             raise ValueError("the network's answer to image 0 is not finite: check the network's weights and that its "
                              "input is normalised as in training")

@@ -264,6 +264,7 @@ def readme_table(
                           'verdict': r.verdict}
                          for says, r in zip(said, own.itertuples())]).to_markdown(index=False, disable_numparse=True)
 
+# %% ../../nbs/evidence/48_claims.ipynb #1238f796
 def _gains(df, metric, arms):
     "The paired difference of each arm's Grad-CAM maps from cross-entropy's, {arm: row}."
     own = df[df.saliency == 'grad-cam']
