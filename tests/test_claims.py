@@ -8,7 +8,7 @@ from lico.evidence.pages import parameters
 from lico.config import root
 from lico.evidence import claims, extent
 from lico.evidence.arms import TABLES
-from lico.evidence.claims import CLAIMS, claim_rows, claims_table, maps_sentence, printed_gains
+from lico.evidence.claims import CLAIMS, claim_rows, claims_table, maps_sentence, printed_gains, room_sentence
 from lico.evidence.extent import coverage
 from lico.evidence.findings import done_again, findings, with_those
 from lico.evidence.programme import (ARMS, BLOCKS, LOUDER, PRIMARY, SECONDARY, above_random, arm_name, asked_of_block,
@@ -125,7 +125,7 @@ def test_a_block_of_few_seeds_stands_beside():
     assert df[df.block != 'C'].reset_index(drop=True).equals(without) and not df[df.block == 'C'].pooled.any()
     every = pd.concat([df, contrast_rows(made, SECONDARY, family=False)])
     said = findings(every, 'Nobody looked.')
-    assert re.search(r'Transport alone gains \S+ ± \S+ \(A, B\), supervised', said)
+    assert re.search(r'Transport alone gains \S+ ± \S+ \(A \S+, B \S+\), supervised', said)
     assert re.search(r'`repaired` \S+ ± \S+ \(A \S+, B \S+\)', said), 'below five seeds C is not told by itself'
     assert 'C: cifar100-part, 400 labels, 3 of 10 seeds' in said
     assert 'D, E, F, G, A16, R, L are not run' in said
@@ -143,8 +143,8 @@ def test_what_one_block_decides():
     assert contrast_rows(few, LOUDER).verdict.isna().all()
     every = pd.concat([contrast_rows(made), contrast_rows(made, SECONDARY, family=False), contrast_rows(made, LOUDER)])
     said = findings(every, 'Nobody looked.')
-    assert re.search(r'With louder names \(L, margin 1 point\) \+\S+ ± \S+ \(supported\); in transport alone, which '
-                     r'gains \S+ ± \S+ there, \S+ ± \S+ \((equivalent|inconclusive)\)\.', said)
+    assert re.search(r'With louder names \(L\) \+\S+ ± \S+ \(supported\); in transport alone \S+ ± \S+ of its \S+ ± '
+                     r'\S+ \((equivalent|inconclusive): the margin is 1 point\)\.', said)
 
 
 @pytest.mark.parametrize('gain, invented, says', [
@@ -179,13 +179,13 @@ def test_what_speaks_against_a_verdict_is_said():
         assert rows.verdict[rows.contrast == PRIMARY[0].says].iloc[0] == 'supported'
         return findings(rows, 'Nobody looked.', {'A': 1.5})
     differ = said(0, 5)
-    assert re.search(r'part in it\?\*\* Not shown\. .* \(A \S+ ± \S+, B \S+ ± \S+; these differ, p = \S+\): by the '
+    assert re.search(r'part in it\?\*\* Not shown\. .* \(A \S+, B \S+; these differ, p = \S+\): by the '
                      'declared rule yes, but by B alone', differ)
     no_better = said(2, 2, invented=1)
     assert re.search(r': by the declared rule yes, but right minus invented words is \S+ ± \S+ \(A, B\);', no_better)
     assert 'these differ' not in no_better
     assert re.search(r'it\?\*\* In part\. .* minus shuffled: `repaired` \S+ ± \S+ \(.*\): yes; `semantic` ', said(2, 2))
-    assert re.search(r'literally, work\?\*\* .* \(A \S+, B \S+\); printed: A \+1\.5; minus transport', differ)
+    assert re.search(r'literally, work\?\*\* .* \(A \S+, B \S+\); printed: A \+1\.5, so \S+% of it; minus', differ)
 
 
 def test_pairs_as_they_came_out_elsewhere():
@@ -271,21 +271,26 @@ def test_the_sentence_on_maps():
     large = large.assign(pointing_others=80, alike=large.arm.map(lambda a: .5 + .4*(a == 'semantic')))
     own = {'paper': 3, 'repaired': 4, 'semantic': 5, 'repaired-shuffled': 6}
     small = maps('B', 'overall', **dict.fromkeys(BLOCKS['B'].arms, 0) | own)
+    small = small.assign(blurred=20., probability=60. - 6*(small.arm == 'CE+LS'))
     bare = small[small.seed < 3].drop(columns=['saliency', 'overall']).drop_duplicates('id')  # no maps
     own = {'paper': -1, 'repaired': 1, 'repaired-shuffled': 2}
     again = maps('F', 'overall', **dict.fromkeys(BLOCKS['F'].arms, 0) | own)
     said = maps_sentence(pd.concat([bare, small[small.seed >= 3]]), again, large)
     assert said.startswith('Cannot tell (no verdicts).')
-    assert ('`repaired` +4.00 ± 0.00, `repaired-shuffled` +6.00 ± 0.00, `semantic` +5.00 ± 0.00 (B, 7 seeds; label '
-            'smoothing alone +0.00 ± 0.00); `paper` −1.00 ± 0.00, `repaired` +1.00 ± 0.00, `repaired-shuffled` +2.00 '
-            '± 0.00 (F, 10).') in said
+    assert ('in B (7 seeds) and F (10): `paper` +3.00 ± 0.00 and −1.00 ± 0.00, `repaired` +4.00 ± 0.00 and +1.00 ± '
+            '0.00, `repaired-shuffled` +6.00 ± 0.00 and +2.00 ± 0.00. On photographs') in said
+    assert ('`CE+LS` +0.00 ± 0.00 of maps, −6.00 ± 0.00 of room, `paper` +3.00 ± 0.00 of maps, +0.00 ± 0.00 of room'
+            in room_sentence(small))
+    wrong = again.assign(overall=again.overall - 99*(again.arm == 'repaired-shuffled')*(again.saliency == 'grad-cam'))
+    some = wrong[wrong.arm != 'paper']
+    assert maps_sentence(small, some, large).startswith('Better on CIFAR-10, if anything'), 'shuffled names have no say'
     turned = [df.assign(overall=-df.overall) for df in (small, again[again.arm != 'paper'])]
     paper = again[again.arm == 'paper'].assign(overall=lambda d: -100. - d.overall*(d.saliency == 'grad-cam'))
     assert maps_sentence(turned[0], pd.concat([turned[1], paper]), large).startswith('Worse on CIFAR-10, if anything')
-    assert ('photographs (G, 5) `semantic` +3.00 ± 0.00; pointing game `semantic` +6.00 ± 0.00, `semantic-shuffled` '
-            '+4.00') in said
-    assert said.endswith("map of the *others* correlates by 0.90 (cross-entropy 0.50), and hits "
-                         "in 80% (cross-entropy's own maps: 32%).")
+    assert ("photographs (G, 5) `semantic` +3.00 ± 0.00; pointing game +6.00 ± 0.00, minus shuffled names' +2.00 ± "
+            '0.00.') in said
+    assert said.endswith('each correlates by 0.90 (cross-entropy 0.50) with the mean of the *others*, which hits in '
+                         '80% (80%), they themselves in 38% (32%).')
 
 
 def test_networks_without_maps_stand_beside_those_with_some():

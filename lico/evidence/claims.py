@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CLAIMS', 'Claim', 'folders', 'blocks', 'stored_frames', 'claim_rows', 'claims_table', 'printed_gains', 'readme_table',
-           'in_points', 'maps_sentence']
+           'in_points', 'maps_sentence', 'room_sentence']
 
 # %% ../../nbs/evidence/48_claims.ipynb #42f86f72
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import pandas as pd
+import numpy as np, pandas as pd
 
 from ..config import root
 from .arms import TABLES, arm_named, grade, paper_dataset, printed_as, printed_dataset, printed_place
@@ -69,7 +69,7 @@ CLAIMS = (
           needs="CIFAR-10 whole, 200 epochs, BERT's weights"),
     Claim(12, "word vectors in a frozen random context lose accuracy", 'W2V-P', sign=-1,
           needs='CIFAR-10 whole, 200 epochs'),
-    Claim(12, "CLIP gains more", 'CLIP', needs=_clip),
+    Claim(12, "CLIP gains more than BERT", 'CLIP', against='BERT', needs=_clip),
     Claim(13, "frozen random prompts lose accuracy", 'Random', sign=-1, needs=_imagenet),
     Claim(13, "frozen words lose a little", 'Fixed', sign=-1, needs=_imagenet))
 
@@ -152,6 +152,8 @@ def _measured(claim):
                 known[tuple(setting)] = o | dict(folder=where)
     return found
 
+def _both(base, value): return '—' if math.isnan(base + value) else f'{base:.1f} → {value:.1f}'
+
 def _row(claim, preset, where, settings):
     "What one preset says of a claim on one grade of evidence."
     e, rows = interval(*(o['d'] for o in settings)), [o['row'] for o in settings]
@@ -161,9 +163,10 @@ def _row(claim, preset, where, settings):
                 settings=len(settings), seeds=min(len(o['d']) for o in settings), n=e.n,
                 pairs=' + '.join(str(len(o['d'])) for o in settings),
                 data=', '.join(f'{r.dataset} {r.labels}' for r in rows),
-                printed_base=mean([b for b, _ in printed]), printed_value=mean([v for _, v in printed]),
-                printed=mean(gains) if gains else math.nan, base=mean([o['base'] for o in settings]),
-                value=mean([o['value'] for o in settings]), difference=e.mean, half_width=e.half_width, p=e.p(),
+                text_encoder=', '.join(sorted({r.text_encoder for r in rows if isinstance(r.text_encoder, str)})),
+                printed=mean(gains) if gains else math.nan, printed_each=', '.join(_both(*o) for o in printed),
+                measured_each=', '.join(_both(o['base'], o['value']) for o in settings), difference=e.mean,
+                half_width=e.half_width, p=e.p(),
                 active=mean([o['active'] for o in settings]), failed=mean([o['failed'] for o in settings]),
                 margin=min(smallest_difference(claim.metric, r.labels) for r in rows),
                 folders=', '.join(sorted({o['folder'] for o in settings})), estimate=e)
@@ -194,9 +197,9 @@ def claim_rows() -> pd.DataFrame:
         own = [_row(c, preset, g, _enough(o)) for (preset, g), o in found.items() if GRADES.index(g) == best]
         rows += own or [dict(table=c.table, claim=c.says, metric=c.metric, where='not testable here', needs=c.needs)]
     df = pd.DataFrame(rows).reindex(columns=['table', 'claim', 'metric', 'preset', 'where', 'settings', 'seeds', 'n',
-                                             'pairs', 'data', 'printed_base', 'printed_value', 'printed', 'base',
-                                             'value', 'difference', 'half_width', 'p', 'active', 'failed', 'margin',
-                                             'folders', 'needs', 'estimate'])
+                                             'pairs', 'data', 'text_encoder', 'printed', 'printed_each',
+                                             'measured_each', 'difference', 'half_width', 'p', 'active', 'failed',
+                                             'margin', 'folders', 'needs', 'estimate'])
     papers, (declared, five) = df['where'] == GRADES[0], _of_the_programme()
     gains = df.claim == next(c.says for c in CLAIMS if c.table == 3)
     df['p_holm'] = [declared.get((r.preset, r.folders), math.nan) if own else math.nan
@@ -220,18 +223,16 @@ def claims_table(
                       printed=_between(next(_printed_anywhere(c) for c in CLAIMS if c.says == r.claim)),
                       **{'it would take': r.needs}) for r in own.itertuples()]
     else:
-        shown = [dict(table=r.table, claim=r.claim, preset=r.preset, data=r.data,
-                      printed=_both(r.printed_base, r.printed_value), measured=_both(r.base, r.value),
+        shown = [dict(table=r.table, claim=r.claim, preset=r.preset, data=r.data, text=r.text_encoder,
+                      printed=r.printed_each, measured=r.measured_each,
                       **{'+ as claimed': signed(r.difference, r.half_width)}, pairs=r.pairs,
                       active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}',
                       **(dict(verdict=r.verdict) if where == GRADES[0] else {})) for r in own.itertuples()]
     return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True)
 
-def _both(base, value): return '—' if math.isnan(base + value) else f'{base:.1f} → {value:.1f}'
-
 def _between(ends):
     if not ends: return '—'
-    low, high = (f'{round(v, 2):+g}' for v in ends)
+    low, high = (f'{round(v, 2) + 0.:+g}' for v in ends)  # no -0
     return low if low == high else f'{low} to {high}'
 
 # %% ../../nbs/evidence/48_claims.ipynb #0ce63ee6
@@ -243,32 +244,27 @@ def printed_gains() -> dict:
     return {k: _gain(claim, r) for k, r in settings.items() if grade(r) == GRADES[0]}
 
 # %% ../../nbs/evidence/48_claims.ipynb #82a3d204
-def _in_short(data):
-    "Settings with each dataset named once: cifar10 40, 250."
-    return data.replace(f", {data.split(' ')[0]} ", ', ')
-
 def readme_table(
     rows: pd.DataFrame,  # from `claim_rows`
 ) -> str:
-    "The claims tested on the paper's data, five columns: the reference's number and the arm's, printed and measured."
+    """The claims tested on the paper's data, five columns, their settings in a line before them: the reference's number
+    and the arm's, printed and measured, of each setting; the verdict with the mean gain."""
     own = rows[rows['where'] == GRADES[0]]
     if own.empty: return 'None so far.'
-    both, data = (lambda *values: _both(*values).replace(' ', '')), own.data.map(_in_short)
-    once = data.nunique() == 1  # then the head says it for all
-    claim = f'claim (table; {data.iloc[0]})' if once else 'claim (table; data)'
-    said = [f'{r.claim.split(",")[0]} ({r.table}' + ('' if once else f'; {_in_short(r.data)}') + ')'
-            for r in own.itertuples()]
-    return pd.DataFrame([{claim: says, 'preset': r.preset,
-                          'printed': both(r.printed_base, r.printed_value),
-                          'measured': f'{both(r.base, r.value)}, {signed(r.difference, r.half_width)}',
-                          'verdict': r.verdict}
-                         for says, r in zip(said, own.itertuples())]).to_markdown(index=False, disable_numparse=True)
+    said, narrow = [f'{r.claim.split(",")[0]} ({r.table})' for r in own.itertuples()], lambda o: o.replace(' → ', '→')
+    table = pd.DataFrame([{'claim (table)': '' if before == said else said, 'preset': r.preset,
+                           'printed': narrow(r.printed_each), 'measured': narrow(r.measured_each),
+                           'verdict': f'{r.verdict}, {signed(r.difference, r.half_width)}'}
+                          for before, said, r in zip(['', *said], said, own.itertuples())])
+    where = '; '.join(dict.fromkeys(f'On {r.data}, text by {r.text_encoder}' for r in own.itertuples()))
+    return (f"{where}; corrected for their number; *supported*: in direction, not size:\n\n"
+            f"{table.to_markdown(index=False, disable_numparse=True)}")
 
 # %% ../../nbs/evidence/48_claims.ipynb #1238f796
-def _gains(df, metric, arms):
-    "The paired difference of each arm's Grad-CAM maps from cross-entropy's, {arm: row}."
+def _gains(df, metric, arms, reference='CE'):
+    "The paired difference of each arm's Grad-CAM maps from the reference's, {arm: row}."
     own = df[df.saliency == 'grad-cam']
-    return {a: paired(own[own.arm.isin([a, 'CE'])], [metric], 'CE').iloc[0] for a in arms}
+    return {a: paired(own[own.arm.isin([a, reference])], [metric], reference).iloc[0] for a in arms}
 
 def in_points(
     r,  # a row with its `difference` and `half_width`
@@ -276,11 +272,13 @@ def in_points(
     "A difference with its interval, in a sentence."
     return signed(r.difference, r.half_width).replace('-', '−')
 
-def _in_words(gains): return ', '.join(f'`{a}` {in_points(r)}' for a, r in gains.items())
-
 def _seeds(df): return df[df.saliency == 'grad-cam'].seed.nunique()
 
-_READ = 'paper', 'repaired', 'repaired-shuffled', 'semantic'  # whose maps the sentence tells
+_READ = 'paper', 'repaired', 'repaired-shuffled'  # whose maps the sentence tells
+
+def _in_both(first, second):
+    "Each arm's gain in the first block and, where it was run, in the second."
+    return ', '.join(f'`{a}` ' + ' and '.join(in_points(o[a]) for o in (first, second) if a in o) for a in first)
 
 def maps_sentence(
     small: pd.DataFrame,  # rows of block B
@@ -289,19 +287,32 @@ def maps_sentence(
 ) -> str:
     """Whether LICO's Grad-CAM maps are better: insertion − deletion, less each network's own random map, and on
     photographs the pointing game, beside what the mean map of other photographs reaches. Maps have no verdicts."""
-    seen = large[large.saliency == 'grad-cam'].groupby('arm')[['pointing_others', 'alike']].mean()
-    others, own = seen.pointing_others, seen.alike
-    hits = large[large.saliency == 'grad-cam'].groupby('arm').pointing_game.mean()
-    smoothed = _gains(above_random(small), 'overall', ['CE+LS'])['CE+LS']
+    seen = large[large.saliency == 'grad-cam'].groupby('arm')[['alike', 'pointing_others', 'pointing_game']].mean()
+    told = lambda metric, digits=0, unit='%': [f'{seen[metric][a]:.{digits}f}{unit}' for a in ('semantic', 'CE')]
+    (alike, alike_ce), (mean, mean_ce), (own, own_ce) = (
+        told('alike', 2, ''), told('pointing_others'), told('pointing_game'))
     first, second = (_gains(above_random(df), 'overall', [a for a in _READ if a in set(df.arm)])
                      for df in (small, again))
-    worse = all(r.difference < 0 for r in (*first.values(), *second.values()))
-    return (f"{'Worse on CIFAR-10, if anything' if worse else 'Cannot tell'} (no verdicts). Grad-CAM's insertion − "
-            f"deletion, less that of random pixels, minus cross-entropy's: {_in_words(first)} (B, {_seeds(small)} "
-            f"seeds; label smoothing alone {in_points(smoothed)}); "
-            f"{_in_words(second)} (F, {_seeds(again)}). On photographs (G, {_seeds(large)}) "
-            f"{_in_words(_gains(above_random(large), 'overall', ['semantic']))}; pointing game "
-            f"{_in_words(_gains(large, 'pointing_game', ('semantic', 'semantic-shuffled')))}. These maps hardly change "
-            f"with the photograph: the mean map of the *others* correlates by {own['semantic']:.2f} "
-            f"(cross-entropy {own['CE']:.2f}), and hits in {others['semantic']:.0f}% "
-            f"(cross-entropy's own maps: {hits['CE']:.0f}%).")
+    signs = {np.sign(r.difference) for o in (first, second) for a, r in o.items() if 'shuffled' not in a}
+    head = {(-1,): 'Worse on CIFAR-10, if anything', (1,): 'Better on CIFAR-10, if anything'}
+    points = _gains(large, 'pointing_game', ['semantic'])['semantic']
+    names = _gains(large, 'pointing_game', ['semantic'], 'semantic-shuffled')['semantic']
+    return (f"{head.get(tuple(signs), 'Cannot tell')} (no verdicts). Grad-CAM's insertion − deletion, less that of "
+            f"random pixels, minus cross-entropy's, in B ({_seeds(small)} seeds) and F ({_seeds(again)}): "
+            f"{_in_both(first, second)}. On photographs (G, {_seeds(large)}) "
+            f"{_in_both(_gains(above_random(large), 'overall', ['semantic']), {})}; pointing game "
+            f"{in_points(points)}, minus shuffled names' {in_points(names)}. These maps hardly change with the "
+            f"photograph: each correlates by {alike} (cross-entropy {alike_ce}) with the mean of the *others*, which "
+            f"hits in {mean} ({mean_ce}), they themselves in {own} ({own_ce}).")
+
+# %% ../../nbs/evidence/48_claims.ipynb #1de9eb20
+def room_sentence(
+    small: pd.DataFrame,  # rows of block B
+) -> str:
+    """What each arm loses to cross-entropy at insertion − deletion, beside how much less room its curves have between
+    the blurred image and the whole one."""
+    arms = ['CE+LS', *_READ]
+    room = small.assign(overall=small.probability - small.blurred)
+    lost, less = _gains(above_random(small), 'overall', arms), _gains(room, 'overall', arms)
+    each = ', '.join(f'`{a}` {in_points(lost[a])} of maps, {in_points(less[a])} of room' for a in arms)
+    return f"In B, minus cross-entropy's: {each}."

@@ -66,4 +66,4 @@ def coverage_sentence(
     return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, "
             f"{by.get(GRADES[1], 0)} on other images or settings, {by.get('not testable here', 0)} are not testable "
             f"here ([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} were measured "
-            f"(cross-entropy's) and {total.stand_in} on a stand-in.")
+            f"and {total.stand_in} on a stand-in.")
