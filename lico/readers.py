@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from .config import root
-from .files import sha256
+from .files import locked, sha256
 from .listing import as_text, by_hash, look_into, named_file
 from .folders import image_tree
 from .pixels import reason
@@ -60,12 +60,10 @@ patience = 10  # seconds
 @contextlib.contextmanager
 def _fetching(name, put, deed='could not download it', inside=''):
     "The folder of a dataset, locked; whatever torchvision trips over there becomes one sentence."
-    from filelock import FileLock
     folder, timeout = root()/'data'/inside, socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(patience)
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder/f'.{name}.lock'): yield folder
+        with locked(folder/f'.{name}.lock'): yield folder
     except Exception as e:
         raise FileNotFoundError(f"{name} is not in {folder} and torchvision {deed} ({reason(e)}): "
                                 f"put {put} into that folder") from None

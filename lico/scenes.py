@@ -11,9 +11,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
-from filelock import FileLock
 from .config import choose, derive_seed, root
 from .data import load
+from .files import locked
 from .listing import in_either_form, named_file
 from .pixels import read_image, whole_square
 
@@ -162,8 +162,7 @@ def scene_dataset(
     """The name, for `lico.data` and `lico.experiments.Run`, of scenes of 32 pixels with one digit each;
     `data/digit-scenes` is written if it is not there yet."""
     folder = root()/'data'/('digit-scenes' if n == 2500 else f'digit-scenes-{n}')
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(f'{folder}.lock'):
+    with locked(f'{folder}.lock'):
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix='.digit-scenes.') as unfinished:
                 _write(tree := Path(unfinished)/'tree', n)

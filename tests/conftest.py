@@ -1,4 +1,4 @@
-import os
+import gc, os
 
 import pytest
 
@@ -20,4 +20,18 @@ def module_root(tmp_path_factory):
     "The same for all tests of a module that look at one run."
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('LICO_ROOT', str(tmp_path_factory.mktemp('root')))
+        yield
+
+
+def pytest_collection_finish():
+    "statsmodels collects garbage at each call, half a second among all that is imported by now."
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope='session')
+def small_segments():
+    "XRAI cuts pictures of 224 pixels, which takes seconds."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('saliency.core.xrai._FELZENSZWALB_IM_RESIZE', (48, 48))
         yield

@@ -114,7 +114,7 @@ def test_lico_and_cgc_together(lico_root):
     assert set(load_backbone(record).state_dict()) == set(create_backbone('wrn_10_1', 10, 16).state_dict())
 
 
-def test_finer_maps_are_in_the_record_and_in_what_is_shipped(tmp_path):
+def test_finer_maps_are_in_the_record_and_in_what_is_shipped(lico_root):
     "As designed it stays out of the run's identity; otherwise the run, its network and the shipped one have it."
     r = replace(TINY, backbone='test_resnet', image_size=64, output_stride=16)
     data = load_data(r)
@@ -122,8 +122,8 @@ def test_finer_maps_are_in_the_record_and_in_what_is_shipped(tmp_path):
     record, x = run(r, progress=False), torch.rand(2, 3, 64, 64)
     net = load_backbone(record)
     assert run_of(record) == r and net.feature_shape[1] == 4*4
-    ship(record, tmp_path)
-    assert torch.equal(load_network(tmp_path).net(x), net(x)) and frame([record]).output_stride[0] == 16
+    ship(record, lico_root/'shipped')
+    assert torch.equal(load_network(lico_root/'shipped').net(x), net(x)) and frame([record]).output_stride[0] == 16
     with pytest.raises(ValueError, match='output_stride = 12: expected 8 or 16'): replace(r, output_stride=12)
 
 
@@ -332,9 +332,9 @@ def a_model(folder, **args):
     "A tiny model as timm writes it for others, with arguments and statistics that its architecture does not have."
     import timm
     torch.manual_seed(7)
-    net = timm.create_model('test_vit', num_classes=10, **args)
+    net = timm.create_model('test_vit', num_classes=10, img_size=64, **args)
     net.pretrained_cfg.update(mean=(.1, .2, .3), std=(.4, .5, .6))
-    timm.models.save_for_hf(net, folder, model_args=dict(args, num_classes=10, img_size=160), safe_serialization=True)
+    timm.models.save_for_hf(net, folder, model_args=dict(args, num_classes=10, img_size=64), safe_serialization=True)
     return net
 
 
@@ -356,7 +356,7 @@ def test_models_from_elsewhere(lico_root, monkeypatch, tmp_path, place):
     source = on_the_hub(tmp_path, monkeypatch, embed_dim=48, num_heads=3).state_dict()
     local = tmp_path/'hub'/'models--me--tiny.mine'/'snapshots'/'c0ffee'.zfill(40)
     name = 'hf-hub:me/tiny.mine' if place == 'hf-hub' else f'local-dir:{local}'
-    r = replace(TINY, backbone=name, image_size=160, pretrained=True)
+    r = replace(TINY, backbone=name, image_size=64, pretrained=True)
     data = load_data(r)
     assert (data.mean, data.std) == ((.1, .2, .3), (.4, .5, .6))
     net = start(r, data).backbone

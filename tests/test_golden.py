@@ -213,7 +213,7 @@ def map_numbers(case, root):
     from lico.saliency import explain
     options = dict(MAPS[case])
     f = fixed(options.pop('net', 'wrn_10_1'))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:  # `--accept` has no conftest
         patch.setattr(xrai, '_FELZENSZWALB_IM_RESIZE', (48, 48))  # it cuts pictures of 224 pixels, which takes seconds
         return moments(explain(f.net, f.x, **{'target': f.target, **options}))
 

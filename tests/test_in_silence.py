@@ -21,7 +21,7 @@ from lico.evidence.pictures import scene_runs
 from lico.evidence.programme import asked_of_block, contrast_rows
 from lico.evidence.recipe import grid_side, hold_out
 from lico.evidence.stats import sign_flip
-from lico.evidence.store import image_rows, read_results, write_results
+from lico.evidence.store import image_rows, processes, read_results, write_results
 from lico.experiments import TRAINING_METHODS, Run, start
 from lico.losses import LossOptions, adjacency, cost_matrix, manifold_matching, ot_alignment, sinkhorn
 from lico.metrics import deletion, energy_pointing_game, insertion, pointing_game
@@ -813,3 +813,12 @@ def test_labels_that_are_none_are_refused_by_every_method(digits, encoder, wrong
         model = start(Run(method=method, backbone='wrn_10_1'), digits, encoder)
         with pytest.raises(ValueError, match=f'label {wrong} is out of range: the network has 10 classes'):
             model(torch.rand(4, 3, 16, 16), y)
+
+
+@pytest.mark.parametrize('workers, sentence', [
+    ('local: tasks_per_node', 'expected NAME=VALUE, NAME=VALUE, such as slurm: gpus_per_node=4'),
+    ('local: timeout_min=5, timeout_min=9', 'timeout_min has more than one value there')])
+def test_what_a_cluster_is_told_is_understood(lico_root, workers, sentence):
+    "An option without a value was none of submitit's, and of two values the last one counted."
+    pytest.importorskip('submitit')
+    with pytest.raises(ValueError, match=sentence), processes(workers): pass

@@ -1,6 +1,4 @@
 "The readings of manifold matching that lico.model prepares, on a three-layer network and prompts from a table."
-import json, subprocess, sys
-from pathlib import Path
 import pytest, torch
 from torch import nn
 from lico.backbones import adapt, create_backbone
@@ -10,6 +8,7 @@ from lico.data import load
 from lico.model import LICO, CrossEntropy
 from lico.rivals import SupCon
 from lico.training import fit
+from group import in_group
 
 torch.set_num_threads(1)
 K, M, d = 5, 3, 6
@@ -169,18 +168,14 @@ def test_gradients_with_calibrated_temperatures():
 
 
 def test_two_processes_calibrate_alike(tmp_path):
-    code = f"""if True:
-        import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_model import batch, lico
-        rank = int(sys.argv[1])
-        torch.distributed.init_process_group('gloo', init_method='file://{tmp_path}/meet', rank=rank, world_size=2)
-        model = lico(tau='calibrated'); model(*batch(seed=rank)); print(model.tau.value.tolist())"""
-    both = [subprocess.Popen([sys.executable, '-c', code, str(rank)], stdout=subprocess.PIPE, text=True)
-            for rank in (0, 1)]
-    said = [p.communicate(timeout=120)[0] for p in both]
+    def work():
+        model = lico(tau='calibrated')
+        model(*batch(seed=torch.distributed.get_rank()))
+        return model.tau.value.tolist()
+    one, other = in_group(2, work, tmp_path)
     alone = lico(tau='calibrated')
     alone(*map(torch.cat, zip(batch(seed=0), batch(seed=1))))  # of the batch of both together
-    assert said[0] == said[1] and json.loads(said[0]) == pytest.approx(alone.tau.value.tolist(), rel=1e-5)
+    assert one == other == pytest.approx(alone.tau.value.tolist(), rel=1e-5)
 
 
 class Foreign(nn.Module):

@@ -294,6 +294,16 @@ def test_no_bars_are_stored():
         assert not any('%|' in o.get('text', '') or '\r' in o.get('text', '') for o in outputs), path.name
 
 
+def test_stored_sentences_are_those_of_the_stored_results():
+    "What a page says with a number stands in the table.md beside its results: neither was drawn anew alone."
+    kept = {line for path in (TOP/'figures').glob('*/table.md')
+            for line in path.read_text(encoding='utf-8').splitlines()}
+    said = [line for path in NOTEBOOKS if path.parent.name == 'nbs' for cell in nbformat.read(path, 4).cells
+            for out in cell.get('outputs', []) for line in out.get('data', {}).get('text/markdown', '').splitlines()
+            if line.startswith('* **') and '±' in line]
+    assert len(said) > 50 and not set(said) - kept
+
+
 def test_lines_of_code_are_short():
     "In tests and cells; a module's first line is its notebook's prose, and its `__all__` is written by nbdev."
     sources = {p.name: p.read_text(encoding='utf-8') for p in (TOP/'tests').glob('*.py')}

@@ -12,9 +12,9 @@ from lico.experiments import TRAINING_METHODS, Run, frame, load_data, run_id, ru
 from lico.records import read_record, run
 from lico.losses import ot_alignment
 from lico.model import CrossEntropy, exact
-from lico.text import load_text_encoder
 from lico.schedule import has_bfloat16
 from lico.training import fit
+from group import one_layer
 
 BF16 = dict(precision='bf16')
 
@@ -25,7 +25,7 @@ def able(monkeypatch): monkeypatch.setattr(schedule, 'has_bfloat16', lambda wher
 
 def started(method):
     r = Run(labels=40, backbone='wrn_10_1', method=method, preset='repaired')
-    return start(r, load_data(r), load_text_encoder('minilm'))
+    return start(r, load_data(r), one_layer())
 
 
 def test_refused_before_any_work(lico_root, tmp_path, monkeypatch):

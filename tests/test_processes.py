@@ -1,7 +1,6 @@
 "Several processes that share a batch do what one does; and none outlives the one that started it."
-import functools, json, os, re, signal, socket, subprocess, sys, textwrap, time, traceback
+import json, os, re, signal, subprocess, sys, textwrap, time
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd, pytest, torch
@@ -12,53 +11,15 @@ from lico import training, watch
 from lico.batches import training_batch
 from lico.experiments import Run, load_data, runs_folder, start
 from lico.records import read_record, run
-from lico.text import load_text_encoder
-from lico.together import Batch, group_size, is_first, join_group, share
+from lico.together import Batch, group_size, is_first, share
 from lico.training import fit
 from lico.shipping import load_checkpoint
+from group import in_group, one_layer
 
 BIN = os.path.dirname(sys.executable)
 TINY = Run(labels=40, backbone='wrn_10_1', steps=2)
 pytestmark = [pytest.mark.filterwarnings('ignore::lico.watch.InactiveMatchingWarning'),
               pytest.mark.skipif(sys.platform != 'linux', reason='processes are forked')]
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
-def _member(rank, k, port, work, out):
-    from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state(True)  # of the process that was forked
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(k), LOCAL_WORLD_SIZE=str(k),
-                       MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    try:
-        join_group()
-        torch.save(work(), f'{out}/{rank}.pt')
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)
-
-
-def in_group(k, work, out):
-    "What `work` gives in each of k processes."
-    members = [get_context('fork').Process(target=_member, args=(i, k, port, work, out)) for port in [free_port()]
-               for i in range(k)]
-    for p in members: p.start()
-    for p in members: p.join(200)
-    assert [p.exitcode for p in members] == [0]*k
-    return [torch.load(f'{out}/{i}.pt') for i in range(k)]
-
-
-@functools.cache
-def encoder(dtype=torch.float64):
-    "MiniLM with one of its six layers."
-    enc = load_text_encoder('minilm')
-    enc.model.encoder.layer = enc.model.encoder.layer[:1]
-    return enc.to(dtype)
 
 
 METHODS = [('CE', 'paper'), *(('LICO', preset) for preset in ('paper', 'released', 'repaired', 'semantic')),
@@ -93,7 +54,7 @@ def of_method(method, preset, n, dtype):
     r = replace(TINY, method=method, preset=preset, options=dict(n_context=3))
     data = load_data(r)
     x, y = training_batch(data, torch.arange(n), torch.Generator().manual_seed(0))
-    return step(start(r, data, encoder(dtype)).to(dtype), x.to(dtype), y)
+    return step(start(r, data, one_layer(dtype)).to(dtype), x.to(dtype), y)
 
 
 @pytest.mark.parametrize('k, n', [(2, 21), pytest.param(3, 22, marks=pytest.mark.slow)])
@@ -164,27 +125,26 @@ def doubled(monkeypatch):
 def trained(folder):
     data = load_data(FIT)
     data = replace(data, test=data.test[:60])
-    model = start(FIT, data, encoder()).double()
+    model = start(FIT, data, one_layer(torch.float64)).double()
     log = fit(model, data, steps=8, evaluations=2, batch_size=32, ema=0.9, noise=0.1, lr=0.01, folder=folder,
               progress=False)
     return dict(log=[{k: v for k, v in row.items() if k != 'seconds'} for row in log],
                 weights={k: v for k, v in model.state_dict().items() if v.is_floating_point()})
 
 
-@pytest.mark.parametrize('k', [2, 3])
-def test_fit_in_several_processes(tmp_path, doubled, k):
+def test_fit_in_several_processes(tmp_path, doubled):
     "Weights and the whole log: with noise, averaged weights, a last batch of four images, tests."
     (tmp_path/'one').mkdir(), (tmp_path/'group').mkdir()
     expected = trained(tmp_path/'one')
-    for found in in_group(k, lambda: trained(tmp_path/'group'), tmp_path):
+    for found in in_group(3, lambda: trained(tmp_path/'group'), tmp_path):
         assert [r.keys() for r in found['log']] == [r.keys() for r in expected['log']]
         for a, b in zip(expected['log'], found['log']):
             for key in a: assert a[key] == pytest.approx(b[key], rel=1e-5), key
         for key, w in expected['weights'].items(): torch.testing.assert_close(found['weights'][key], w, rtol=1e-5,
                                                                               atol=1e-6)
     one, group = (load_checkpoint(tmp_path/name/'checkpoint.safetensors') for name in ('one', 'group'))
-    assert torch.equal(one[0]['predicted'], group[0]['predicted']) and group[1]['run']['processes'] == k
-    with pytest.raises(ValueError, match=fr'differs in processes \({k} there, 1 here\)'): trained(tmp_path/'group')
+    assert torch.equal(one[0]['predicted'], group[0]['predicted']) and group[1]['run']['processes'] == 3
+    with pytest.raises(ValueError, match=r'differs in processes \(3 there, 1 here\)'): trained(tmp_path/'group')
 
 
 def test_run_in_several_processes(lico_root):

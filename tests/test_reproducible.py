@@ -74,17 +74,13 @@ def wide_encoder():
 def test_methods_are_all_here(): assert {r.method for r in RUNS.values()} == set(TRAINING_METHODS)
 
 
-@pytest.mark.parametrize('n', [1, 2])
-@pytest.mark.parametrize('name', ['CE', 'LICO repaired', 'LICO+CGC repaired', 'ViT LICO'])
-def test_eight_runs_end_alike(name, n):
-    with threads(n): assert len({trained(RUNS[name]) for _ in range(8)}) == 1
+QUICK = 'CE', 'LICO repaired', 'LICO+CGC repaired', 'ViT LICO'
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('n', [1, 2])
-@pytest.mark.parametrize('name', RUNS)
-def test_eight_runs_of_everything_end_alike(name, n):
-    with threads(n): assert len({trained(RUNS[name]) for _ in range(8)}) == 1
+@pytest.mark.parametrize('n, times', [(1, 3), (2, 8)])
+@pytest.mark.parametrize('name', [pytest.param(k, marks=[] if k in QUICK else pytest.mark.slow) for k in RUNS])
+def test_runs_end_alike(name, n, times):
+    with threads(n): assert len({trained(RUNS[name]) for _ in range(times)}) == 1
 
 
 @pytest.mark.parametrize('name', ['CE', 'CGC', 'GCC', 'LICO paper', 'LICO repaired', 'LICO+CGC paper', 'class',

@@ -41,11 +41,6 @@ def small(name='wrn_10_1', size=16, seed=0):
 def pictures(n=3, h=16, w=16, seed=1): return torch.randn(n, 3, h, w, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(autouse=True)
-# XRAI cuts pictures of 224 pixels, which takes seconds
-def small_segments(monkeypatch): monkeypatch.setattr('saliency.core.xrai._FELZENSZWALB_IM_RESIZE', (48, 48))
-
-
 def enlarge(maps, size): return to_unit(F.interpolate(to_unit(maps)[:, None], size, mode='bilinear')[:, 0])
 
 

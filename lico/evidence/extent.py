@@ -13,7 +13,7 @@ from .arms import (TABLES, arm_named, arm_of, columns_of, grade, grid, paper_dat
                                 printed_dataset, printed_place)
 from .printed import printed_numbers, results
 from .stats import GRADES, METRICS
-from .claims import CLAIMS, stored_frames
+from .claims import CLAIMS, blocks, stored_frames
 
 # %% ../../nbs/evidence/49_extent.ipynb #09a613bf
 def _numbers_of(n, rows):
@@ -43,10 +43,10 @@ def _is_the_papers(n, r):
 
 def coverage() -> pd.DataFrame:
     "One row a table: how many numbers are printed, runnable, measured on the paper's data, stood in for."
-    rows = []
+    rows, programme = [], blocks()
     for n in range(1, 14):
         stored, arms = {True: [], False: []}, {a.label for a in TABLES[n].arms}
-        for _, df in stored_frames(n):
+        for _, df in stored_frames(n, programme):
             for r in df[df.arm.isin(arms)].itertuples():
                 metrics = tuple(m for m in METRICS if not pd.isna(getattr(r, m, None)))
                 stored[_is_the_papers(n, r)].append((r.paper_dataset, r.is_stand_in, r.labels, r.backbone, r.arm,

@@ -97,7 +97,7 @@ def look_at(
     for i, (name, c) in enumerate(zip(cases.names, cases.target.tolist())):
         for j, method in enumerate(saliency):
             both = dict(insertion=s.insertion[i, j], deletion=s.deletion[i, j])
-            own = ', '.join(f'{k}={v}' for k, v in options.get(method, {}).items())
+            own = ', '.join(f'{k}={v}' for k, v in sorted(options.get(method, {}).items()))
             rows.append(dict(id=cases.network.id, image=name, saliency=method, saliency_options=own, target=c,
                              name=cases.network.class_names[c], probability=100*float(s.deletion[i, j, 0]),
                              **{k: 100*float(np.trapezoid(v, s.fraction)) for k, v in both.items()},

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..config import choose, derive_seed, device, gathered, parse_value, root, stamp
 from ..files import locked, python_command, read_sealed, write_sealed
-from .pages import refuse_twice
+from .pages import named_values
 from .cases import Cases
 from ..experiments import MEASURING_PROTOCOL
 from ..shipping import tensors_digest
@@ -200,16 +200,14 @@ def saliency_options(
     text: str,  # METHOD.NAME=VALUE, METHOD.NAME=VALUE
 ) -> dict:
     "{method: its options} of a notebook's parameter."
-    found = []
-    for item in filter(None, map(str.strip, str(text or '').split(','))):
-        method, dot, rest = item.partition('.')
-        name, equals, value = rest.partition('=')
-        if not (dot and equals and name and value):
-            raise ValueError(f"saliency_options = {text!r}: expected METHOD.NAME=VALUE, such as rise.n_masks=500, "
-                             "smoothgrad.samples=25")
-        found.append((choose('saliency method', method, METHODS), name.strip(), parse_value(value)))
-    refuse_twice(f'saliency_options = {text!r}', [f'{method}.{name}' for method, name, _ in found])
-    return {method: {name: value for m, name, value in found if m == method} for method, *_ in found}
+    found = {}
+    such_as = 'rise.n_masks=500, smoothgrad.samples=25'
+    for where, value in named_values('saliency_options', text, such_as).items():
+        method, dot, name = where.partition('.')
+        if not (dot and name): raise ValueError(
+            f"saliency_options = {text!r}: expected METHOD.NAME=VALUE, such as {such_as}")
+        found.setdefault(choose('saliency method', method, METHODS), {})[name.strip()] = parse_value(value)
+    return found
 
 # %% ../../nbs/evidence/39_map_scores.ipynb #15d04ab2
 def refuse_map_options(

@@ -8,7 +8,7 @@ __all__ = ['hold_out', 'grid_side', 'refuse_coarse', 'has_weights', 'starting_ne
            'over_images', 'over_seeds', 'mcnemar_p', 'accuracy_table', 'Decision', 'decide', 'cases_by_answer']
 
 # %% ../../nbs/evidence/55_recipe.ipynb #68c65424
-import copy, math, time, warnings
+import math, time, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -20,6 +20,7 @@ from ..architectures import made_of
 from ..config import device
 from ..data import box_masks
 from ..batches import test_batches
+from ..copies import deep_copy
 from .cases import Cases, Network
 from .embeddings import pooled_features
 from .report import signed
@@ -55,7 +56,8 @@ def grid_side(
 ) -> int:
     "How many places a side its feature maps have, and with them its Grad-CAM: s of s x s."
     where = next(net.parameters()).device
-    with undisturbed(net): maps = net.forward_features(torch.zeros(1, 3, net.image_size, net.image_size, device=where))
+    with undisturbed(net, where):
+        maps = net.forward_features(torch.zeros(1, 3, net.image_size, net.image_size, device=where))
     if maps.ndim == 3: return math.isqrt(maps.shape[1] - getattr(net, 'num_prefix_tokens', 0))
     return maps.shape[1 if getattr(net, 'output_fmt', 'NCHW') == 'NHWC' else 2]
 
@@ -132,7 +134,7 @@ def set_temperatures(
     at = in_turn(data.train.y, batch_size, 2)
     where, y = next(model.parameters()).device, data.train.y[at]
     x, y = next(test_batches(data, data.train[at], len(at), where)), y.to(where)
-    with undisturbed(model.backbone): maps = model.backbone.forward_features(x)
+    with undisturbed(model.backbone, where): maps = model.backbone.forward_features(x)
     model.calibrate(model.pooled(maps), feature_rows(model.backbone, maps), *model.text(model.asked(y)), y)
 
 # %% ../../nbs/evidence/55_recipe.ipynb #89c6d637
@@ -169,7 +171,7 @@ def expected_seconds(
     steps: int,
 ) -> float:
     "How long so many steps will take here, from the second of two on a copy of the model."
-    model = copy.deepcopy(model).train()
+    model = deep_copy(model).train()
     with torch.random.fork_rng([]): return steps*seconds_of(lambda: model(x, y).loss.backward())
 
 # %% ../../nbs/evidence/55_recipe.ipynb #1a1b0578
@@ -240,7 +242,7 @@ class Decision:
 def decide(
     right: dict,  # {"CE": bool [seeds, n], "LICO": bool [seeds, n]}, on images that were held out for the decision
 ) -> Decision:
-    "Which network to ship: that of LICO only if its gain is certain, else that of cross-entropy, the simpler one."
+    "Which network to ship: LICO's only if its 95 % intervals lie above zero, else cross-entropy's, the simpler one."
     e = [o(right['LICO'], right['CE']) for o in (over_images, over_seeds)]
     sure = [o for o in e if math.isfinite(o.half_width)]
     low, high = min(o.mean - o.half_width for o in sure), max(o.mean + o.half_width for o in sure)

@@ -118,8 +118,9 @@ def _left(wide, network):
 def _changes(scheme, arm, o):
     "Whether an arm's maps change more than those of the reference."
     below, above = (int((s*o.difference > o.half_width).sum()) for s in (-1, 1))
-    return (f"* {scheme}, {arm} against {o.reference.iloc[0]} over {o.n.max()} "
-            f"{'pair' if o.n.max() == 1 else 'pairs'} of networks: "
+    n = f'{o.n.max()}' if o.n.nunique() == 1 else f'{o.n.min()} to {o.n.max()}'  # a constant map has no correlation
+    return (f"* {scheme}, {arm} against {o.reference.iloc[0]} over {n} {'pair' if n == '1' else 'pairs'} of networks"
+            f"{', where maps are not constant' if o.n.nunique() > 1 else ''}: "
             f"the correlation changes by {signed(o.difference.min(), np.inf)} to {signed(o.difference.max(), np.inf)}; "
             f"intervals below zero (LICO's maps change more): {below} of {np.isfinite(o.half_width).sum()}; above: "
             f"{above}.")

@@ -130,10 +130,6 @@ SETTING = ['dataset', 'data', 'labels', 'backbone', 'image_size', 'output_stride
            'training', 'threads', 'hardware', 'precision', 'protocol', *_of_maps]
 TREATMENT = ['arm', 'method', 'preset', 'options', 'text_encoder']
 
-def _together(df, setting):
-    "The rows with those of a setting next to each other, in the order of their first rows."
-    return df.iloc[df.groupby(setting, sort=False, dropna=False).ngroup().argsort(kind='stable')]
-
 def of_runs(
     df: pd.DataFrame,  # rows of results, a row a run or a row a map
 ) -> pd.DataFrame:
@@ -148,25 +144,26 @@ def pairs(
     """For each setting and arm that has any, its pairs: the columns of the arm's row, and with `_base` behind the
     name those of the reference. Warns of those that two kinds of machine leave without a partner."""
     setting, treatment, unit = ([k for k in o if k in df] for o in (setting, treatment, unit))
-    df = _together(df, setting)
-    # one column to merge by in place of twenty
-    df = df.assign(_setting=df.groupby(setting, sort=False, dropna=False).ngroup())
+    numbered = lambda df, by: df.groupby(by, sort=False, dropna=False).ngroup()
+    # one column to merge by in place of twenty; the rows of a setting together, in the order of their first rows
+    df = df.assign(_setting=numbered(df, setting)).sort_values('_setting', kind='stable')
     base, others = df[df[treatment[0]] == reference], df[df[treatment[0]] != reference]
     reads_text = 'text_encoder' in df and base.text_encoder.notna().any()
     shared = [k for k in ('preset', 'options', 'text_encoder') if k in treatment and reads_text]
     base = base.drop(columns=[k for k in treatment if k not in shared])
-    if base.duplicated(setting + shared + unit).any() or others.duplicated(setting + treatment + unit).any():
+    if (base.duplicated(['_setting', *shared, *unit]).any()
+            or others.duplicated(['_setting', *treatment, *unit]).any()):
         raise ValueError(f"results have two rows of one arm, setting and {' and '.join(unit)}, which would count as "
                          "two pairs: remove one of them")
-    groups, partner = others.groupby(['_setting', *treatment], sort=False, dropna=False), base.drop(columns=setting)
-    found = [partner.merge(group, on=['_setting', *shared, *unit], suffixes=('_base', '')).drop(columns='_setting')
-             for _, group in groups]
+    others = others.assign(_group=numbered(others, ['_setting', *treatment]))
+    both = base.drop(columns=setting).merge(others, on=['_setting', *shared, *unit], suffixes=('_base', ''))
+    found = [o.drop(columns=['_setting', '_group']).reset_index(drop=True) for _, o in both.groupby('_group')]
     if 'hardware' in setting and df.hardware.nunique() > 1:
         anywhere = base.merge(others, on=[k for k in setting if k != 'hardware'] + shared + unit)
         if lost := len(anywhere) - sum(map(len, found)): warnings.warn(
             f"{lost} pairs are left out, whose arms were trained on different kinds of machine: "
             "run both arms of a seed on one kind")
-    return [o for o in found if len(o)]
+    return found
 
 # %% ../../nbs/evidence/36_stats.ipynb #1e38147f
 def _row(o, metric, reference, keys):
@@ -199,8 +196,9 @@ def paired(
             keys = list(dict.fromkeys(k for k in (*setting, *treatment, *keep) if k in o))
             if within:
                 images = o[within].nunique()
-                o = o.groupby([k for k in (*unit, *keys) if k in o], sort=False,
-                              dropna=False)[[m, f'{m}_base']].mean().reset_index().assign(images=images)
+                of_run = {k: 'max' for k in ('inactive', 'failed', 'failed_base') if k in o}
+                o = o.groupby([k for k in (*unit, *keys) if k in o], sort=False, dropna=False).agg(
+                    {m: 'mean', f'{m}_base': 'mean', **of_run}).reset_index().assign(images=images)
                 keys = list(dict.fromkeys([*keys, 'images']))
             rows.append(_row(o, m, reference, keys))
     return pd.DataFrame(rows)

@@ -22,6 +22,7 @@ from ..data import test_boxes
 from .arms import TABLES, arm_of, paper_dataset
 from .cases import test_images
 from .map_scores import OF_PLACES, SCORERS, refuse_map_options, saliency_options, score
+from .pages import named_values
 from ..experiments import frame, load_data, runs_folder, sweep
 from ..records import load_backbone, run_of
 from ..together import Workers, end_with_parent
@@ -190,8 +191,8 @@ def _cluster(text):
     try: from submitit import AutoExecutor
     except ImportError: raise ImportError(f"workers = {text!r} needs submitit: pip install 'lico[slurm]'") from None
     executor = AutoExecutor(root()/'data'/'jobs', cluster=kind.strip())
-    pairs = [o.partition('=') for o in options.split(',') if o.strip()]
-    executor.update_parameters(**{k.strip(): parse_value(v.strip()) for k, _, v in pairs})
+    found = named_values('workers', options, 'slurm: gpus_per_node=4, tasks_per_node=4')
+    executor.update_parameters(**{name: parse_value(value) for name, value in found.items()})
     return executor
 
 @contextmanager

@@ -7,13 +7,13 @@ __all__ = ['seconds', 'alternate', 'row', 'missing', 'best_passes', 'best_of', '
            'draw_benchmark', 'benchmark_table']
 
 # %% ../../nbs/evidence/52_timing.ipynb #bcdf70c2
-import copy, math, os, time
+import math, os, time
 
 import numpy as np, pandas as pd, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..copies import folded
+from ..copies import deep_copy, folded
 
 # %% ../../nbs/evidence/52_timing.ipynb #2c1c8708
 def seconds(
@@ -64,10 +64,10 @@ def best_passes(
     where: torch.device, largest: int = 128,  # images in a pass
 ) -> dict:
     "The four fastest ways to push images through a network here: name -> a function, and how many images it takes."
-    found, nets = [], dict(plain=net, folded=folded(copy.deepcopy(net), torch.zeros(1, 3, size, size, device=where)))
+    found, nets = [], dict(plain=net, folded=folded(deep_copy(net), torch.zeros(1, 3, size, size, device=where)))
     for name, o in nets.items():
         for layout in (torch.contiguous_format, torch.channels_last):
-            o = copy.deepcopy(o).to(memory_format=layout)
+            o = deep_copy(o).to(memory_format=layout)
             for B in (2**k for k in range(int(math.log2(largest)) + 1)):
                 def pass_(o=o, x=torch.randn(B, 3, size, size, device=where).to(memory_format=layout)):
                     with torch.inference_mode(): o(x)
