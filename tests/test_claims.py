@@ -165,7 +165,7 @@ def test_few_seeds_of_a_block_repeat_nothing():
     made = {'A': programme('A'), 'R': programme('R', repaired=3).query('seed < 4')}
     said = said_of(made)
     assert 'with fresh seeds' not in said
-    assert "R: B's contrast of names again, 4 of 15 seeds" in said
+    assert "R: B's names again, 4 of 15 seeds" in said
     without = contrast_rows({'A': made['A']})
     assert contrast_rows(made).query("block != 'R'").reset_index(drop=True).equals(without)
 

@@ -156,13 +156,13 @@ def _again(rows):
 def _extent(rows):
     "What was run of the programme, in words."
     ran = _ran(rows)
-    known = {BLOCKS[k].dataset for k in ran if BLOCKS[k].pooled}
-    where = lambda b: '' if not b.pooled and b.dataset in known else f'{b.dataset}, '
+    before = lambda b: {BLOCKS[k].dataset for k in ran[:next(i for i, k in enumerate(ran) if BLOCKS[k] is b)]}
+    where = lambda b: '' if not b.pooled and b.dataset in before(b) else f'{b.dataset}, '
     what = lambda b: where(b) + (f'{b.labels or "all"} labels' if b.pooled else b.says.split(': ')[-1].split(',')[0])
     many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
     each = (f'{k}: {what(BLOCKS[k])}, {many(rows[rows.block == k].n.max(), BLOCKS[k])}' for k in ran)
     left = [k for k in BLOCKS if k not in set(rows.block)]
-    return '; '.join(each) + (f"; {', '.join(left)} are not run" if left else '')
+    return '; '.join(each) + (f"; {', '.join(left)} {'is' if len(left) == 1 else 'are'} not run" if left else '')
 
 # %% ../../nbs/evidence/57_findings.ipynb #19fe4a87
 def findings(

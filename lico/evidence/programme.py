@@ -93,14 +93,14 @@ BLOCKS = {
                seeds=5, saliency=('grad-cam', 'random'), images=100,
                metrics=('insertion', 'deletion', 'pointing_game', 'energy'), also={'grad-cam': OF_OTHERS},
                how=dict(pretrained=True, image_size=96, output_stride=16, epochs=1), pooled=False,
-               says='one epoch on a CPU, for language among 100 classes'),
+               says='E at 96 pixels, for language among 100 classes'),
     'A16': Block('cifar10', 'wrn_28_2', 40, ('CE', 'repaired'), seeds=20, precision='bf16', pooled=False,
                  says='A again in bfloat16'),
     'R': Block('cifar10', 'wrn_28_2', 250, ('CE', 'repaired', 'repaired-shuffled', 'repaired-random'), seeds=15,
-               first=10, pooled=False, says="B's contrast of names again, with fresh seeds"),
+               first=10, pooled=False, says="B's names again, with fresh seeds"),
     'L': Block('cifar10', 'wrn_28_2', 40, ('CE', 'CE+OT', 'CE+OT-shuffled', 'loud', 'loud-shuffled'), seeds=10,
                saliency=('grad-cam', 'random'), images=50, also={}, pooled=False,
-               says='on a CPU: names where they are louder, and those of transport')}
+               says='on a CPU: louder names, and those of transport')}
 
 # %% ../../nbs/evidence/46_programme.ipynb #e9e83057
 def block_runs(
@@ -205,7 +205,7 @@ def contrast_table(
 ) -> str:
     "Contrasts as Markdown: points of accuracy with the half-width of the 95 % interval."
     shown = [dict(contrast=r.contrast, **{'arm − reference': r.of}, block=r.block, pairs=r.n,
-                  difference=signed(r.difference, r.half_width), p=f'{r.p:.2g}',
+                  difference=signed(r.difference, r.half_width), p=f'{r.p:.2g}' if pd.notna(r.p) else '—',
                   **{'p by sign flips': f'{r.p_flip:.2g}' if pd.notna(r.p_flip) else '—',
                      'p of equivalence': f'{r.p_within:.2g} (± {r.margin:g})' if pd.notna(r.p_within) else '—'},
                   **({'p of one effect': f'{r.p_same:.2g}' if pd.notna(r.p_same) else ''}
