@@ -289,23 +289,22 @@ def maps_sentence(
 ) -> str:
     """Whether LICO's Grad-CAM maps are better: insertion − deletion, less each network's own random map, and on
     photographs the pointing game, beside what the mean map of other photographs reaches. Maps have no verdicts."""
-    seen = large[large.saliency == 'grad-cam'].groupby('arm')[['alike', 'pointing_others', 'pointing_game']].mean()
+    seen = large[large.saliency == 'grad-cam'].groupby('arm')[['alike', 'pointing_others']].mean()
     told = lambda metric, digits=0, unit='%': [f'{seen[metric][a]:.{digits}f}{unit}' for a in ('semantic', 'CE')]
-    (alike, alike_ce), (mean, mean_ce), (own, own_ce) = (
-        told('alike', 2, ''), told('pointing_others'), told('pointing_game'))
+    (alike, alike_ce), (mean, mean_ce) = told('alike', 2, ''), told('pointing_others')
     first, second = (_gains(above_random(df), 'overall', [a for a in _READ if a in set(df.arm)])
                      for df in (small, again))
     signs = {np.sign(r.difference) for o in (first, second) for a, r in o.items() if 'shuffled' not in a}
     head = {(-1,): 'Worse on CIFAR-10, if anything', (1,): 'Better on CIFAR-10, if anything'}
     points = _gains(large, 'pointing_game', ['semantic'])['semantic']
     names = _gains(large, 'pointing_game', ['semantic'], 'semantic-shuffled')['semantic']
-    return (f"{head.get(tuple(signs), 'Cannot tell')} (no verdicts). Grad-CAM's insertion − deletion, less that of "
+    return (f"{head.get(tuple(signs), 'Cannot tell')}. Grad-CAM's insertion − deletion, less that of "
             f"random pixels, minus cross-entropy's, in B ({_seeds(small)} seeds) and F ({_seeds(again)}): "
             f"{_in_both(first, second)}. On photographs (G, {_seeds(large)}) "
             f"{_in_both(_gains(above_random(large), 'overall', ['semantic']), {})}; pointing game "
             f"{in_points(points)}, minus shuffled names' {in_points(names)}. These maps hardly change with the "
             f"photograph: each correlates by {alike} (cross-entropy {alike_ce}) with the mean of the *others*, which "
-            f"hits in {mean} ({mean_ce}), they themselves in {own} ({own_ce}).")
+            f"hits in {mean} ({mean_ce}).")
 
 # %% ../../nbs/evidence/48_claims.ipynb #1de9eb20
 def room_sentence(

@@ -102,9 +102,10 @@ def _each(rows, contrast, beside=False):
     "What a contrast came to in each pooled block, whether these differ, and what other images say `beside` them."
     own, whole = _alone(rows, contrast), rows[rows.contrast == contrast].iloc[0]
     known = {BLOCKS[k].dataset for k in own.block}  # what has another block's images mostly has its seeds too
-    others = rows[beside & (rows.contrast == contrast) & ~rows.pooled & (rows.n >= FEWEST)]
-    others = others[[BLOCKS[k].dataset not in known for k in others.block]]
-    blocks = lambda df: ', '.join(f'{r.block} {_mean(r)}' for r in df.itertuples())
+    others = rows[beside & (rows.contrast == contrast)]
+    others = others[[k in BLOCKS and not BLOCKS[k].pooled and BLOCKS[k].dataset not in known for k in others.block]]
+    few = lambda r: '' if r.n >= FEWEST else f" in {r.n} seed{'s'*(r.n > 1)}"
+    blocks = lambda df: ', '.join(f'{r.block} {_mean(r)}{few(r)}' for r in df.itertuples())
     differ = f'; these differ, p = {whole.p_same:.1g}' if whole.p_same < .05 else ''
     return f" ({blocks(own)}{differ}{'; not pooled: ' + blocks(others) if len(others) else ''})"
 
