@@ -92,7 +92,10 @@ def undisturbed(
                 _held[key][0] += 1
                 held.append(key)
         # the first also switches gradients on
-        with torch.inference_mode(False), torch.autocast(torch.device(device).type, enabled=False): yield
+        kind = torch.device(device).type
+        known = torch.amp.is_autocast_available(kind)
+        plain = torch.autocast(kind, enabled=False) if known else contextlib.nullcontext()
+        with torch.inference_mode(False), plain: yield
     finally:
         with _lock:
             for key in held:

@@ -130,7 +130,7 @@ def test_a_block_of_few_seeds_stands_beside():
     assert 'C: cifar100-part, 400 labels, 3 of 10 seeds' in said
     assert 'D, E, F, G, A16, R, L are not run' in said
     beside = dict(made, E=programme('E', repaired=-12).query('seed < 1'))
-    said = findings(pd.concat([contrast_rows(beside), contrast_rows(beside, SECONDARY, family=False)]), 'Nobody looked.')
+    said = said_of(beside)
     assert re.search(r'`repaired` [^`]*; not pooled: E −1\d\.\d+ in 1 seed\)', said), 'other images are told at once'
 
 
