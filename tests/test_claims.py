@@ -8,9 +8,9 @@ from lico.evidence.pages import parameters
 from lico.config import root
 from lico.evidence import claims, extent
 from lico.evidence.arms import TABLES
-from lico.evidence.claims import CLAIMS, claim_rows, claims_table, maps_sentence, printed_gains, room_sentence
+from lico.evidence.claims import CLAIMS, claim_rows, claims_table, printed_gains
 from lico.evidence.extent import coverage
-from lico.evidence.findings import done_again, findings, with_those
+from lico.evidence.findings import done_again, findings, maps_sentence, room_sentence, with_those
 from lico.evidence.programme import (ARMS, BLOCKS, LOUDER, PRIMARY, SECONDARY, above_random, arm_name, asked_of_block,
                                      block_runs, contrast_rows, map_table, maps_of_block)
 from lico.evidence.stats import holm

@@ -232,7 +232,7 @@ def test_notebook_is_fit_to_read(path):
                 and "'" not in code[0].source), 'papermill cannot parse a line with an apostrophe'
         lines = [line for c in code[1:] for line in c.source.splitlines()
                  if line.strip() and not line.startswith(('import ', 'from '))]
-        most = dict(study=60, any_network=60, your_data=200).get(path.stem, 40)
+        most = dict(any_network=60, your_data=200).get(path.stem, 40)
         assert len(lines) <= most, 'what is not its own belongs into the library'
 
 

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['READINGS', 'SUPCON', 'ALPHAS', 'class_entropy', 'class_rows', 'confusions', 'names_against_derangements',
            'class_vectors', 'trial_runs', 'trial_name', 'confusion_run', 'confusions_of', 'judged', 'by_accuracy',
-           'how_sure']
+           'how_sure', 'choice_sentence', 'reading_sentence', 'names_sentence', 'draw_trials']
 
 # %% ../../nbs/evidence/51_selection.ipynb #996ab5e2
 import math
 from itertools import product
 
-import numpy as np, pandas as pd, torch
+import matplotlib.pyplot as plt, numpy as np, pandas as pd, seaborn as sns, torch
 from sklearn.metrics import confusion_matrix
 
-from ..config import derive_seed
+from ..config import derive_seed, preset
 from ..losses import distances, kl_rows, log_rows
 from ..temperatures import other_mass, tau_where
 from .stats import conditions
@@ -163,3 +163,62 @@ def how_sure(
     if spread > gap: said += ', so that it is chosen almost by chance'
     least = [k for k, v in tried[first.trial].items() if v == min(tried[t][k] for t in found.trial)]
     return f"{said}{''.join(f'; its {k} is the least that was tried' for k in least)}."
+
+def choice_sentence(
+    kind: str,  # "supcon" or "semantic"
+    found: pd.DataFrame,  # from `by_accuracy`
+) -> str:
+    "Which trial is best, what settings.ini has, and how sure that is."
+    first, own = found.iloc[0], preset('semantic' if kind == 'semantic' else 'paper')
+    keys = ('alpha',) if kind == 'semantic' else ('supcon_weight', 'supcon_temperature')
+    return (f"For `{kind}` {first.trial} is best on held-out images ({first.accuracy:.1f} %); settings.ini has "
+            f"{', '.join(f'{k} = {own[k]:g}' for k in keys)}. {how_sure(found)}")
+
+# %% ../../nbs/evidence/51_selection.ipynb #7081e537
+def reading_sentence(
+    found: pd.DataFrame,  # from `judged`
+    labelled: float,  # images
+) -> str:
+    "How many readings stayed active, which is nearest to h*, and how far the text taken literally ended from it."
+    best, literal = found.iloc[0], found.loc[next(iter(READINGS))]
+    ours = preset('repaired') == preset('paper', **READINGS[best.name])
+    return (f"Of {len(found)} readings {int((found.active == found.n).sum())} stayed active in all runs. Nearest to "
+            f"$h^*$ = {class_entropy(labelled):.3f} is **{best.name}** ({best.off:.3f} away); the preset `repaired` is "
+            f"{'this' if ours else 'another'} reading. The paper's text taken literally ended {literal.off:.3f} away, "
+            f"active in {literal.active:.0f} of {literal.n:.0f} runs. Accuracy had no part in it: on the held-out "
+            f"images **{best.name}** has {best.held_out:.1f} %, the text taken literally {literal.held_out:.1f} %, "
+            "one seed each.")
+
+def names_sentence(
+    knows: pd.DataFrame,  # from `names_against_derangements`
+) -> str:
+    "Whether the right names predict the confusions better than shuffled ones do, and what settings.ini has."
+    best = knows.loc[knows.advantage.idxmax()]
+    others = ', '.join(f'{s:g}' for s in knows.share if s != best.share)
+    orders = names_against_derangements.__defaults__[-1]
+    so = ('So names know something of what images confuse.' if best.p < .05 else
+          'So these names know nothing of what these images confuse that shuffled names do not: the first result.')
+    return (f"The right names predict the confusions with {best.right:.3f} nats, shuffled ones with {best.wrong:.3f} "
+            f"on average, at the share of {best.share:g} (the smallest tried is {knows.share.min():g}). p = "
+            f"{best.p:.2g} by permutation of the names; {1/(orders + 1):.2g} is the least that {orders} derangements "
+            f"can show. At {others} the difference is smaller. {so} settings.ini has tau_share = "
+            f"{preset('semantic')['tau_share']:g}.")
+
+# %% ../../nbs/evidence/51_selection.ipynb #1ca42119
+def draw_trials(
+    df: pd.DataFrame,  # rows of trials, with columns `chosen` and `trial`
+):
+    "A figure: how far the matrices of `repaired`'s trials are from uniform; the accuracies of the other trials."
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4.5), layout='constrained')
+    each = df[df.chosen == 'repaired'].copy()
+    each[['rows', 'temperature', 'weight']] = each.trial.str.split('; ', expand=True)
+    each[['text', 'image']] = (1 - each[['entropy_text', 'entropy_image']]).clip(lower=1e-7)
+    sns.scatterplot(each, x='text', y='image', hue='temperature', style='rows', ax=left, alpha=.8)
+    left.plot(*[1 - class_entropy(float(df.labels.iloc[0]))]*2, '*', ms=16, mfc='none', mec='k')
+    left.set(xlabel="1 − entropy of the text's matrix, share of ln B", ylabel="1 − entropy of the images' matrix",
+             xscale='log', yscale='log', xlim=(2, 5e-8), ylim=(2, 5e-8)); left.legend(fontsize=6)
+    rows = df[df.chosen != 'repaired'].assign(of=lambda o: o.chosen + ': ' + o.trial)
+    sns.stripplot(rows.sort_values('accuracy_last')[::-1], x='accuracy_last', y='of', hue='chosen', jitter=False,
+                  size=4, ax=right)
+    right.set(xlabel='accuracy on held-out images, %', ylabel=''); right.tick_params(axis='y', labelsize=6)
+    return fig
