@@ -70,9 +70,9 @@ class Estimate:
 
     @property
     def half_width(self) -> float:
-        "Of the 95 % interval; infinite below 3 pairs."
+        "Of the 95 % interval; infinite below 3 pairs, or where there is no spread to judge by."
         from scipy.stats import t
-        return math.inf if math.isnan(self.se) else float(t.ppf(.975, self.df)*self.se)
+        return float(t.ppf(.975, self.df)*self.se) if self.se > 0 else math.inf
 
     def p(self, bound: float = 0.) -> float:
         "Two-sided p value of `mean` = `bound`; not a number where there is no spread to judge by."
@@ -91,7 +91,8 @@ def interval(
     groups = [np.asarray(d, float) for d in groups]
     mean, sizes = float(np.mean([d.mean() for d in groups])), [len(d) for d in groups]
     if min(sizes) < 3: return Estimate(mean, math.nan, math.nan, sum(sizes), min(sizes))
-    v = np.array([d.var(ddof=1)/len(d) for d in groups])/len(groups)**2
+    spread = lambda d: 0 if np.allclose(d, d[0], rtol=1e-9, atol=1e-12) else d.var(ddof=1)  # not that of rounding
+    v = np.array([spread(d)/len(d) for d in groups])/len(groups)**2
     df = v.sum()**2/(v**2/(np.array(sizes) - 1)).sum() if v.any() else sum(sizes) - len(groups)
     return Estimate(mean, float(math.sqrt(v.sum())), float(df), sum(sizes), min(sizes))
 
