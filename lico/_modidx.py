@@ -79,6 +79,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'lico.cams._scaled': ('method/cams.html#_scaled', 'lico/cams.py'),
                            'lico.cams._weights_and_maps': ('method/cams.html#_weights_and_maps', 'lico/cams.py'),
                            'lico.cams.cam': ('method/cams.html#cam', 'lico/cams.py'),
+                           'lico.cams.constant_maps': ('method/cams.html#constant_maps', 'lico/cams.py'),
                            'lico.cams.grad_cam': ('method/cams.html#grad_cam', 'lico/cams.py'),
                            'lico.cams.group_cam': ('method/cams.html#group_cam', 'lico/cams.py'),
                            'lico.cams.imagenet_classifier': ('method/cams.html#imagenet_classifier', 'lico/cams.py'),

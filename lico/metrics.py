@@ -13,6 +13,7 @@ from torch import nn
 from .networks import undisturbed, unwrapped
 from .copies import in_float32
 from .probes import Probe, looker
+from .cams import constant_maps
 from .saliency import class_indices, refuse_bad_asking, refuse_images
 from .config import whole_number
 
@@ -57,8 +58,7 @@ def _frames(start, end, rank, count):
 def _curve(net, x, start, end, saliency, target, step, score, batch_size):
     "The target's score in every frame from `start` to `end`."
     B, HW, net = len(start), saliency[0].numel(), unwrapped(net)
-    constant = saliency.flatten(1).amax(1) == saliency.flatten(1).amin(1)
-    if constant.any(): warnings.warn(
+    if (constant := constant_maps(saliency)).any(): warnings.warn(
         f"saliency map {_which(constant)} is constant: its curve is that of the order of the pixels, so leave it out "
         "and count it", stacklevel=3)
     counts = torch.tensor([*range(0, HW, step), HW], device=start.device)
@@ -220,8 +220,7 @@ def pointing_game(saliency: torch.Tensor, regions, tolerance: float = 15) -> tor
     saliency = finite_maps(saliency)
     if not (isinstance(tolerance, numbers.Real) and tolerance >= 0):
         raise ValueError(f"tolerance = {tolerance!r}: expected pixels, 0 or more")
-    constant = saliency.flatten(1).amax(1) == saliency.flatten(1).amin(1)
-    if constant.any():
+    if (constant := constant_maps(saliency)).any():
         raise ValueError(f"saliency map {_which(constant)} is constant: it points nowhere, so leave it out and count "
                          "it")
     masks = [masks.any(0) for masks in _regions(regions, saliency)]

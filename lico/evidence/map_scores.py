@@ -19,6 +19,7 @@ from .pages import named_values
 from .cases import Cases
 from ..experiments import MEASURING_PROTOCOL
 from ..shipping import tensors_digest
+from ..cams import constant_maps
 from ..copies import attributes_of
 from ..networks import full_float32, undisturbed
 from ..metrics import blur, deletion, energy_pointing_game, insertion, mosu, pointing_game
@@ -106,7 +107,7 @@ def _chunk(cases, index, saliency, metrics, batch_size, options):
                            **{m: SCORERS[m](c).cpu().numpy() for m in metrics}))
     if 'insertion' in metrics: df['blurred'] = probability(blurred(x))
     if {'insertion', 'deletion'} <= set(metrics): df['overall'] = df.insertion - df.deletion
-    return df.assign(constant=(c.maps.flatten(1).amax(1) == c.maps.flatten(1).amin(1)).numpy(), seconds=seconds)
+    return df.assign(constant=constant_maps(c.maps).numpy(), seconds=seconds)
 
 # %% ../../nbs/evidence/39_map_scores.ipynb #4e3857e0
 OF_OTHERS = ('alike', 'pointing_others')  # metrics that need the maps of all cases
