@@ -721,6 +721,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'lico.evidence.report._panel': ('evidence/report.html#_panel', 'lico/evidence/report.py'),
                                       'lico.evidence.report._panels': ('evidence/report.html#_panels', 'lico/evidence/report.py'),
                                       'lico.evidence.report._part': ('evidence/report.html#_part', 'lico/evidence/report.py'),
+                                      'lico.evidence.report._scores': ('evidence/report.html#_scores', 'lico/evidence/report.py'),
                                       'lico.evidence.report._told': ('evidence/report.html#_told', 'lico/evidence/report.py'),
                                       'lico.evidence.report._where': ('evidence/report.html#_where', 'lico/evidence/report.py'),
                                       'lico.evidence.report.accuracies': ('evidence/report.html#accuracies', 'lico/evidence/report.py'),

@@ -25,10 +25,9 @@ def test_a_row_in_three_forms():
                  f'{fixed.difference:+.2f} ± {fixed.half_width:.2f}', '76.27 → 76.2', '0 of 3'): assert part in table
     assert 'metric' not in table and 'saliency' not in table and 'failed' not in table
     changes = f'{fixed.difference:+.2f} ± {fixed.half_width:.2f}'
-    assert f'Fixed (paper) with minilm changes accuracy by {changes} points over 3 pairs against Learnable' in said
+    assert f'Fixed (paper) with minilm: accuracy {changes} points over 3 pairs against Learnable' in said
     assert said.startswith('* **digits (for ImageNet-1k), all labels, wrn_16_1 (for ResNet-50), 120 steps**: ')
-    assert said.count(
-        '\n') == 0
+    assert said.count('\n') == 0
     ax = forest(c).axes[0]
     assert [t.get_text() for t in ax.get_yticklabels()] == ['Fixed (paper)',
                                                             'Random (paper)'] and 'Learnable' in ax.get_xlabel()
@@ -46,12 +45,20 @@ def test_settings_get_a_line_each():
     assert sentences(c).count('* **') == 2 and '40 labels' in sentences(c) and len(forest(c).axes[0].get_yticks()) == 4
 
 
+def test_confidence_is_told_beside_scores_and_is_none():
+    c = compare(comparison(), 13)
+    both = pd.concat([c, c.assign(metric='probability')], ignore_index=True)
+    assert '| confidence ' in comparison_table(both) and 'confidence' not in sentences(both)
+    assert [ax.get_title() for ax in forest(both).axes] == ['accuracy']
+    assert 'confidence' in sentences(both[both.metric == 'probability']), 'where nothing else is asked for'
+
+
 def test_methods_of_saliency_are_compared_in_the_same_words():
     maps = pd.DataFrame([dict(id='n', dataset='photographs', saliency=s, image=str(i), insertion=10.*i + shift*(i + 1))
                          for s, shift in (('random', 0), ('rise', 1)) for i in range(4)])
     c = paired(maps, ['insertion'], 'random', setting=['id', 'dataset'], treatment=['saliency'], unit=['image'])
     assert arm_label(c.iloc[0]) == 'rise'
-    wanted = '* **photographs**: rise changes insertion by +2.50 ± 2.05 points over 4 pairs against random.'
+    wanted = '* **photographs**: rise: insertion +2.50 ± 2.05 points over 4 pairs against random.'
     assert sentences(c) == wanted
     assert comparison_table(c).splitlines()[0].split('|')[1:3] == [' dataset     ',
         ' method   '] and len(forest(c).axes) == 1

@@ -124,12 +124,17 @@ def comparison_table(
     return pd.DataFrame(rows).fillna('—').to_markdown(index=False, disable_numparse=True)
 
 # %% ../../nbs/evidence/41_report.ipynb #bdf35faf
+def _scores(c):
+    "The rows of metrics that are findings; all where none is."
+    own = c[[not METRICS[m].beside for m in c.metric]]
+    return own if len(own) else c
+
 def sentence(r) -> str:
     "What the pairs of one row say, without its setting."
     of = f" of {r.saliency}" if METRICS[r.metric].of_maps and hasattr(r, 'arm') and _has(r, 'saliency') else ''
     unit, arm = METRICS[r.metric].unit, f"{arm_label(r)}{f' with {r.text_encoder}' if _has(r, 'text_encoder') else ''}"
     if math.isnan(r.difference): return f"{arm}: training failed in {max(r.failed, r.failed_base)} of {r.n}"
-    said = (f"{arm} changes {METRICS[r.metric].title}{of} by "
+    said = (f"{arm}: {METRICS[r.metric].title}{of} "
             f"{signed(r.difference, r.half_width, _digits(r) + 1)}{f' {unit}' if unit else ''}")
     said += f" {'in one pair' if r.n == 1 else f'over {r.n} pairs'} against {r.reference}"
     gain = getattr(r, 'printed_value', math.nan) - getattr(r, 'printed_baseline', math.nan)
@@ -143,6 +148,7 @@ def sentence(r) -> str:
 
 def sentences(c: pd.DataFrame) -> str:
     "What a comparison says, a computed sentence a setting and metric, as a Markdown list."
+    c = _scores(c)
     keys = [*_told(c), 'metric']
     groups = c.groupby(keys, sort=False, dropna=False)
     return '\n'.join(f"* **{_where(next(rows.itertuples()), in_markdown)}**: "
@@ -187,6 +193,7 @@ def _panel(ax, part, places, labels, colours):
 def _panels(c):
     """Of each metric its rows, their places, and the names of the places; and whether all metrics share them, a
     metric that lacks some rows included."""
+    c = _scores(c)
     parts, names = [part for _, part in c.groupby('metric', sort=False)], dict(zip(c.index, _labels(c)))
     own, shared = [_labels(p) for p in parts], [[names[i] for i in p.index] for p in parts]
     longest = max(shared, key=len)

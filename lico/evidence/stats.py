@@ -24,13 +24,14 @@ class Metric:
     lower_is_better: bool = False
     of_maps: bool = False  # has a value for each method of saliency
     smallest: float = math.nan  # the smallest difference of interest, in its unit
+    beside: bool = False  # stands in tables beside scores that depend on it, and is no finding itself
 
 _map = dict(of_maps=True, smallest=1.)
 METRICS = dict(
     accuracy_last=Metric('accuracy', smallest=.5), accuracy_best=Metric('best test accuracy'),
     top5=Metric('top-5 accuracy'),
-    above_ce=Metric('accuracy above cross-entropy'), probability=Metric('confidence'),
-    blurred=Metric('confidence when blurred'),
+    above_ce=Metric('accuracy above cross-entropy'), probability=Metric('confidence', beside=True),
+    blurred=Metric('confidence when blurred', beside=True),
     insertion=Metric('insertion', **_map), deletion=Metric('deletion', lower_is_better=True, **_map),
     overall=Metric('overall', **_map),
     insertion_mean=Metric('insertion from the mean', **_map), insertion_noise=Metric('insertion from noise', **_map),
