@@ -154,9 +154,15 @@ def encoder_name(
     return next((k for k, v in known.items() if v == digest), f'{own}@{digest[:12]}')
 
 # %% ../nbs/method/31_runs.ipynb #b3934e31
+_terms = dict(alpha=('mm_', 'tau', 'distance', 'detach_text'), beta=('ot_',))  # weight -> what its term alone reads
+
 def options_of(r: Run) -> dict:
-    "All options of a run: its preset's, with its own in their place."
-    return preset(r.preset, **{**dict(r.options), **({} if r.epochs is None else dict(epochs=r.epochs))})
+    """All options of a run: its preset's, with its own and its method's in their place, and the paper's where no term
+    reads them, so that a run is not made twice under two names."""
+    epochs = {} if r.epochs is None else dict(epochs=r.epochs)
+    o = preset(r.preset, **{**dict(r.options), **epochs, **(TRAINING_METHODS[r.method] or {})})
+    unread = tuple(name for weight, names in _terms.items() if not o[weight] for name in names)
+    return {k: preset('paper')[k] if k.startswith(unread) else v for k, v in o.items()}
 
 def load_data(r: Run):
     "The data of a run; for a network that starts from pretrained weights as these are used to see images."
@@ -211,7 +217,7 @@ def spec(
     rival = {name: o[name] for name in RIVALS[r.method][1].values()} if r.method in RIVALS else {}
     if rival: out['losses'] = rival
     if TRAINING_METHODS[r.method] is not None:
-        losses = {**_told(o, field_names(LossOptions)), **TRAINING_METHODS[r.method], **rival}
+        losses = {**_told(o, field_names(LossOptions)), **rival}
         out.update(text_encoder=encoder_name(r.text_encoder), losses=losses, prompts=_told(o, PROMPT_OPTIONS))
     return out
 
@@ -229,7 +235,7 @@ def build(
     seed_everything(derive_seed(r.seed, 'text'))
     prompts = PromptLearner(encoder, data.class_names, **{k: o[k] for k in PROMPT_OPTIONS},
                             seed=derive_seed(r.seed, 'class_text'))
-    return LICO(net, prompts, options_from(LossOptions, {**o, **TRAINING_METHODS[r.method]}))
+    return LICO(net, prompts, options_from(LossOptions, o))
 
 # %% ../nbs/method/31_runs.ipynb #6edc4a39
 def start(

@@ -62,7 +62,8 @@ def test_a_rival_reads_its_own_options_only():
 
 @pytest.mark.parametrize('method, preset, expected', [
     ('CE', 'paper', '0a5fb31ff5fa'), ('LICO', 'paper', '483cabc929d1'), ('LICO', 'repaired', '46487a847795'),
-    ('CE+MM', 'paper', 'e302ec066a43'), ('CE+OT', 'released', '165270e7996c')])
+    ('CE+MM', 'paper', 'e302ec066a43'), ('CE+MM', 'semantic', '7a7bbbff5a43'), ('CE+OT', 'paper', '587dcbc0e6bf'),
+    ('CE+OT', 'repaired', '587dcbc0e6bf')])
 def test_identities_of_finished_runs(method, preset, expected):
     "Committed results are found by these, which were computed before rivals and pretrained starts existed."
     r = Run(labels=40, backbone='wrn_16_1', method=method, preset=preset, seed=3, steps=120, evaluations=3)
