@@ -147,7 +147,8 @@ def make_network(
                          "leave that out, or give a timm name")
     architecture, found, _ = made_of(name)
     if not timm.is_model(architecture):
-        near = difflib.get_close_matches(name, ['parn_18', 'wrn_28_2', 'wrn_28_8', *timm.list_models()], 3)
+        ours = 'parn_18', 'wrn_10_1', 'wrn_16_1', 'wrn_28_2', 'wrn_28_8'
+        near = difflib.get_close_matches(name, [*ours, *timm.list_models()], 3)
         raise ValueError(f"unknown backbone {name!r}: expected parn_18, wrn_DEPTH_WIDTH such as wrn_28_2, "
                          "or a model of timm" + (f"; near it: {', '.join(near)}" if near else ''))
     options = {**found, **options}

@@ -9,8 +9,8 @@ __all__ = ['OPTIONS', 'FIELDS', 'choose', 'root', 'settings', 'is_choice', 'whol
            'hardware', 'stamp']
 
 # %% ../nbs/method/00_config.ipynb #dc1872af
-import configparser, functools, hashlib, importlib.metadata, math, numbers, os, platform, random
-import re, subprocess
+import configparser, difflib, functools, hashlib, importlib.metadata, math, numbers, os, platform
+import random, re, subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -22,10 +22,14 @@ def choose(
     value,  # the value that was asked for
     allowed,  # an iterable of allowed values
 ):
-    "`value` if it is `allowed`, else a `ValueError` that lists what is."
+    "`value` if it is `allowed`, else a `ValueError` that lists what is, and names the one that is nearest."
     allowed = list(allowed)
     if value in allowed: return value
-    raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(map(str, allowed))}")
+    plain = lambda o: re.sub(r'[-_. ]', '', str(o)).lower()
+    named = {plain(o): o for o in allowed}
+    near = difflib.get_close_matches(plain(value), named, 1, 0.8)
+    raise ValueError(f"unknown {what} {value!r}: choose one of {', '.join(map(str, allowed))}"
+                     + (f"; did you mean {named[near[0]]}?" if near else ''))
 
 # %% ../nbs/method/00_config.ipynb #b40bfbf3
 _package = Path(lico.__file__).resolve().parent

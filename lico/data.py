@@ -10,9 +10,10 @@ import dataclasses, functools, hashlib, json, os, sys
 from pathlib import Path
 import numpy as np, torch
 from .config import derive_seed, whole_number
-from .datasets import file_bytes, find, image_hashes, repeated_images
+from .datasets import READERS, file_bytes, find, image_hashes, repeated_images
 from .listing import as_bytes, as_text, by_hash, composed, look_into, on_disk, readable, table_of_files
-from .pixels import as_rgb, central_window, each_image, open_image, read_image, reason, upright_size, whole_square
+from .pixels import (as_rgb, central_window, dim, each_image, open_image, read_image, reason, upright_size,
+                         whole_square)
 
 # %% ../nbs/method/09_data.ipynb #cd132858
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -127,10 +128,20 @@ def _guess_size(path):
         with open_image(path) as image: return image.width if image.width == image.height <= 224 else 224
     except Exception: return 224  # `each_image` will say what is wrong with it
 
+def _dim(source, most=16):
+    "What `dim` says of some images, spread over the training part."
+    files, seen = source.train.images, []
+    for f in files[::-(-len(files)//most)]:
+        try: seen.append(open_image(on_disk(source.folder, f)))
+        except Exception: pass  # `each_image` will say what is wrong with it
+    said = dim(seen)
+    for image in seen: image.close()
+    return [said] if said else []
+
 def _from_files(name, source, size):
     "The `Data` of an image tree or another list of files."
     files, n, keep = source.train.images + source.test.images, len(source.train.images), size or source.size
-    _say(name, source.notes)
+    _say(name, [*source.notes, *_dim(source)])
     guess = keep or _guess_size(on_disk(source.folder, files[0]))
     if guess <= _largest_in_memory:
         x = torch.empty(len(files), 3, guess, guess, dtype=torch.uint8)
@@ -202,7 +213,8 @@ def _copy(images): return images[torch.arange(len(images))]
 # %% ../nbs/method/09_data.ipynb #61c13484
 def refuse_path(name):
     "A folder's path is no name."
-    if isinstance(name, str) and not name.startswith('folder:') and os.sep in name:
+    if not isinstance(name, str) or name.startswith('folder:') or name in READERS: return
+    if os.sep in name or os.path.isdir(name):
         raise ValueError(f"dataset {name!r} looks like a path: a folder of images is folder:{name}")
 
 def _place(name):

@@ -173,6 +173,15 @@ def _passed_over(tree, parts, found, known=()):
     if again: said.append(f"folders that links lead to again are read once: {some(again)}")
     return said
 
+# %% ../nbs/method/05_folders.ipynb #630120fd
+def _beside(folder):
+    "A sentence where a folder that is to be split lies beside another part of the same images."
+    part, rest = part_of(folder.name)
+    others = [o.name for o in sorted(folder.parent.glob('*')) if part and o.is_dir() and o != folder
+              and part_of(o.name)[0] not in (None, part) and part_of(o.name)[1] == rest]
+    return [f"is split 80/20 and {some(others)} beside it is not used: if these belong together, give the folder above "
+            "them"] if others else []
+
 # %% ../nbs/method/05_folders.ipynb #728701b6
 def image_tree(
     folder: Path,  # where it lies
@@ -188,7 +197,7 @@ def image_tree(
         missing = next((name for name in names if name not in here), 'none')
     else: parts = parts_in(tree, at := tree.inner())
     if parts: *where, said = _chosen(tree, parts, missing)
-    else: where, said = [at], []
+    else: where, said = [at], _beside(folder)
     where = [tree.inner(part, in_part=True) for part in where] if parts else where
     found = [_classes(tree, part) for part in where]
     _check(tree, found, where)

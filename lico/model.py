@@ -8,7 +8,7 @@ __all__ = ['BACKBONE_NEEDS', 'Output', 'wide', 'exact', 'refuse_no_backbone', 'r
            'save_network', 'load_network']
 
 # %% ../nbs/method/19_model.ipynb #d0b06ac8
-import functools
+import functools, warnings
 from dataclasses import dataclass, field
 
 import math, torch
@@ -18,7 +18,7 @@ from torch import nn, Tensor
 from .backbones import feature_rows, keep_rest, kept_rest
 from .losses import LossOptions, kl_rows, log_adjacency, mean_cosine, ot_alignment, row_entropy
 from .temperatures import calibrated_taus
-from .networks import rows_of_output, statistics_kept, undisturbed, zeros_stirred
+from .networks import refuse_no_images, rows_of_output, statistics_kept, undisturbed, zeros_stirred
 from .shipping import load_network, save_network
 from .together import Batch
 
@@ -95,7 +95,11 @@ def refuse_labels(
     x, y,  # images and labels, as a model takes them
     K: int,  # classes, if it is known
 ):
-    "Refuse labels before the network is touched; their range on the CPU alone, for which a GPU would have to wait."
+    """Refuse images and labels before the network is touched; the range of labels on the CPU alone, for which a GPU
+    would have to wait."""
+    refuse_no_images(x)
+    if not torch.is_tensor(y):
+        raise ValueError(f"labels are a {type(y).__name__}: expected a tensor int64 [{len(x)}], one for each image")
     if y.dtype != torch.int64 or y.shape != (len(x),):
         raise ValueError(f"labels of shape {list(y.shape)} and {y.dtype}: expected int64 [{len(x)}], one for each "
                          "image")
@@ -284,6 +288,8 @@ class LICO(_TwoSides):
         "The terms of Eq. 8 behind cross-entropy; one whose weight is zero is not computed."
         o, more = self.options, dict(loss=0.)
         if not (o.alpha or o.beta): return more
+        if o.alpha and len(y) == 1 and self.training and not torch.compiler.is_compiling(): warnings.warn(
+            "a batch of one image: matching has no other to compare it with and trains nothing", stacklevel=3)
         raw, mapped = self.text(self.asked(y))
         if o.alpha:
             if o.tau == 'calibrated' and self.training: self.calibrate(pooled, rows, raw, mapped, y)

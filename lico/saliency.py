@@ -7,14 +7,14 @@ __all__ = ['METHODS', 'CAMS', 'MAP_OPTIONS', 'refuse_bad_asking', 'refuse_images
            'overlay']
 
 # %% ../nbs/method/26_saliency.ipynb #bcded3c9
-import inspect, math
+import inspect, math, warnings
 from functools import partial
 
 import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
 
-from .networks import module_name, undisturbed, unwrapped
+from .networks import module_name, refuse_no_images, undisturbed, unwrapped
 from .copies import in_float32, usual_batch
 from .probes import FEATURES, Probe, settle
 from .cams import cam, group_cam, to_unit
@@ -55,12 +55,13 @@ def refuse_bad_asking(
 
 def refuse_images(x):
     "Refuse what are no images for a network."
-    if not torch.is_tensor(x) or not x.is_floating_point() or x.ndim != 4 or not x.numel():
-        raise ValueError(f"images {f'{list(x.shape)} of {x.dtype}' if torch.is_tensor(x) else type(x).__name__}: "
-                         "expected a tensor [B, C, H, W] of floats, normalised as the network takes it")
+    refuse_no_images(x)
     if (bad := ~x.isfinite().flatten(1).all(1)).any():
         raise ValueError("images hold values that are not finite, first in image "
                          f"{bad.tolist().index(True)}: expected what the preprocessing gives")
+    if x.amin() >= 0 and x.amax() > 32: warnings.warn(
+        f"images from {x.amin():g} to {x.amax():g} look like raw levels: normalise them as in training, unless the "
+        "network does so itself", stacklevel=3)
 
 def class_indices(
     target,  # a class index, or one for each image

@@ -146,8 +146,8 @@ def test_what_one_block_decides():
     assert contrast_rows(few, LOUDER).verdict.isna().all()
     every = pd.concat([contrast_rows(made), contrast_rows(made, SECONDARY, family=False), contrast_rows(made, LOUDER)])
     said = findings(every, 'Nobody looked.')
-    assert re.search(r'With louder names \(L\) \+\S+ ± \S+ \(supported\); in transport alone \S+ ± \S+ of its \S+ ± '
-                     r'\S+ \((equivalent|inconclusive): the margin is 1 point\)\.', said)
+    assert re.search(r'With louder names \(L\) \+\S+ ± \S+ \(supported\), in transport alone \S+ ± \S+ of its gain '
+                     r'of \S+ ± \S+ \((equivalent within 1 point|inconclusive)\)\.', said)
 
 
 @pytest.mark.parametrize('gain, invented, says', [
@@ -290,8 +290,8 @@ def test_the_sentence_on_maps():
     paper = again[again.arm == 'paper'].assign(overall=lambda d: -100. - d.overall*(d.saliency == 'grad-cam'))
     assert maps_sentence(turned[0], pd.concat([turned[1], paper]), large).startswith('Worse on CIFAR-10, if anything')
     assert "photographs (G, 5) `semantic` +3.00; pointing game +6.00, minus shuffled names' +2.00." in said
-    assert said.endswith('each correlates by 0.90 (cross-entropy 0.50) with the mean of the *others*, which hits in '
-                         '80% (80%).')
+    assert said.endswith("by 0.90 (cross-entropy's 0.50) with the mean map of *other* photographs, which hits in 80% "
+                         '(80%).')
 
 
 def test_networks_without_maps_stand_beside_those_with_some():

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import nbformat, pytest
 
 from lico import config, files, rivals
+from lico.config import choose
 from lico.evidence import pages
 from lico.evidence.pages import parameters
 from lico.losses import LossOptions
@@ -127,7 +128,8 @@ def test_every_parameter_has_a_form(path):
     ('workers', 'two', "workers = 'two': expected a whole number"), ('steps', 0, 'steps = 0: expected'),
     ('epochs', 2.5, 'epochs = 2.5: expected a whole number'), ('image_size', -3, 'image_size = -3: expected'),
     ('labels', '0', 'labels = 0: expected all, a whole'), ('labels', '40, 5-shots', "labels = '5-shots': expected"),
-    ('labels', '40, 40', 'labels = 40, 40: 40 is there twice'), ('presets', 'papre', "unknown preset 'papre'"),
+    ('labels', '40, 40', 'labels = 40, 40: 40 is there twice'),
+    ('presets', 'papre', '; did you mean paper?'),
     ('pretrained', 'perhaps', "unknown value of pretrained: 'perhaps'"),
     ('pretrained', 1, 'unknown value of pretrained: 1'),
     ('stored', 'olny', "unknown value of stored: 'olny': choose one of add, only"),
@@ -138,6 +140,12 @@ def test_every_parameter_has_a_form(path):
 def test_a_wrong_parameter_is_refused(name, value, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
         parameters('table1', {'profile': 'smoke', 'out': '', name: value})
+
+
+def test_a_name_in_another_spelling_is_guessed_and_nothing_else_is():
+    for value, near in (('GradCAM', 'grad-cam'), ('wrn28_2', 'wrn_28_2'), ('tabel3', '')):
+        with pytest.raises(ValueError) as e: choose('thing', value, ['grad-cam', 'grad-cam++', 'wrn_28_2', 'edges'])
+        assert str(e.value).endswith(f'; did you mean {near}?' if near else 'edges')
 
 
 def test_all_that_is_wrong_is_said_at_once():

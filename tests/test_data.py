@@ -209,7 +209,8 @@ def test_labels_and_names_are_refused_by_number():
     for bad in (0, -1, 1.5): assert f'shots = {bad}: expected a whole number' in refusal('digits', shots=bad)
     for bad in (0, 16.0, '16'):
         assert f'image_size = {bad!r}: expected a whole number' in refusal('digits', image_size=bad)
-    assert refusal('cifar') == f"unknown dataset 'cifar': choose one of {', '.join(READERS)}, folder:PATH"
+    known = ', '.join([*READERS, 'folder:PATH'])
+    assert refusal('cifar') == f"unknown dataset 'cifar': choose one of {known}; did you mean cifar10?"
 
 def test_trees_are_refused_by_name(tree, bare, tmp_path):
     assert f'no folder {tmp_path}/nowhere' in refusal(f'folder:{tmp_path}/nowhere')

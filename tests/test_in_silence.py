@@ -822,3 +822,47 @@ def test_what_a_cluster_is_told_is_understood(lico_root, workers, sentence):
     "An option without a value was none of submitit's, and of two values the last one counted."
     pytest.importorskip('submitit')
     with pytest.raises(ValueError, match=sentence), processes(workers): pass
+
+
+def test_images_of_twelve_bits_kept_in_sixteen_are_said_to_be_nearly_black(tmp_path, capsys):
+    def load_with(brightest, depth='uint16'):
+        for part, k in ((p, k) for p in ('train', 'test') for k in 'ab'):
+            (tmp_path/depth/f'{brightest}'/part/k).mkdir(parents=True)
+            picture = np.linspace(0, brightest, 64).reshape(8, 8).astype(depth)
+            for i in range(2): Image.fromarray(picture).save(tmp_path/depth/f'{brightest}'/part/k/f'{i}.png')
+        capsys.readouterr()
+        load(f'folder:{tmp_path}/{depth}/{brightest}')
+        return capsys.readouterr().err
+    assert 'brightest of 4 images of 16 bits uses 6.2% of their range' in load_with(4080)
+    assert 'range' not in load_with(65535) and 'range' not in load_with(20, 'uint8')
+
+
+def test_a_part_that_is_split_while_another_lies_beside_it_is_said(tmp_path, capsys):
+    for part, k in ((p, k) for p in ('train', 'test') for k in 'ab'):
+        (tmp_path/part/k).mkdir(parents=True)
+        for i in range(5): Image.new('RGB', (8, 8), (9*i, 0, 0)).save(tmp_path/part/k/f'{i}.png')
+    load(f'folder:{tmp_path}/train')
+    assert "is split 80/20 and test beside it is not used: if these belong together, give the folder" in (
+        capsys.readouterr().err)
+    load(f'folder:{tmp_path}')
+    assert '80/20' not in capsys.readouterr().err
+
+
+def test_a_folder_that_lies_here_is_told_from_a_name(tmp_path, monkeypatch):
+    (tmp_path/'pets').mkdir(); (tmp_path/'digits').mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'pets' looks like a path: a folder of images is folder:pets"): load('pets')
+    assert load('digits', labels=40).name == 'digits'
+
+
+def test_a_batch_is_looked_at_before_the_network_is(digits, encoder):
+    "Lists, arrays, raw pixels; and one image, which matching compares with nothing."
+    model = LICO(net_for(digits), PromptLearner(encoder, digits.class_names, n_context=1), LossOptions())
+    x, y = digits.normalise(digits.train.x[:2]), digits.train.y[:2]
+    for images, labels, wrong in ((x, y.tolist(), 'labels are a list: expected a tensor int64'),
+                                  (x.numpy(), y, 'images ndarray: expected a tensor'),
+                                  (digits.train.x[:2], y, r'uint8: expected a tensor \[B, C, H, W\] of floats')):
+        with pytest.raises(ValueError, match=wrong): model(images, labels)
+    with pytest.warns(UserWarning, match='a batch of one image: matching has no other'): model(x[:1], y[:1])
+    with pytest.warns(UserWarning, match=r'images from 0 to 2\d\d look like raw levels'):
+        explain(model.backbone.eval(), digits.train.x[:2].float(), method='grad-cam')

@@ -100,12 +100,12 @@ def maps_sentence(
     points = _gains(large, 'pointing_game', ['semantic'])['semantic']
     names = _gains(large, 'pointing_game', ['semantic'], 'semantic-shuffled')['semantic']
     return (f"{head.get(tuple(signs), 'Cannot tell')}. Grad-CAM's insertion − deletion, less that of "
-            f"random pixels, minus cross-entropy's, in B ({_seeds(small)} seeds) and F ({_seeds(again)}): "
-            f"{_in_both(first, second)}. On photographs (G, {_seeds(large)}) "
+            f"random pixels (which deletion rewards), minus cross-entropy's, in B ({_seeds(small)} seeds) and F "
+            f"({_seeds(again)}): {_in_both(first, second)}. On photographs (G, {_seeds(large)}) "
             f"{_in_both(_gains(above_random(large), 'overall', ['semantic']), {})}; pointing game "
-            f"{in_points(points)}, minus shuffled names' {in_points(names)}. These maps hardly change with the "
-            f"photograph: each correlates by {alike} (cross-entropy {alike_ce}) with the mean of the *others*, which "
-            f"hits in {mean} ({mean_ce}).")
+            f"{in_points(points)}, minus shuffled names' {in_points(names)}. Each of these maps correlates by "
+            f"{alike} (cross-entropy's {alike_ce}) with the mean map of *other* photographs, which hits in {mean} "
+            f"({mean_ce}).")
 
 # %% ../../nbs/evidence/57_findings.ipynb #1de9eb20
 def room_sentence(
@@ -124,7 +124,7 @@ _says = dict(supported='Yes', contradicted='No, the other way round', inconclusi
 
 def _said(r):
     "A verdict in words."
-    if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter, if any'
+    if r.verdict == 'equivalent': return f'Less than the {r.margin:g} point that would matter'
     return _says.get(r.verdict, r.verdict)
 
 def _answer(*said):
@@ -196,8 +196,11 @@ def _louder(rows, whole):
     if len(ran) < len(LOUDER): return ''
     gain = next(r for r in rows[rows.of == 'CE+OT − CE'].itertuples() if r.block == LOUDER[1].block)
     loud, transport = ran
-    return (f" With louder names (L) {in_points(loud)} ({loud.verdict}); in transport alone {in_points(transport)} of "
-            f"its {in_points(gain)} ({transport.verdict}: the margin is {transport.margin:g} point).")
+    verdict = lambda r: f'{r.verdict} within {r.margin:g} point' if r.verdict == 'equivalent' else r.verdict
+    both = [verdict(r) for r in ran]
+    ends = ['', f': both {both[0]}'] if both[0] == both[1] else [f' ({o})' for o in both]
+    return (f" With louder names (L) {in_points(loud)}{ends[0]}, in transport alone {in_points(transport)} of its gain "
+            f"of {in_points(gain)}{ends[1]}.")
 
 def _again(rows):
     """What fresh seeds make of the one block that names seemed to help in, by the rule declared before them; nothing
@@ -222,6 +225,13 @@ def _extent(rows):
     return '; '.join(each) + (f"; {', '.join(left)} {'is' if len(left) == 1 else 'are'} not run" if left else '')
 
 # %% ../../nbs/evidence/57_findings.ipynb #19fe4a87
+def _but(rows, contrasts):
+    "Where else, among what is not pooled, a gain turned into a loss of more than the pooled gain."
+    where = [o.block for r in contrasts for o in rows[rows.contrast == r.contrast].itertuples()
+             if o.block in BLOCKS and not BLOCKS[o.block].pooled and o.difference < -abs(r.difference)]
+    told = [f"{k} ({BLOCKS[k].says.split(',')[0]})" for k in dict.fromkeys(where)]
+    return f", but not in {', '.join(told)}" if where else ''
+
 def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts, the further ones and the louder ones
     maps: str,  # the sentence on maps
@@ -238,14 +248,15 @@ def findings(
     parts = {'repaired': names, 'semantic': of['semantic − semantic-shuffled']}
     flips = dict(zip([c.says for c in PRIMARY], holm([whole[c.says].p_flip for c in PRIMARY])))
     invented = of['repaired − repaired-random']
+    does = [*map(_said, gains.values())]
     part = [_part(rows, names, invented, flips[names.contrast], elsewhere), _said(parts['semantic'])]
     told = lambda r, beside=False: f'{in_points(r)}{_each(rows, r.contrast, beside)}'
     where = lambda r: f'{in_points(r)} ({_where(rows, r.contrast)})'
     each = lambda which, beside=False: {k: told(r, beside) for k, r in which.items()}
-    said = [f"**Does LICO gain accuracy where its matching trains?** {_answer(*map(_said, gains.values()))}: "
-            f"{_presets(each(gains, True), [*map(_said, gains.values())])}. Transport alone gains "
-            f"{told(of['CE+OT − CE'], True)}, supervised contrast {in_points(of['CE+SupCon − CE'])}.",
-            f"**Has language a part in it?** {_answer(*part)}. With shuffled names, each on a wrong class, `repaired` "
+    said = [f"**Does LICO gain accuracy where its matching trains?** {_answer(*does)}{_but(rows, gains.values())}: "
+            f"{_presets(each(gains, True), does)}. Transport alone gains {told(of['CE+OT − CE'], True)}, "
+            f"supervised contrast {in_points(of['CE+SupCon − CE'])}.",
+            f"**Has language a part in it?** {_answer(*part)}. With shuffled names, on wrong classes, `repaired` "
             f"gains {told(of['repaired-shuffled − CE'])} too, with invented words "
             f"{where(of['repaired-random − CE'])}. Right minus shuffled: {_presets(each(parts), part)}."
             f"{_louder(rows, whole)}{_again(rows)}",
