@@ -132,3 +132,14 @@ def test_conditions():
     found = conditions(df)
     assert (found.failed.tolist() == [False, True, True, False, False]
             and found.inactive.tolist() == [False, False, True, False, True]), 'one side is enough'
+
+
+def test_pairs_of_several_machines_stand_together_and_a_seed_counts_once():
+    base = [60., 61, 62, 63, 64]
+    df = pd.concat([rows('CE', base, text=None, method='CE'), rows('LICO', [b + 1 + i/10 for i, b in enumerate(base)])])
+    df = df.assign(hardware=np.where(df.seed < 2, 'one', 'another'))
+    c = paired(df, ['accuracy_last'], 'CE')
+    assert len(c) == 1 and c.n.item() == 5 and c.difference.item() == pytest.approx(1.2)
+    again = pd.concat([df, df[df.seed == 0].assign(hardware='another', id=lambda d: d.id + 'again')])
+    with pytest.raises(ValueError, match='seed and split on several kinds of machine, .*: keep those of one kind'):
+        paired(again, ['accuracy_last'], 'CE')

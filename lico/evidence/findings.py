@@ -225,12 +225,13 @@ def _extent(rows):
     return '; '.join(each) + (f"; {', '.join(left)} {'is' if len(left) == 1 else 'are'} not run" if left else '')
 
 # %% ../../nbs/evidence/57_findings.ipynb #19fe4a87
-def _but(rows, contrasts):
-    "Where else, among what is not pooled, a gain turned into a loss of more than the pooled gain."
-    where = [o.block for r in contrasts for o in rows[rows.contrast == r.contrast].itertuples()
-             if o.block in BLOCKS and not BLOCKS[o.block].pooled and o.difference < -abs(r.difference)]
-    told = [f"{k} ({BLOCKS[k].says.split(',')[0]})" for k in dict.fromkeys(where)]
-    return f", but not in {', '.join(told)}" if where else ''
+def _but(rows, gains):
+    "Where else, among what is not pooled, a gain turned into a loss of more than the pooled gain, and whose."
+    where = {k: [o.block for o in rows[rows.contrast == r.contrast].itertuples()
+                 if o.block in BLOCKS and not BLOCKS[o.block].pooled and o.difference < -abs(r.difference)]
+             for k, r in gains.items()}
+    told = lambda k: f"{k} ({BLOCKS[k].says.split(',')[0]})"
+    return ''.join(f", but `{k}` not in {', '.join(map(told, o))}" for k, o in where.items() if o)
 
 def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts, the further ones and the louder ones
@@ -253,11 +254,11 @@ def findings(
     told = lambda r, beside=False: f'{in_points(r)}{_each(rows, r.contrast, beside)}'
     where = lambda r: f'{in_points(r)} ({_where(rows, r.contrast)})'
     each = lambda which, beside=False: {k: told(r, beside) for k, r in which.items()}
-    said = [f"**Does LICO gain accuracy where its matching trains?** {_answer(*does)}{_but(rows, gains.values())}: "
+    said = [f"**Does LICO gain accuracy where its matching trains?** {_answer(*does)}{_but(rows, gains)}: "
             f"{_presets(each(gains, True), does)}. Transport alone gains {told(of['CE+OT − CE'], True)}, "
             f"supervised contrast {in_points(of['CE+SupCon − CE'])}.",
             f"**Has language a part in it?** {_answer(*part)}. With shuffled names, on wrong classes, `repaired` "
-            f"gains {told(of['repaired-shuffled − CE'])} too, with invented words "
+            f"gains {told(of['repaired-shuffled − CE'])}, with invented words "
             f"{where(of['repaired-random − CE'])}. Right minus shuffled: {_presets(each(parts), part)}."
             f"{_louder(rows, whole)}{_again(rows)}",
             f"**Does the paper's text, taken literally, work?** {_said(literal)}: {told(literal)}"

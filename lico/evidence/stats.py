@@ -144,7 +144,8 @@ def pairs(
     setting=SETTING, treatment=TREATMENT, unit=('seed', 'split'),  # columns
 ) -> list:
     """For each setting and arm that has any, its pairs: the columns of the arm's row, and with `_base` behind the
-    name those of the reference. Warns of those that two kinds of machine leave without a partner."""
+    name those of the reference. A pair is of one kind of machine, pairs of several stand together; warns of those that
+    two kinds leave without a partner."""
     setting, treatment, unit = ([k for k in o if k in df] for o in (setting, treatment, unit))
     numbered = lambda df, by: df.groupby(by, sort=False, dropna=False).ngroup()
     # one column to merge by in place of twenty; the rows of a setting together, in the order of their first rows
@@ -157,11 +158,15 @@ def pairs(
             or others.duplicated(['_setting', *treatment, *unit]).any()):
         raise ValueError(f"results have two rows of one arm, setting and {' and '.join(unit)}, which would count as "
                          "two pairs: remove one of them")
-    others = others.assign(_group=numbered(others, ['_setting', *treatment]))
+    alike = [k for k in setting if k != 'hardware']
+    others = others.assign(_group=numbered(others, [*alike, *treatment]))
     both = base.drop(columns=setting).merge(others, on=['_setting', *shared, *unit], suffixes=('_base', ''))
     found = [o.drop(columns=['_setting', '_group']).reset_index(drop=True) for _, o in both.groupby('_group')]
+    if unit and any(o.duplicated(unit).any() for o in found):
+        raise ValueError(f"results have pairs of one arm, setting and {' and '.join(unit)} on several kinds of machine, "
+                         "which would count as several: keep those of one kind")
     if 'hardware' in setting and df.hardware.nunique() > 1:
-        anywhere = base.merge(others, on=[k for k in setting if k != 'hardware'] + shared + unit)
+        anywhere = base.merge(others, on=alike + shared + unit)
         if lost := len(anywhere) - sum(map(len, found)): warnings.warn(
             f"{lost} pairs are left out, whose arms were trained on different kinds of machine: "
             "run both arms of a seed on one kind")
