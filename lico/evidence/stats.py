@@ -163,8 +163,8 @@ def pairs(
     both = base.drop(columns=setting).merge(others, on=['_setting', *shared, *unit], suffixes=('_base', ''))
     found = [o.drop(columns=['_setting', '_group']).reset_index(drop=True) for _, o in both.groupby('_group')]
     if unit and any(o.duplicated(unit).any() for o in found):
-        raise ValueError(f"results have pairs of one arm, setting and {' and '.join(unit)} on several kinds of machine, "
-                         "which would count as several: keep those of one kind")
+        raise ValueError(f"results have pairs of one arm, setting and {' and '.join(unit)} on several kinds of "
+                         "machine, which would count as several: keep those of one kind")
     if 'hardware' in setting and df.hardware.nunique() > 1:
         anywhere = base.merge(others, on=alike + shared + unit)
         if lost := len(anywhere) - sum(map(len, found)): warnings.warn(
