@@ -107,6 +107,7 @@ def refuse_labels(
     if (wrong := y[(y < 0) | (y >= K)]).numel():
         raise ValueError(f"label {int(wrong[0])} is out of range: the network has {K} classes, 0 to {K - 1}")
 
+# %% ../nbs/method/19_model.ipynb #9ae75ce2
 class CrossEntropy(nn.Module):
     """The baseline: a backbone trained by cross-entropy alone; the base of every other method. Called with images
     [B, 3, S, S] and labels int64 [B] it gives `.loss`, `.ce` and `.logits` [B, K].
