@@ -911,6 +911,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'lico.folders._chosen': ('method/folders.html#_chosen', 'lico/folders.py'),
                               'lico.folders._class_name': ('method/folders.html#_class_name', 'lico/folders.py'),
                               'lico.folders._classes': ('method/folders.html#_classes', 'lico/folders.py'),
+                              'lico.folders._numbered': ('method/folders.html#_numbered', 'lico/folders.py'),
                               'lico.folders._passed_over': ('method/folders.html#_passed_over', 'lico/folders.py'),
                               'lico.folders._seen': ('method/folders.html#_seen', 'lico/folders.py'),
                               'lico.folders._split': ('method/folders.html#_split', 'lico/folders.py'),

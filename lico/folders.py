@@ -182,6 +182,13 @@ def _beside(folder):
     return [f"is split 80/20 and {some(others)} beside it is not used: if these belong together, give the folder above "
             "them"] if others else []
 
+# %% ../nbs/method/05_folders.ipynb #5935b0cd
+def _numbered(names):
+    "A sentence where class names differ in their numbers alone."
+    if len({re.sub(r'[\d\s._-]+', '', name) for name in names}) > 1: return []
+    return [f"the class folders {some(list(names))} differ in their numbers alone, which are no names that a text encoder "
+            "understands: rename them to words (ImageNet's are in lico.readers.imagenet_names())"]
+
 # %% ../nbs/method/05_folders.ipynb #728701b6
 def image_tree(
     folder: Path,  # where it lies
@@ -202,5 +209,6 @@ def image_tree(
     found = [_classes(tree, part) for part in where]
     _check(tree, found, where)
     said += _passed_over(tree, where, found, parts.get('val', ()) if len(parts) == 3 else ()) + _alike(found)
+    said += [] if names else _numbered(found[0])
     if not parts: found = [dict(zip(found[0], part)) for part in zip(*(_split(o, at) for o in found[0].values()))]
     return *found, said
