@@ -732,6 +732,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'lico/evidence/report.py'),
                                       'lico.evidence.report.dataset_title': ( 'evidence/report.html#dataset_title',
                                                                               'lico/evidence/report.py'),
+                                      'lico.evidence.report.ending_table': ('evidence/report.html#ending_table', 'lico/evidence/report.py'),
                                       'lico.evidence.report.forest': ('evidence/report.html#forest', 'lico/evidence/report.py'),
                                       'lico.evidence.report.forest_size': ('evidence/report.html#forest_size', 'lico/evidence/report.py'),
                                       'lico.evidence.report.forests': ('evidence/report.html#forests', 'lico/evidence/report.py'),

@@ -186,7 +186,7 @@ def _beside(folder):
 def _numbered(names):
     "A sentence where class names differ in their numbers alone."
     if len({re.sub(r'[\d\s._-]+', '', name) for name in names}) > 1: return []
-    return [f"the class folders {some(list(names))} differ in their numbers alone, which are no names that a text encoder "
+    return [f"the class folders {some(list(names))} differ in their numbers alone, which no text encoder "
             "understands: rename them to words (ImageNet's are in lico.readers.imagenet_names())"]
 
 # %% ../nbs/method/05_folders.ipynb #728701b6

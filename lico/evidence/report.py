@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plus_minus', 'signed', 'in_markdown', 'in_picture', 'dataset_title', 'arm_label', 'network_label', 'comparison_table',
-           'sentence', 'sentences', 'accuracies', 'forest_size', 'forest', 'forests', 'save_table', 'results_title',
-           'stamp_table']
+           'sentence', 'sentences', 'accuracies', 'ending_table', 'forest_size', 'forest', 'forests', 'save_table',
+           'results_title', 'stamp_table']
 
 # %% ../../nbs/evidence/41_report.ipynb #fc827411
 import io, math, re
@@ -16,7 +16,7 @@ import pandas as pd
 from ..config import dataset_settings
 from ..files import write_atomic
 from .arms import arm_named, family
-from .stats import METRICS
+from .stats import METRICS, of_runs
 
 # %% ../../nbs/evidence/41_report.ipynb #a3dfde75
 def plus_minus(mean: float, spread: float, digits: int = 1) -> str:
@@ -166,6 +166,21 @@ def accuracies(
     parts = [f"{name} {r['mean']:.1f} %" + (f" ({r['min']:.1f} to {r['max']:.1f} in {r['size']:.0f})" if r['size'] > 1
                                             else '') for name, r in means.iterrows()]
     return f"Test accuracy of the networks: {'; '.join(parts)}."
+
+# %% ../../nbs/evidence/41_report.ipynb #1562c044
+_ended = dict(ce=('L_CE', '.3g'), mm=('L_MM', '.2g'), ot=('L_OT', '.2g'), tau=('τ', '.3g'),
+              entropy_image=('entropy, images', '.2%'), entropy_text=('entropy, text', '.2%'), cosine=('cosine', '.3f'))
+
+def ending_table(
+    df: pd.DataFrame,  # rows of results
+    by,  # columns: a row of the table for each of their values
+) -> str:
+    """How training ended, as Markdown, means over runs: losses; τ; entropies of the matching matrices as shares of the
+    largest (100%: they say nothing); the mean cosine between features of different images."""
+    means = of_runs(df).groupby([*by], sort=False)[[k for k in _ended if k in df]].mean().dropna(axis=1, how='all')
+    for k in means: means[k] = [format(v, _ended[k][1]) if pd.notna(v) else '—' for v in means[k]]
+    means = means.rename(columns={k: title for k, (title, _) in _ended.items()}).reset_index()
+    return means.to_markdown(index=False, disable_numparse=True)
 
 # %% ../../nbs/evidence/41_report.ipynb #5a5c0639
 def _labels(c):
