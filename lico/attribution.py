@@ -7,7 +7,7 @@ __all__ = ['rise_masks', 'rise', 'input_gradient', 'guided_backprop', 'smoothgra
            'guided_path_attribution', 'guided_ig', 'xrai', 'noise', 'edges']
 
 # %% ../nbs/method/25_attribution.ipynb #8571a909
-import torch
+import re, torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -65,9 +65,17 @@ _no_rule = ('Abs', 'Celu', 'Clamp', 'Elu', 'Gelu', 'Glu', 'Hardshrink', 'Hardsig
             'LogSigmoid', 'Maximum', 'Minimum', 'Mish', 'Prelu', 'Rrelu', 'ScaledDotProduct',
             'Sigmoid', 'Silu', 'Softmax', 'Softplus', 'Softshrink', 'Tanh', 'Threshold')
 
-def _nodes(node):
-    "All nodes of the autograd graph from one downwards."
-    seen, stack = {}, [node]  # a dict keeps their order
+_of_an_answer = re.compile(r'(Gather|Sum|Softmax|LogSoftmax|Sigmoid|Neg|Rsub|Div|Cat|Clone|Select|Slice|Index|View|'
+                           r'Unsqueeze|Squeeze)Backward')
+
+def _hidden(node):
+    "The autograd graph's nodes from one downwards, below the last steps, which make probabilities of an answer."
+    ends, stack = [], [node]
+    while stack:
+        if _of_an_answer.match((node := stack.pop()).name()):
+            stack += [parent for parent, _ in node.next_functions if parent is not None]
+        else: ends.append(node)
+    seen, stack = {}, ends  # a dict keeps their order
     while stack:
         if (node := stack.pop()) in seen: continue
         seen[node] = True
@@ -91,7 +99,7 @@ def guided_backprop(
     absolute values summed over the colours."""
     x = x.detach().clone().requires_grad_()
     score = net(x).gather(1, target[:, None]).sum()
-    for node in _nodes(score.grad_fn):
+    for node in _hidden(score.grad_fn):
         if _rectifies(node): node.register_prehook(lambda gradients: tuple(g.clamp(min=0) for g in gradients))
     return torch.autograd.grad(score, x)[0].abs().sum(1)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MISFIT', 'SUMS', 'write_atomic', 'make_folder', 'append', 'sweep_temporaries', 'locked', 'set_aside', 'read_checked',
-           'sha256', 'write_sealed', 'read_sealed', 'write_sums', 'read_sums', 'read_summed', 'write_summed',
+           'sha256', 'write_sealed', 'read_sealed', 'write_sums', 'read_sums', 'fitting', 'read_summed', 'write_summed',
            'python_command']
 
 # %% ../nbs/method/03_files.ipynb #9e0b6db8
@@ -89,7 +89,8 @@ def locked(
     "Hold a lock; what killed writes have left beside it is swept."
     from filelock import FileLock
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise _cannot_write(path, e) from None
     with FileLock(path):
         sweep_temporaries(path.parent)
         yield
@@ -166,7 +167,7 @@ def read_sums(
     return {name: seal for seal, name in re.findall(r'^([0-9a-f]{64})  (.+)$', text, re.M)}
 
 # %% ../nbs/method/03_files.ipynb #2a04a1ef
-def _fits(path, seal):
+def fitting(path, seal):
     "The bytes of a file if they have that checksum, under its own name or that of a file still to be renamed."
     for o in (path, path.with_name(f'.{path.name}.new')):
         try: content = o.read_bytes()
@@ -185,7 +186,7 @@ def read_summed(
             if not needed: return None
             raise FileNotFoundError(f"no {path}: run the notebook without `stored`, or name the folder of its results "
                                     "with -p out")
-        if (content := _fits(path, seal)) is not None: return content
+        if (content := fitting(path, seal)) is not None: return content
     raise ValueError(f"{path} is damaged, changed or gone (it does not fit its checksum in {SUMS}): restore it, or "
                      f"run the notebook without `stored`; if the change was meant, remove its line from {SUMS}")
 
@@ -209,7 +210,7 @@ def write_summed(
         contents = {k: v for k, v in made.items() if v is not None}
         new, sums = {k: folder/f'.{k}.new' for k in contents}, read_sums(folder)
         for k, path in new.items():
-            if k in sums and _fits(folder/k, sums[k]) is None: set_aside(folder/k, MISFIT)
+            if k in sums and fitting(folder/k, sums[k]) is None: set_aside(folder/k, MISFIT)
             write_atomic(path, contents[k])
         gone = set(made) - set(contents)
         kept = {k: v for k, v in sums.items() if k not in gone}

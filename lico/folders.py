@@ -184,10 +184,11 @@ def _beside(folder):
 
 # %% ../nbs/method/05_folders.ipynb #5935b0cd
 def _numbered(names):
-    "A sentence where class names differ in their numbers alone."
-    if len({re.sub(r'[\d\s._-]+', '', name) for name in names}) > 1: return []
-    return [f"the class folders {some(list(names))} differ in their numbers alone, which no text encoder "
-            "understands: rename them to words (ImageNet's are in lico.readers.imagenet_names())"]
+    "A sentence where class names differ in their numbers alone; the ten digits are what they are called."
+    read = {' '.join(re.sub(r'[\d\s._-]+', ' ', name).split()) for name in names}
+    if len(read) > 1 or set(names) == set('0123456789'): return []
+    return [f"the class folders {some(list(names))} differ in their numbers alone, which tell a text encoder little: "
+            "rename them to words, if there are any (for ImageNet's, lico.readers.imagenet_names())"]
 
 # %% ../nbs/method/05_folders.ipynb #728701b6
 def image_tree(

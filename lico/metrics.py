@@ -183,7 +183,10 @@ def _boxes_as_masks(boxes, H, W, where):
 # %% ../nbs/method/27_metrics.ipynb #9e54e28f
 def _instances(region, H, W, where):
     "One image's region as masks [K, H, W]."
-    region = np.asarray(region)
+    try: region = np.asarray(region)
+    except ValueError:
+        raise ValueError(f"{where} has rows of different lengths: expected boxes [K, 4] or boolean masks "
+                         f"[K, {H}, {W}]") from None
     if not region.size: raise ValueError(f"{where} has no box and no mask: leave out images without the object")
     if region.dtype != bool and region.ndim in (1, 2) and region.shape[-1] == 4:
         return _boxes_as_masks(region, H, W, where)
@@ -194,6 +197,13 @@ def _instances(region, H, W, where):
     if not masks.any((1, 2)).all(): raise ValueError(f"{where} has an empty mask: leave it out")
     return masks
 
+def _in_corners(region):
+    "A tensor on the CPU; torchvision's boxes, which know their format, as x0, y0, x1, y1."
+    if hasattr(region, 'canvas_size') and hasattr(region, 'format'):
+        from torchvision.transforms.v2.functional import convert_bounding_box_format
+        region = convert_bounding_box_format(region, new_format='XYXY').as_subclass(torch.Tensor)
+    return region.detach().cpu()
+
 def _regions(regions, saliency):
     "Every image's region as masks [K, H, W]."
     if not hasattr(regions, '__len__'):
@@ -201,7 +211,7 @@ def _regions(regions, saliency):
     if len(regions) != len(saliency):
         raise ValueError(f"{len(regions)} regions for {len(saliency)} maps: expected one for each, boxes [K, "
                          "4] or boolean masks [K, H, W]")
-    return [_instances(r.detach().cpu() if torch.is_tensor(r) else r, *saliency.shape[1:], f"region {i}")
+    return [_instances(_in_corners(r) if torch.is_tensor(r) else r, *saliency.shape[1:], f"region {i}")
             for i, r in enumerate(regions)]
 
 # %% ../nbs/method/27_metrics.ipynb #15789650
@@ -210,7 +220,8 @@ def pointing_game(saliency: torch.Tensor, regions, tolerance: float = 15) -> tor
     image's regions.
 
     saliency   maps [B, H, W]
-    regions    for each image boxes [K, 4] (x0, y0, x1, y1 in pixels) or boolean masks [K, H, W]
+    regions    for each image boxes [K, 4] (x0, y0, x1, y1 in pixels, or torchvision's in a format of theirs) or boolean
+               masks [K, H, W]
     tolerance  pixels between a maximum and the region that still count as a hit; 15 is for images of 224 pixels, so
                give 15*W/224 at other widths
 

@@ -70,7 +70,7 @@ def refuse_no_backbone(
     net,  # what was given as one
     needed,  # some names of `BACKBONE_NEEDS`
 ):
-    "Refuse a network that lacks some of it. (Calls of `refuse…` are no training code to records.)"
+    "Refuse a network that lacks some of it."
     if not (missing := [f"{k} ({BACKBONE_NEEDS[k]})" for k in needed if not hasattr(net, k)]): return
     raise ValueError(f"{type(net).__name__} lacks what is needed of a backbone: {', '.join(missing)}; lico.backbones "
                      "has adapt(net, layer, num_classes, image_size), which gives all of it to any classifier, and "
@@ -205,7 +205,7 @@ def _unfit(backbone, K, options):
 
 def refuse_unfit(backbone, prompts, options):
     """Refuse parts of the wrong kind or that do not fit each other, and feature maps of one position, on which
-    transport has no gradient. (Calls of `refuse…` are no training code to records.)"""
+    transport has no gradient."""
     if not isinstance(options, LossOptions):
         raise ValueError(f"options is {type(options).__name__}: expected LossOptions(...)")
     if not hasattr(prompts, 'class_names'):

@@ -228,6 +228,8 @@ def _prefix_tokens(net, width):
 def _token_grid(net, n, width, size, grids):
     "(h, w, how many tokens precede) of n tokens; `None` where that cannot be told."
     H, W = size
+    # Hiera keeps the tokens of all grids but the last one in an order of its own
+    if n > H*W/32**2 and any(hasattr(m, 'reroll') for m in net.modules()): return None
     found = {(H//p, W//p) for p in range(1, min(size) + 1) if H % p == W % p == 0} | set(grids)
     if grid := getattr(getattr(net, 'patch_embed', None), 'grid_size', None): found.add(tuple(grid))
     for prefix in (_prefix_tokens(net, width), 0):

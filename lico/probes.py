@@ -97,15 +97,18 @@ def find_layer(
     seen, size = _watch(net, x, answer), x.shape[2:]
     grids = {tuple(-(-n//2**k) for n in t.shape[2:]) for _, m, t, _ in seen if isinstance(m, nn.Conv2d)
              for k in range(6)}
-    shrunk = False
+    shrunk = tokens = False
     for name, module, t, gradient in reversed(seen):
-        if isinstance(module, _PASSING) or gradient is None or not gradient.any(): continue
-        if t.ndim == 3 and ('norm' not in type(module).__name__.lower() or t.shape[1] == 1): continue
+        if isinstance(module, _PASSING) or gradient is None or not gradient.any() or len(t) > 1: continue
+        named = t.ndim == 4 or 'norm' in type(module).__name__.lower()
+        if t.ndim == 3 and (t.shape[1] == 1 or not named and (tokens or isinstance(module, nn.Linear))): continue
         places = reshape or layout(net, module, t, size, grids)
+        if places is None and not named: continue
         if places is None: raise no_grid(net, name, t)
         if reshape or places(t)[0, 0].numel() > 1 and places(gradient).any():
             if shrunk: raise _one_position(shrunk, size)
-            return name, places
+            if named: return tokens if tokens and t.ndim == 4 else (name, places)
+            tokens = name, places  # the last ones, should none be normalised
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1: shrunk = shrunk or name
     raise ValueError(f"{type(net).__name__} has no layer with places on which its answer depends: pass layer= and "
                      "reshape=, or use a method that needs no layer, such as rise or smoothgrad")
@@ -246,6 +249,9 @@ def settle(
     if not torch.is_tensor(maps) or maps.ndim != 4:
         raise ValueError(f"reshape gives {list(maps.shape) if torch.is_tensor(maps) else type(maps).__name__}: "
                          "expected maps [B, C, h, w]")
+    if len(maps) != 1:
+        raise ValueError(f"layer {probe.layer!r} gives {len(maps)} sets of maps for one image, as inside windows: "
+                         "choose the block around it, or pass reshape=, a function that puts them together")
     if maps[0, 0].numel() == 1: raise _one_position(probe.layer, x.shape[2:])
 
 def default_layer(

@@ -88,7 +88,7 @@ class Consistent(CrossEntropy):
 
 # %% ../nbs/method/30_rivals.ipynb #52bc8996
 def refuse_flat(backbone):
-    "Refuse maps of one position, which CGC cannot tell apart. (Calls of `refuse…` are no training code to records.)"
+    "Refuse maps of one position, which CGC cannot tell apart."
     if getattr(backbone, 'feature_shape', (0, 0))[1] == 1:
         raise ValueError(f"the feature maps have one position at {backbone.image_size} pixels, "
                          "so all Grad-CAM maps are alike: give a larger image_size, or use GCC")

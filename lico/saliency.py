@@ -76,8 +76,9 @@ def class_indices(
         or target.shape not in ((), (n,))):
         raise ValueError(f"target is {target.dtype} of shape {list(target.shape)}: expected one class index, "
                          f"or one for each of {n} images")
+    target = target.long()  # the smallest of some kinds of whole number cannot be had
     if target.min() < 0: raise ValueError(f"target {int(target.min())}: class indices begin at 0")
-    return target.long().clone().expand(n)  # one made in inference mode cannot be saved for a gradient
+    return target.clone().expand(n)  # one made in inference mode cannot be saved for a gradient
 
 # %% ../nbs/method/26_saliency.ipynb #39435413
 _count = (int, 1, math.inf)

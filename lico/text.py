@@ -212,7 +212,7 @@ def _first_context(enc, shape, init):
 
 # %% ../nbs/method/12_text.ipynb #49c0c59a
 def refuse_encoder(enc):
-    "Refuse what is no text encoder. (Calls of `refuse…` are no training code to records.)"
+    "Refuse what is no text encoder."
     if not all(hasattr(enc, name) for name in ('dim', 'embed_dim', 'encode')):
         raise ValueError(f"enc is {enc!r}: expected a text encoder, "
                          f"as from load_text_encoder({enc if isinstance(enc, str) else 'minilm'!r})")

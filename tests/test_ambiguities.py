@@ -140,9 +140,10 @@ def test_networks_at_chance_are_not_compared():
     dead = pd.concat([*CE, made_up(None, [10., 10, 10]), made_up('mm_features=maps', [63., 65.1, 66.9])],
                      ignore_index=True)
     assert math.isnan(effects(dead).difference[0]), 'nor with a preset at chance'
-    assert [t.get_text() for t in draw_effects(effects(dead)).texts] == ['training failed with every change']
+    assert [t.get_text() for t in draw_effects(effects(dead)).texts] == ['nothing to compare: training failed']
     said = effects_sentences(dead)
-    assert 'training failed in most runs of 1 (features compared: maps)' in said
+    assert 'nothing to compare its changes with. Of 1 changes, training failed in most runs of 0.' in said, 'no blame'
+    assert comparison_table(effects(dead)).count('the preset as it is failed') == 1
     assert 'The preset as it is fails to train, beside the 61.0 of cross-entropy' in said and '—' not in said
 
 

@@ -358,3 +358,21 @@ def test_what_is_kept_is_not_stale():
     assert kept.claim.tolist() == now.claim.tolist() and kept.verdict.fillna('').tolist() == now.verdict.tolist()
     np.testing.assert_allclose(kept.difference, now.difference.astype(float), equal_nan=True)
     pd.testing.assert_frame_equal(pd.read_csv(root()/'figures'/'paper'/'coverage.csv', index_col='table'), coverage())
+
+
+def test_an_encoder_that_is_an_arm_is_compared_with_another_s(lico_root):
+    "CLIP against BERT: their rows differ in the text encoder, which is what is claimed to matter."
+    store('table12', rows('BERT', BASE, text='bert'), rows('CLIP', BASE + 3 + NOISE, text='clip'), labels='all')
+    r = claim_rows().set_index('claim').loc['CLIP gains more than BERT']
+    assert r.n == 5 and r.difference == pytest.approx(3 + NOISE.mean()) and r.verdict == 'supported'
+
+
+def test_a_block_is_the_folder_of_its_name(lico_root):
+    for name, more in {'language': 2, 'language-B-again': 1, 'language-B': 0}.items(): store(name, rows('CE', BASE + more))
+    assert list(claims.blocks()) == ['B'] and claims.blocks()['B'].accuracy_last.tolist() == BASE.tolist()
+
+
+def test_a_block_without_images_for_maps_is_refused(lico_root):
+    p = parameters('language', dict(profile='laptop', out='', block='A', saliency='grad-cam', test_images=''))
+    with pytest.raises(ValueError, match='block A declares no maps, .* say how many with -p test_images'):
+        maps_of_block(p)

@@ -176,3 +176,11 @@ def test_rows_of_other_seeds_are_kept(tmp_path):
     write_results(tmp_path, df[df.seed < 2])
     both = write_results(tmp_path, df[df.seed > 0], keep=True)
     assert len(both) == len(df) == 30 and sorted(both.seed.unique()) == [0, 1, 2]
+
+
+def test_few_images_are_one_batch_and_one_is_none(lico_root):
+    data = load_data(Run(dataset='digits', labels=10))
+    net = create_backbone('wrn_10_1', 10, 16).eval()
+    assert [len(y) for _, y in map_batches(net, data, 12)] == [12]
+    with pytest.raises(ValueError, match='images = 1: Eq. 2 compares images with each other'):
+        curves(Run(dataset='digits', labels=10, method='LICO', steps=1), images=1)

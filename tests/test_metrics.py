@@ -513,3 +513,14 @@ def test_rotations_of_images_that_are_not_square():
     turned = random_affine(500, 0, (1, 1), 90, False, (H, W))[:, :, :2]
     stretch = torch.linalg.svdvals(pixels @ turned @ pixels.inverse())
     assert (stretch[:, 0]/stretch[:, 1]).max() < 4/3 + 1e-4
+
+
+def test_torchvision_s_boxes_are_read_in_their_format():
+    from torchvision.tv_tensors import BoundingBoxes
+    saliency = torch.zeros(1, 12, 20)
+    saliency[0, 7, 14] = 1
+    for box, form in (((10, 5, 22, 11), 'XYXY'), ((10, 5, 12, 6), 'XYWH'), ((16, 8, 12, 6), 'CXCYWH')):
+        boxes = BoundingBoxes([box], format=form, canvas_size=(12, 20))
+        assert pointing_game(saliency, [boxes], 0) == 1 and energy_pointing_game(saliency, [boxes]) == 1
+    with pytest.raises(ValueError, match='region 0 has rows of different lengths'):
+        pointing_game(saliency, [[[1, 2, 3, 4], [1, 2]]])

@@ -774,3 +774,39 @@ def test_tf32_is_off_while_a_network_is_looked_at():
         seen.append(torch.get_float32_matmul_precision())
     finally: torch.set_float32_matmul_precision(before)
     assert seen == ['highest', 'high']
+
+
+@pytest.mark.parametrize('name, layer, says', [
+    ('swin_tiny_patch4_window7_224', 'layers.0.blocks.0.attn', 'gives 64 sets of maps for one image, as inside'),
+    ('hiera_tiny_224', 'blocks.3.norm1', r'features \[1, 784, 192\], which are no grid of places')])
+def test_tokens_in_windows_and_in_an_order_of_their_own_are_refused(name, layer, says):
+    net = seeded(timm.create_model, name, num_classes=5).eval()
+    with pytest.raises(ValueError, match=says): explain(net, torch.zeros(1, 3, 224, 224), 0, layer=layer)
+
+
+class Squash(nn.Module):
+    "Dynamic tanh in place of a normalisation."
+    def __init__(self, n):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n))
+    def forward(self, x): return torch.tanh(.5*x)*self.weight
+
+
+class Tokens(nn.Module):
+    "A transformer, of mean pooling or with a class token, whose normalisations are called otherwise."
+    def __init__(self, with_class):
+        super().__init__()
+        self.proj, self.mix = nn.Conv2d(3, 16, 8, 8), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.before, self.after, self.fc, self.with_class = Squash(16), Squash(16), nn.Linear(16, 5), with_class
+    def forward(self, x):
+        t = self.before(self.proj(x).flatten(2).mT)
+        if self.with_class: t = torch.cat([t.mean(1, keepdim=True), t], 1)
+        t = self.after(t + self.mix(t, t, t, need_weights=False)[0])
+        return self.fc(t[:, 0] if self.with_class else t.mean(1))
+
+
+def test_the_last_tokens_are_found_whatever_normalises_them():
+    x = torch.randn(1, 3, 32, 32)
+    assert default_layer(seeded(Tokens, False), x) == 'after'
+    assert default_layer(seeded(Tokens, True), x) == 'before', 'the class depends on no place after it'
+    assert default_layer(timm.create_model('resmlp_12_224', num_classes=5), torch.randn(1, 3, 224, 224)) == 'norm'

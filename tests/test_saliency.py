@@ -547,3 +547,29 @@ def test_a_layer_by_its_name_wherever_the_name_comes_from():
     assert name == 'forward_features' and torch.equal(explain(net, x, layer=name), explain(net, x))
     with pytest.raises(ValueError, match="has no layer 'forward_features'"):
         explain(nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(), x, layer=name)
+
+
+@pytest.mark.parametrize('score, more', [('softmax', ()), (torch.sigmoid, ()), (None, (nn.Softmax(1),)),
+                                         (None, (nn.Sigmoid(),)), (lambda z: z.log_softmax(1), ())])
+def test_guided_backprop_s_rule_is_for_hidden_layers(score, more):
+    "Not for what makes probabilities of an answer, which has its own gradient."
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(4, 3))
+    x = torch.randn(2, 3, 12, 12)
+    found = explain(nn.Sequential(body, *more), x, 1, 'guided-backprop', score=score)
+    hooks = [m.register_full_backward_hook(lambda m, given, out: (given[0].clamp(min=0)*(out[0] > 0),))
+             for m in body if isinstance(m, nn.ReLU)]
+    z = nn.Sequential(body, *more)(asked := x.clone().requires_grad_())
+    z = z.softmax(1) if score == 'softmax' else score(z) if score else z
+    wanted = torch.autograd.grad(z[:, 1].sum(), asked)[0].abs().sum(1)
+    assert len(hooks) == 2 and torch.allclose(found, to_unit(wanted), atol=1e-5)
+    with pytest.raises(ValueError, match='guided-backprop has no rule for Silu'):
+        explain(nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 3, 1)), x, 0, 'guided-backprop',
+                score=lambda z: z.mean((2, 3)))
+
+
+def test_classes_of_any_kind_of_whole_number():
+    x = pictures(2)
+    found = [explain(small(), x, np.array([1, 2], dtype=o), 'random') for o in (np.uint16, np.uint8, np.int64)]
+    assert found[0].equal(found[1]) and found[1].equal(found[2])

@@ -5,7 +5,8 @@ import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
-from lico.evidence.stats import GRADES, METRICS, conditions, interval, holm, paired, pairs, sign_flip, verdict
+from lico.evidence.stats import GRADES, METRICS, conditions, interval, holm, paired, pairs, sign_flip, \
+    smallest_difference, verdict
 
 RNG = np.random.default_rng(0)
 DIFFERENCES = st.lists(st.floats(-50, 50).map(lambda x: round(x, 3)), min_size=5, max_size=20)
@@ -143,3 +144,9 @@ def test_pairs_of_several_machines_stand_together_and_a_seed_counts_once():
     again = pd.concat([df, df[df.seed == 0].assign(hardware='another', id=lambda d: d.id + 'again')])
     with pytest.raises(ValueError, match='seed and split on several kinds of machine, .*: keep those of one kind'):
         paired(again, ['accuracy_last'], 'CE')
+
+
+@pytest.mark.parametrize('labels, classes, least', [
+    ('40', 10, 1.), (250, 10, 1.), ('251', 10, .5), ('all', 10, .5), ('1-shot', 200, 1.), ('5-shot', 200, .5)])
+def test_few_labels_need_a_larger_difference(labels, classes, least):
+    assert smallest_difference('accuracy_last', labels, classes) == least

@@ -124,3 +124,11 @@ def test_labels_that_cannot_be_shared_are_refused_before_anything_runs(lico_root
     monkeypatch.setattr(records, '_train', lambda *a: pytest.fail('trained'))
     with pytest.raises(ValueError, match='labels = 41 cannot be shared evenly'):
         collect(p_of(lico_root/'out'), [TINY, replace(TINY, labels=41)])
+
+
+def test_a_run_of_two_arms_is_the_first_one_s(lico_root, monkeypatch):
+    "Which of two equal runs keeps the row does not depend on what else was asked."
+    both = [dict(id='a', of='paper'), dict(id='b', of='paper'), dict(id='a', of='repaired')]
+    monkeypatch.setattr(store, 'sweep', lambda runs, executor: both)
+    p = SimpleNamespace(out=lico_root/'out', workers=1)
+    assert store.train(p, []) == both[:2]

@@ -246,12 +246,13 @@ def _where(key):
 
 def _summary(key, c, gap):
     "One setting and preset: `c` of `effects`, `gap` the row of `beside_ce` of the preset as it is."
-    failed, out = c.difference.isna(), _left_out(key[4], key[1])
+    failed, out = c.failed > c.n/2, _left_out(key[4], key[1])
     silent = c[~failed & (c.inactive > c.n/2)]
     which = f'all {len(silent)} others' if 1 < len(silent) == (~failed).sum() else _count(silent)
     added = f'adds {signed(gap.difference, gap.half_width)} to' if gap.failed <= gap.n/2 else 'fails to train, beside'
     said = [f'The preset as it is {added} the {gap.baseline:.1f} of cross-entropy, with '
             f'matching inactive in {gap.inactive} of {gap.n} runs',
+            *(['So there is nothing to compare its changes with'] if (c.failed_base > c.n/2).any() else []),
             f'Of {len(c)} changes, training failed in most runs of {_count(c[failed])}',
             f'Matching was inactive in most runs of {which}',
             f'The interval leaves 0 out for {_count(c[c.p < .05])}; by chance it would for {.05*c.p.notna().sum():.1f}',
@@ -274,7 +275,7 @@ def draw_effects(c: pd.DataFrame):
     parts = list(shown.groupby(_groups, sort=False))
     columns, rows = max(1, len(parts)), max((len(o) for _, o in parts), default=0)
     fig = plt.figure(figsize=(5.5*columns, 1.2 + .27*rows), layout='constrained', dpi=75)
-    if not parts: fig.text(.5, .5, 'training failed with every change', ha='center', va='center')
+    if not parts: fig.text(.5, .5, 'nothing to compare: training failed', ha='center', va='center')
     for (key, o), place in zip(parts, fig.subfigures(1, columns, squeeze=False)[0]):
         forest(o.drop(columns='preset'), place, 'outside lower right')
         place.suptitle(_where(key), fontsize=9)

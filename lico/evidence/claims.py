@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pandas as pd
 
 from ..config import root
-from .arms import TABLES, arm_named, grade, paper_dataset, printed_as, printed_dataset, printed_place
+from .arms import (TABLES, arm_named, grade, paper_dataset, printed_as, printed_dataset, printed_place,
+                                treatment)
 from .printed import printed_numbers
 from .programme import ARMS, BLOCKS, PRIMARY, contrast_rows
 from .report import signed
@@ -74,7 +75,7 @@ CLAIMS = (
 
 # %% ../../nbs/evidence/48_claims.ipynb #ddfe02b9
 def folders(
-    name: str,  # of a notebook: "table3", "language"
+    name: str,  # of a notebook: "table3"
 ) -> list:
     "Where results of a notebook are kept."
     return sorted(p.parent
@@ -82,7 +83,8 @@ def folders(
 
 def blocks() -> dict:
     "{block of the programme: its rows} as far as they were run."
-    return {f.name.split('-')[1]: read_results(f) for f in folders('language') if f.name.split('-')[1] in BLOCKS}
+    found = {k: root()/'figures'/f'language-{k}' for k in BLOCKS}
+    return {k: read_results(f) for k, f in found.items() if (f/'results.csv').exists()}
 
 def stored_frames(
     table: int,  # of the paper
@@ -104,7 +106,7 @@ def _settings(claim, df):
     df = conditions(df)
     df = df[df.saliency == claim.saliency] if claim.saliency else of_runs(df)
     found = {}
-    for o in pairs(df, claim.reference):
+    for o in pairs(df, claim.reference, treatment=treatment(claim.table, claim.reference)):
         r = o.iloc[0]
         # not the paper's schedule, or its data in another table
         other = r.profile != 'paper' or math.isnan(_gain(claim, r))
@@ -168,7 +170,7 @@ def _row(claim, preset, where, settings):
                 measured_each=', '.join(_both(o['base'], o['value']) for o in settings), difference=e.mean,
                 half_width=e.half_width, p=e.p(),
                 active=mean([o['active'] for o in settings]), failed=mean([o['failed'] for o in settings]),
-                margin=min(smallest_difference(claim.metric, r.labels) for r in rows),
+                margin=min(smallest_difference(claim.metric, r.labels, r.classes) for r in rows),
                 folders=', '.join(sorted({o['folder'] for o in settings})), estimate=e)
 
 # %% ../../nbs/evidence/48_claims.ipynb #b237f678

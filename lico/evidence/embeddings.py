@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..config import derive_seed
 from ..batches import test_batches
-from .report import arm_label, dataset_title, in_markdown, in_picture, signed
+from .report import arm_label, dataset_title, in_markdown, in_picture, one_network, signed
 from .stats import METRICS, interval
 from .store import read_points, read_results, rows_of, train, write_results
 from ..records import load_backbone, run_of
@@ -169,11 +169,8 @@ def collect_embeddings(
 
 # %% ../../nbs/evidence/44_embeddings.ipynb #4c0afcfc
 def _of_one_network(df):
-    "The rows, without the presets of methods that read no text; of several networks, which would be mixed, refused."
-    if df.backbone.nunique() > 1:
-        raise ValueError(f"results of the networks {', '.join(df.backbone.unique())}, which pictures and means would "
-                         "mix: give each a folder of its own with -p out")
-    return df.assign(preset=df.preset.where(df.text_encoder.notna()))
+    "The rows, without the presets of methods that read no text."
+    return one_network(df).assign(preset=df.preset.where(df.text_encoder.notna()))
 
 def _draw_points(ax, r, points):
     "One network's picture."

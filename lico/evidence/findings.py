@@ -242,7 +242,7 @@ def findings(
     """Five answers that follow from the numbers: does it work, is it the language, does the literal text work, are
     its maps better, how far does this go."""
     whole = {r.contrast: r for r in rows[rows.pooled].drop_duplicates('contrast').itertuples()}
-    if len(whole) < len(PRIMARY + SECONDARY): return 'Nothing yet: no block that has all arms has been run.'
+    if {c.says for c in PRIMARY + SECONDARY} - {*whole}: return 'Nothing yet: no block that has all arms has been run.'
     of = {r.of: r for r in whole.values()}  # "arm − reference"
     names, literal, repaired = of['repaired − repaired-shuffled'], of['paper − CE'], of['repaired − CE']
     gains = {'repaired': repaired, 'semantic': of['semantic − CE']}

@@ -92,6 +92,7 @@ def look_at(
     batch_size: int = 16,  # images per pass through the network
 ) -> tuple:
     "A row for each photograph and method, and the sheet of their pictures."
+    from scipy.integrate import trapezoid
     s, rows = show({'': cases}, saliency, len(cases), options, batch_size=batch_size), []
     call = f'look_at({cases.source}, {list(saliency)}, {options})'
     for i, (name, c) in enumerate(zip(cases.names, cases.target.tolist())):
@@ -100,7 +101,7 @@ def look_at(
             own = ', '.join(f'{k}={v}' for k, v in sorted(options.get(method, {}).items()))
             rows.append(dict(id=cases.network.id, image=name, saliency=method, saliency_options=own, target=c,
                              name=cases.network.class_names[c], probability=100*float(s.deletion[i, j, 0]),
-                             **{k: 100*float(np.trapezoid(v, s.fraction)) for k, v in both.items()},
+                             **{k: 100*float(trapezoid(v, s.fraction)) for k, v in both.items()},
                              **{f'{k}_curve': _percents(v) for k, v in both.items()}, fraction=_percents(s.fraction)))
     here = f"{stamp()['hardware']}, {stamp()['instructions']}"
     by = python_command(f'from lico.evidence.looking import *; from lico.experiments import *; print({call}[0])')
@@ -167,9 +168,13 @@ def _looked(p, records):
     more = dict(profile=p.protocol, block=p.block, epochs=[r['run']['epochs'] for r in records])
     return pd.concat(rows).merge(rows_of(records, arm_name=arm_name, **more), on='id'), sheets
 
-def _refuse_mixed(folder, block, runs):
-    "Refuse to add to a page of another block, dataset, network or seed, or another network of an arm."
+def _refuse_mixed(folder, block, runs, saliency):
+    "Refuse to add to a page of another block, dataset, network, seed or methods, or another network of an arm."
     before = read_results(folder)
+    there = before.saliency.drop_duplicates().tolist()
+    if there != [*saliency]:
+        raise ValueError(f"{folder} shows maps by {', '.join(there)}, not by {', '.join(saliency)}: ask for the same, or "
+                         "give these a folder of their own with -p out")
     for r in runs:
         data = load_data(r)
         name = r.dataset if data.name.startswith('folder:') else data.name
@@ -187,7 +192,7 @@ def collect_looking(
     "Train what is missing, look, write all files but table and figure into `p.out`; the rows as they are read back."
     if p.stored != 'only':
         runs, add = looked_runs(p), p.stored == 'add'
-        if add and (p.out/'results.csv').exists(): _refuse_mixed(p.out, p.block, runs)
+        if add and (p.out/'results.csv').exists(): _refuse_mixed(p.out, p.block, runs, p.saliency or LOOKS)
         rows, sheets = _looked(p, train(p, runs))
         for file, content in sheets.items(): write_atomic(p.out/file, content)
         df = write_results(p.out, rows, keep=add)

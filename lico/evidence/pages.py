@@ -62,9 +62,8 @@ def _as_options(value):
 
 # %% ../../nbs/evidence/34_pages.ipynb #b528da75
 # they change what a number is of
-_protocol = ('options', 'steps', 'epochs', 'image_size', 'output_stride', 'flip', 'pretrained', 'images', 'test_images',
-             'saliency_options',
-             'points')
+_protocol = ('options', 'steps', 'epochs', 'image_size', 'flip', 'pretrained', 'images', 'test_images',
+             'saliency_options', 'points')
 
 def _cells(namespace):
     """What the notebook ran so far: the names that its cell tagged `parameters` declares, and those in the newest

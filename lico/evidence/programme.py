@@ -242,8 +242,11 @@ def maps_of_block(
 ) -> dict:
     "Which maps of a block's networks are scored, and how."
     b = BLOCKS[choose('block', p.block, BLOCKS)]
-    asked = [s for s in p.saliency or b.saliency if s]
-    return dict(saliency=asked, metrics=b.metrics if asked else (), test_images=p.test_images or b.images,
+    asked, images = [s for s in p.saliency or b.saliency if s], p.test_images or b.images
+    if asked and not images:
+        raise ValueError(f"saliency = {', '.join(asked)}: block {p.block} declares no maps, and so no images to score "
+                         "them on: say how many with -p test_images")
+    return dict(saliency=asked, metrics=b.metrics if asked else (), test_images=images,
                 also=b.also, saliency_options='rise.n_masks=500')
 
 def collect_block(

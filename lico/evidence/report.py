@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['plus_minus', 'signed', 'in_markdown', 'in_picture', 'dataset_title', 'arm_label', 'network_label', 'comparison_table',
-           'sentence', 'sentences', 'accuracies', 'ending_table', 'forest_size', 'forest', 'forests', 'save_table',
-           'results_title', 'stamp_table']
+           'sentence', 'sentences', 'accuracies', 'one_network', 'ending_table', 'forest_size', 'forest', 'forests',
+           'save_table', 'results_title', 'stamp_table']
 
 # %% ../../nbs/evidence/41_report.ipynb #fc827411
 import io, math, re
@@ -107,8 +107,8 @@ def _line(r, columns, many):
                                        if 'text_encoder' in columns else {})
     out |= {'n': r.n, r.reference: plus_minus(r.baseline, r.baseline_std, _digits(r)),
             'with method': plus_minus(r.value, r.value_std, _digits(r)),
-            'paired difference': 'training failed' if math.isnan(r.difference)
-            else signed(r.difference, r.half_width, _digits(r) + 1)}
+            'paired difference': ('training failed' if getattr(r, 'failed', r.n) > r.n/2 else f'{r.reference} failed')
+            if math.isnan(r.difference) else signed(r.difference, r.half_width, _digits(r) + 1)}
     if 'printed_value' in columns:
         numbers = ['—' if math.isnan(v) else f'{v:g}' for v in (r.printed_baseline, r.printed_value)]
         out['printed'] = '—' if math.isnan(r.printed_value) else ' → '.join(numbers)
@@ -160,12 +160,22 @@ def accuracies(
     df: pd.DataFrame,  # from `collect`
 ) -> str:
     "How well the networks behind the rows classify, in a sentence."
-    runs = df.dropna(subset=['accuracy_last']).drop_duplicates('id')
-    means = runs.accuracy_last.groupby([network_label(r) for r in runs.itertuples()],
+    runs = of_runs(df.dropna(subset=['accuracy_last']))
+    several = [k for k in ('dataset', 'backbone', 'labels') if k in runs and runs[k].nunique() > 1]
+    name = lambda r: ', '.join([network_label(r), *(_part(r, k, in_markdown) for k in several)])
+    means = runs.accuracy_last.groupby([name(r) for r in runs.itertuples()],
                                        sort=False).agg(['mean', 'min', 'max', 'size'])
     parts = [f"{name} {r['mean']:.1f} %" + (f" ({r['min']:.1f} to {r['max']:.1f} in {r['size']:.0f})" if r['size'] > 1
                                             else '') for name, r in means.iterrows()]
     return f"Test accuracy of the networks: {'; '.join(parts)}."
+
+def one_network(
+    df: pd.DataFrame,  # rows of results
+) -> pd.DataFrame:
+    "The rows, of one kind of network; those of several, which pictures and means would mix, are refused."
+    if df.backbone.nunique() < 2: return df
+    raise ValueError(f"results of the networks {', '.join(df.backbone.unique())}, which pictures and means would mix: "
+                     "give each a folder of its own with -p out")
 
 # %% ../../nbs/evidence/41_report.ipynb #1562c044
 _ended = dict(ce=('L_CE', '.3g'), mm=('L_MM', '.2g'), ot=('L_OT', '.2g'), tau=('τ', '.3g'),

@@ -10,7 +10,7 @@ import numpy as np, pandas as pd, torch
 
 from .pictures import (Shown, as_uint8, cases_of_kind, compare_maps, draw, name_of, original,
                                     read_shown, save_shown, scene_runs)
-from .report import arm_label, network_label, signed
+from .report import arm_label, network_label, one_network, signed
 from .stats import SETTING
 from .store import read_results, rows_of, train, write_results
 from ..sensitivity import parameter_layers, sanity_check
@@ -74,7 +74,7 @@ def compare_sanity(folder) -> pd.DataFrame:
     return compare_maps(folder, ['spearman'], setting=(*SETTING, 'scheme', 'layer'))
 
 # %% ../../nbs/evidence/43_sanity.ipynb #e0e0e4d4
-def _named(df): return df.assign(network=[network_label(r) for r in df.itertuples()])
+def _named(df): return one_network(df).assign(network=[network_label(r) for r in df.itertuples()])
 
 def draw_sanity(
     df: pd.DataFrame,  # from `collect_sanity`

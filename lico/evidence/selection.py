@@ -67,21 +67,21 @@ def confusions(
     return counts/counts.sum(1, keepdim=True)
 
 # %% ../../nbs/evidence/51_selection.ipynb #8056acf0
+_SHARES, _DERANGEMENTS = (.05, .1, .25, .5, .75), 200
+
 def names_against_derangements(
     confused: torch.Tensor,  # from `confusions`
     vectors: torch.Tensor,  # text vectors of the classes, [K, d]
-    shares=(.05, .1, .25, .5, .75),
-    n: int = 200,  # derangements
 ) -> pd.DataFrame:
     """A row a share: how badly the right names predict the confusions, how badly shuffled ones do (nats), and the
-    permutation p value, (1 + the derangements that predict at least as well)/(n + 1)."""
-    orders = [derangement(len(vectors), derive_seed('confusions', i)) for i in range(n)]
+    permutation p value, (1 + the derangements that predict at least as well)/(1 + how many there are)."""
+    orders = [derangement(len(vectors), derive_seed('confusions', i)) for i in range(_DERANGEMENTS)]
     rows = []
-    for s in shares:
+    for s in _SHARES:
         predicted_by = lambda v: kl_rows(confused.log(), class_rows(v, s).log()).item()
         right, wrong = predicted_by(vectors), np.array([predicted_by(vectors[o]) for o in orders])
         rows.append(dict(share=s, right=right, wrong=wrong.mean(), advantage=wrong.mean() - right,
-                         p=(1 + (wrong <= right).sum())/(n + 1)))
+                         p=(1 + (wrong <= right).sum())/(len(orders) + 1)))
     return pd.DataFrame(rows)
 
 def class_vectors(
@@ -195,13 +195,12 @@ def names_sentence(
     "Whether the right names predict the confusions better than shuffled ones do, and what settings.ini has."
     best = knows.loc[knows.advantage.idxmax()]
     others = ', '.join(f'{s:g}' for s in knows.share if s != best.share)
-    orders = names_against_derangements.__defaults__[-1]
     so = ('So names know something of what images confuse.' if best.p < .05 else
           'So these names know nothing of what these images confuse that shuffled names do not: the first result.')
     return (f"The right names predict the confusions with {best.right:.3f} nats, shuffled ones with {best.wrong:.3f} "
             f"on average, at the share of {best.share:g} (the smallest tried is {knows.share.min():g}). p = "
-            f"{best.p:.2g} by permutation of the names; {1/(orders + 1):.2g} is the least that {orders} derangements "
-            f"can show. At {others} the difference is smaller. {so} settings.ini has tau_share = "
+            f"{best.p:.2g} by permutation of the names; {1/(_DERANGEMENTS + 1):.2g} is the least that {_DERANGEMENTS} "
+            f"derangements can show. At {others} the difference is smaller. {so} settings.ini has tau_share = "
             f"{preset('semantic')['tau_share']:g}.")
 
 # %% ../../nbs/evidence/51_selection.ipynb #1ca42119

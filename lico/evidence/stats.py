@@ -46,10 +46,12 @@ METRICS = dict(
 
 def smallest_difference(
     metric: str,  # a key of `METRICS`
-    labels,  # labelled images in all, where that is a number
+    labels,  # labelled images in all, where that is a number; "5-shot": so many of each class
+    classes=math.nan,  # how many there are
 ) -> float:
     "The smallest difference that matters, in the metric's unit; of accuracy 1 point at up to 250 labels."
-    few = str(labels).isdigit() and int(labels) <= 250
+    n, _, shots = str(labels).partition('-shot')
+    few = n.isdigit() and int(n)*(classes if str(labels).endswith('-shot') else 1) <= 250
     return 1. if few and metric == 'accuracy_last' else METRICS[metric].smallest
 
 # %% ../../nbs/evidence/36_stats.ipynb #9ef50664

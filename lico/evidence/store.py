@@ -23,6 +23,8 @@ from .arms import TABLES, arm_of, paper_dataset
 from .cases import test_images
 from .map_scores import OF_PLACES, SCORERS, refuse_map_options, saliency_options, score
 from .pages import named_values
+from .stats import METRICS
+from ..networks import full_float32
 from ..experiments import frame, load_data, runs_folder, sweep
 from ..records import load_backbone, run_of
 from ..together import Workers, end_with_parent
@@ -111,15 +113,25 @@ def _added(before, df):
     images before and is not measured now."""
     both = pd.concat([o.astype(object) for o in (before, df)], ignore_index=True)
     whose = both[[k for k in _key if k in both]].replace('', None)  # what is empty is read as nothing
-    if kept := [k for k in before if k not in df]:
+    if kept := [k for k in before if k not in df or k in METRICS]:
         alike = [*whose, *(k for k in ('images', 'measuring_protocol') if k in both)]
         both[kept] = both.assign(**whose).groupby(alike, dropna=False)[kept].ffill()
     return both[~whose.duplicated(keep='last')]
 
-def _merged(before, df, name, keep):
-    "What a file will hold."
-    if before is None or not keep: return df
-    return pd.concat([before[~before.id.isin(df.id)], df]) if name == 'points.csv' else _added(before, df)
+def _with_protocol(images, rows):
+    "Scores of images with the protocol that they were measured by, which their row of results says."
+    if rows is None or 'measuring_protocol' not in rows: return images
+    key = [k for k in _key if k in images and k in rows]
+    return images.merge(rows[[*key, 'measuring_protocol']].drop_duplicates(key), 'left', key)
+
+def _merged(before, given, name):
+    "What a file will hold, of those before and those given."
+    old, new = before[name], given[name]
+    if old is None: return new
+    if name == 'points.csv': return pd.concat([old[~old.id.isin(new.id)], new])
+    if name == 'results.csv': return _added(old, new)
+    both = (_with_protocol(o[name], o['results.csv']) for o in (before, given))
+    return _added(*both).drop(columns='measuring_protocol', errors='ignore')
 
 def write_results(
     folder,  # where to put the files
@@ -138,7 +150,7 @@ def write_results(
             print(f"{folder}/results.csv held {gone} other runs, which are no longer in it: "
                   "-p out FOLDER writes elsewhere, -p stored add keeps them", file=sys.stderr)
         old = {} if keep else dict.fromkeys(k for k in formats if (folder/k).exists())
-        return old | {k: _merged(before[k], v, k, keep).to_csv(index=False, float_format=formats[k])
+        return old | {k: (_merged(before, given, k) if keep else v).to_csv(index=False, float_format=formats[k])
                       for k, v in given.items()}
     write_summed(folder, merged)
     return read_results(folder)
@@ -209,12 +221,15 @@ def train(
     p,  # parameters of a notebook: `out`, `workers`; what it asks of maps
     runs: list,  # of `Run`, as from `grid`
 ) -> list:
-    """The records of runs, each run once; what is missing is run, side by side. That results can be written, and what
-    is asked of maps can be had, is seen to first."""
+    """The records of runs, each run once, as the first arm of those that are one run; what is missing is run, side by
+    side. That results can be written, and what is asked of maps can be had, is seen to first."""
     asked = [getattr(p, k, None) or () for k in ('saliency', 'metrics')]
     refuse_map_options(*asked, saliency_options(getattr(p, 'saliency_options', '')))
     make_folder(p.out)
-    with processes(p.workers) as pool: return list({r['id']: r for r in sweep(runs, executor=pool)}.values())
+    found = {}
+    with processes(p.workers) as pool:
+        for r in sweep(runs, executor=pool): found.setdefault(r['id'], r)
+    return list(found.values())
 
 # %% ../../nbs/evidence/40_store.ipynb #45ca6134
 @torch.no_grad()
@@ -227,7 +242,8 @@ def top5(
     if record['classes'] <= 5: return math.nan
     if (text := read_sealed(path)) is None:
         net, data = load_backbone(record).to(device()), load_data(run_of(record))
-        best = torch.cat([net(x).topk(5).indices.cpu() for x in test_batches(data, data.test, 64, device())])
+        with full_float32():
+            best = torch.cat([net(x).topk(5).indices.cpu() for x in test_batches(data, data.test, 64, device())])
         text = json.dumps(100*(best == data.test.y[:, None]).any(1).double().mean().item())
         write_sealed(path, text)
     return json.loads(text)
