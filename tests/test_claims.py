@@ -368,7 +368,8 @@ def test_an_encoder_that_is_an_arm_is_compared_with_another_s(lico_root):
 
 
 def test_a_block_is_the_folder_of_its_name(lico_root):
-    for name, more in {'language': 2, 'language-B-again': 1, 'language-B': 0}.items(): store(name, rows('CE', BASE + more))
+    for name, more in {'language': 2, 'language-B-again': 1, 'language-B': 0}.items():
+        store(name, rows('CE', BASE + more))
     assert list(claims.blocks()) == ['B'] and claims.blocks()['B'].accuracy_last.tolist() == BASE.tolist()
 
 

@@ -173,8 +173,8 @@ def _refuse_mixed(folder, block, runs, saliency):
     before = read_results(folder)
     there = before.saliency.drop_duplicates().tolist()
     if there != [*saliency]:
-        raise ValueError(f"{folder} shows maps by {', '.join(there)}, not by {', '.join(saliency)}: ask for the same, or "
-                         "give these a folder of their own with -p out")
+        raise ValueError(f"{folder} shows maps by {', '.join(there)}, not by {', '.join(saliency)}: ask for the same, "
+                         "or give these a folder of their own with -p out")
     for r in runs:
         data = load_data(r)
         name = r.dataset if data.name.startswith('folder:') else data.name
