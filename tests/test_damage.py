@@ -526,3 +526,31 @@ def test_a_folder_that_was_there_keeps_its_mode(tmp_path, mode):
     finally: os.umask(old)
     assert tmp_path.stat().st_mode & 0o7777 == mode
     assert {p.stat().st_mode & 0o7777 for p in tmp_path.iterdir()} == {0o664}
+
+
+@pytest.mark.parametrize('renamed', range(4))
+def test_a_network_is_whole_after_a_kill_while_it_was_replaced(tmp_path, monkeypatch, renamed):
+    "What was decided on is read, wherever the renaming had got to; the next one to ship puts all in place."
+    save_network(Small(), tmp_path, list('abc'), about())
+    rename, left = os.replace, [renamed]
+    def killed(a, b):
+        if str(a).endswith('.new') and not left[0]: raise KeyboardInterrupt
+        left[0] -= str(a).endswith('.new')
+        rename(a, b)
+    monkeypatch.setattr(os, 'replace', killed)
+    with pytest.raises(KeyboardInterrupt): save_network(Small(), tmp_path, list('abd'), about())
+    monkeypatch.undo()
+    assert load_network(tmp_path).class_names == tuple('abd')
+    save_network(Small(), tmp_path, list('xyz'), about())
+    assert load_network(tmp_path).class_names == tuple('xyz') and not list(tmp_path.glob('.*'))
+
+
+@pytest.mark.parametrize('more, says', [
+    (dict(mean=torch.tensor([.5]*3)), 'preprocessing holds what JSON cannot'),
+    (dict(window='reason'), 'preprocessing lacks')])
+def test_preprocessing_that_nobody_could_read_again_is_refused(tmp_path, more, says):
+    with pytest.raises(ValueError, match=says): save_network(Small(), tmp_path/'x', list('abc'), about() | more)
+    assert not (tmp_path/'x').exists()
+    (tmp_path/'file').touch()
+    with pytest.raises(OSError, match='cannot write .*file/sub'):
+        save_network(Small(), tmp_path/'file'/'sub', list('abc'), about())
