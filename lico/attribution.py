@@ -65,7 +65,7 @@ _no_rule = ('Abs', 'Celu', 'Clamp', 'Elu', 'Gelu', 'Glu', 'Hardshrink', 'Hardsig
             'LogSigmoid', 'Maximum', 'Minimum', 'Mish', 'Prelu', 'Rrelu', 'ScaledDotProduct',
             'Sigmoid', 'Silu', 'Softmax', 'Softplus', 'Softshrink', 'Tanh', 'Threshold')
 
-_of_an_answer = re.compile(r'(Gather|Sum|Softmax|LogSoftmax|Sigmoid|Neg|Rsub|Div|Cat|Clone|Select|Slice|Index|View|'
+_of_an_answer = re.compile(r'(Gather|Softmax|LogSoftmax|Sigmoid|Neg|Rsub|Div|Cat|Clone|Select|Slice|Index|View|'
                            r'Unsqueeze|Squeeze)Backward')
 
 def _hidden(node):
@@ -98,10 +98,10 @@ def guided_backprop(
     """Guided back-propagation maps [B, H, W] (Springenberg et al. 2015): only positive gradients pass a rectifier;
     absolute values summed over the colours."""
     x = x.detach().clone().requires_grad_()
-    score = net(x).gather(1, target[:, None]).sum()
+    score = net(x).gather(1, target[:, None])
     for node in _hidden(score.grad_fn):
         if _rectifies(node): node.register_prehook(lambda gradients: tuple(g.clamp(min=0) for g in gradients))
-    return torch.autograd.grad(score, x)[0].abs().sum(1)
+    return torch.autograd.grad(score.sum(), x)[0].abs().sum(1)
 
 # %% ../nbs/method/25_attribution.ipynb #01793c8e
 def smoothgrad(

@@ -792,7 +792,7 @@ class Squash(nn.Module):
     def forward(self, x): return torch.tanh(.5*x)*self.weight
 
 
-class Tokens(nn.Module):
+class Mixed(nn.Module):
     "A transformer, of mean pooling or with a class token, whose normalisations are called otherwise."
     def __init__(self, with_class):
         super().__init__()
@@ -807,6 +807,6 @@ class Tokens(nn.Module):
 
 def test_the_last_tokens_are_found_whatever_normalises_them():
     x = torch.randn(1, 3, 32, 32)
-    assert default_layer(seeded(Tokens, False), x) == 'after'
-    assert default_layer(seeded(Tokens, True), x) == 'before', 'the class depends on no place after it'
+    assert default_layer(seeded(Mixed, False), x) == 'after'
+    assert default_layer(seeded(Mixed, True), x) == 'before', 'the class depends on no place after it'
     assert default_layer(timm.create_model('resmlp_12_224', num_classes=5), torch.randn(1, 3, 224, 224)) == 'norm'

@@ -50,7 +50,8 @@ def test_sentences_count_intervals(tmp_path):
                         .01)
                     key = dict(id=f'{arm}{seed}', scheme=scheme, layer=layer, saliency='rise')
                     rows.append(dict(key, arm=arm, method=arm, seed=seed, preset='paper', dataset='digits',
-                                     text_encoder=None if arm == 'CE' else 'minilm', spearman=likeness, ssim=.5))
+                                     backbone='wrn_10_1', text_encoder=None if arm == 'CE' else 'minilm',
+                                     spearman=likeness, ssim=.5))
                     images.append(dict(key, image='1', spearman=likeness, ssim=.5))
     df = write_results(tmp_path, pd.DataFrame(rows), pd.DataFrame(images))
     said = sanity_sentences(df, compare_sanity(tmp_path))

@@ -171,10 +171,6 @@ def _looked(p, records):
 def _refuse_mixed(folder, block, runs, saliency):
     "Refuse to add to a page of another block, dataset, network, seed or methods, or another network of an arm."
     before = read_results(folder)
-    there = before.saliency.drop_duplicates().tolist()
-    if there != [*saliency]:
-        raise ValueError(f"{folder} shows maps by {', '.join(there)}, not by {', '.join(saliency)}: ask for the same, "
-                         "or give these a folder of their own with -p out")
     for r in runs:
         data = load_data(r)
         name = r.dataset if data.name.startswith('folder:') else data.name
@@ -182,6 +178,8 @@ def _refuse_mixed(folder, block, runs, saliency):
                     seed=r.seed)
         there = before.iloc[0]
         differs = [f'{k} {there[k]} there, {v} here' for k, v in here.items() if there[k] != v]
+        if (seen := before.saliency.drop_duplicates().tolist()) != [*saliency]:
+            differs.append(f"maps by {', '.join(seen)} there, by {', '.join(saliency)} here")
         if set(before.id[before.arm == arm_name(r)]) - {run_id(r, data)}: differs.append(f'another {arm_name(r)}')
         if differs: raise ValueError(f"{folder} shows other networks ({', '.join(differs)}): give these a folder of "
                                      "their own with -p out")
