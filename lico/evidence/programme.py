@@ -44,7 +44,7 @@ ARMS = {  # label -> arm
     'repaired': ProgrammeArm('LICO', 'repaired', says='LICO, the active reading nearest to knowing the classes alone'),
     'repaired-shuffled': ProgrammeArm('LICO', 'repaired', _shuffled, 'the same, names on the wrong classes'),
     'repaired-random': ProgrammeArm('LICO', 'repaired', dict(class_text='random'), 'the same, invented words'),
-    'repaired-apart': ProgrammeArm('LICO', 'repaired', dict(mm_diagonal='out'), 'the same, no image compared with itself'),
+    'repaired-apart': ProgrammeArm('LICO', 'repaired', dict(mm_diagonal='out'), 'no image compared with itself'),
     'semantic': ProgrammeArm('LICO', 'semantic', says='LICO, the reading whose names best predict confusions'),
     'semantic-shuffled': ProgrammeArm('LICO', 'semantic', _shuffled, 'the same, names on the wrong classes'),
     'loud': ProgrammeArm('LICO', 'semantic', _loud, 'semantic with half of the mass on other classes, ten times the α'),
