@@ -157,7 +157,7 @@ def test_language_smoke_with_maps(lico_root, tmp_path):
     out = smoke('language', lico_root, block='E', datasets=f'folder:{tmp_path}', seeds='0', steps=1, test_images=1,
                 saliency='grad-cam,random')
     df = pd.read_csv(out/'results.csv')
-    assert df.arm.nunique() == 7 and len(df) == 14 and df.deletion_noise.notna().all() and df.energy.notna().all()
+    assert df.arm.nunique() == 8 and len(df) == 16 and df.deletion_noise.notna().all() and df.energy.notna().all()
     assert "own random map" in (out/'table.md').read_text(encoding='utf-8')
 
 
