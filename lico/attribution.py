@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .copies import usual_batch
+from .networks import MOVES
 from .probes import looker
 from .config import derive_seed
 
@@ -65,14 +66,14 @@ _no_rule = ('Abs', 'Celu', 'Clamp', 'Elu', 'Gelu', 'Glu', 'Hardshrink', 'Hardsig
             'LogSigmoid', 'Maximum', 'Minimum', 'Mish', 'Prelu', 'Rrelu', 'ScaledDotProduct',
             'Sigmoid', 'Silu', 'Softmax', 'Softplus', 'Softshrink', 'Tanh', 'Threshold')
 
-_of_an_answer = re.compile(r'(Gather|Softmax|LogSoftmax|Sigmoid|Neg|Rsub|Div|Cat|Clone|Select|Slice|Index|View|'
-                           r'Unsqueeze|Squeeze)Backward')
+_of_an_answer = re.compile('(Gather|Softmax|LogSoftmax|Sigmoid|Neg|Rsub|Div)Backward')  # beside what moves numbers
 
 def _hidden(node):
     "The autograd graph's nodes from one downwards, below the last steps, which make probabilities of an answer."
     ends, stack = [], [node]
     while stack:
-        if _of_an_answer.match((node := stack.pop()).name()):
+        name = (node := stack.pop()).name()
+        if MOVES.match(name) or _of_an_answer.match(name):
             stack += [parent for parent, _ in node.next_functions if parent is not None]
         else: ends.append(node)
     seen, stack = {}, ends  # a dict keeps their order

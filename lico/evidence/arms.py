@@ -93,8 +93,7 @@ def arm_named(
     return arms[choose(f"arm of table {table}:", label, arms)]
 
 def treatment(
-    table: int,
-    reference: str,  # label of the arm that the others are compared with
+    table: int, reference: str,  # label of the arm that the others are compared with
 ) -> list:
     "The columns that tell the arms of a table apart; not the text encoder, where the reference's is its own."
     own = any(a.text_encoder for a in TABLES[table].arms if a.label == reference)
