@@ -82,6 +82,13 @@ def _name_mean(h, first, sizes):
     return own[:, None] @ h
 
 # %% ../nbs/method/11_encoders.ipynb #de51cce1
+def _attention(q, k, v, mask):
+    "Attention of q [K, heads, L, w] to those of k and v [K, heads, L', w] that `mask` lets it see; [K, L, heads*w]."
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        seen = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask).to(q.dtype)
+    return seen.transpose(1, 2).flatten(2)
+
 class _Packing:
     "K sequences of some lengths, padded [K, L, w] and as the rows [T, w] of one matrix without the padding."
     def __init__(self, lengths, device):  # int64 [K], on the CPU
@@ -136,7 +143,7 @@ class BERTText(TextEncoder):
         mask = None if packing.full else packing.real[:, None, None].to(x.device)
         def attend(*rows):
             qkv = (_heads(packing.padded(o), heads) for o in rows)
-            return packing.rows(F.scaled_dot_product_attention(*qkv, attn_mask=mask).transpose(1, 2).flatten(2))
+            return packing.rows(_attention(*qkv, mask))
         h = packing.rows(self.model.embeddings(inputs_embeds=x))
         for layer in self.model.encoder.layer: h = _bert_layer(layer, h, attend)
         h = packing.padded(h)
@@ -211,7 +218,7 @@ class _Tree:
         for (q, *own), mask in zip(below, self.masks[-len(below):]):
             spread = lambda o: o.expand(len(q), -1, -1, -1) if len(o) == 1 else o.repeat_interleave(self.each, 0)
             k, v = (torch.cat([spread(before), o], 2) for before, o in zip((k, v), own))
-            out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+            out.append(_attention(q, k, v, mask))
         return torch.cat([out[0], *(o.flatten(0, 1) for o in out[1:-1]), self.ends.rows(out[-1])])
 
 def _layer(block, x, tree):

@@ -1,6 +1,7 @@
 "lico.text against open_clip and transformers themselves, its gradients, and what it refuses."
 import importlib.util, json, re
 import open_clip, pytest, torch
+import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import nn
 from torch.func import functional_call
@@ -113,6 +114,25 @@ def test_rows_and_gradients_are_open_clips(small, tokenizer, n, per_class, front
         weight = torch.randn_like(rows)
         torch.testing.assert_close(*(torch.autograd.grad((weight*o).sum(), context)[0] for o in (rows, expected)),
                                    atol=1e-9, rtol=1e-8)
+
+
+@pytest.mark.parametrize("tower", ["minilm", "vit_text"])
+def test_in_bfloat16_attention_is_in_float32(tower, request, monkeypatch):
+    enc, seen, attention = request.getfixturevalue(tower), set(), F.scaled_dot_product_attention
+    def spy(q, k, v, **options):
+        seen.update((o.dtype, torch.is_autocast_enabled("cpu")) for o in (q, k, v))
+        return attention(q, k, v, **options)
+    names = [enc.name_ids(o) for o in NAMES]
+    torch.manual_seed(0)
+    context = torch.randn(12, enc.embed_dim).mul(0.02).requires_grad_()
+    plain = enc.encode(context, names)
+    weight = torch.randn_like(plain)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16): rows = enc.encode(context, names)
+    assert seen == {(torch.float32, False)}
+    gradients = [torch.autograd.grad((weight*o).sum(), context)[0].flatten() for o in (rows, plain)]
+    assert F.cosine_similarity(*gradients, 0) > 0.99
+    assert F.cosine_similarity(rows.float(), plain, -1).min() > 0.99
 
 
 @pytest.mark.parametrize("context, front, rows", [((12,), False, 1 + 12), ((4, 12), False, 1 + 4*12),

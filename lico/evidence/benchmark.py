@@ -37,18 +37,23 @@ def _encoders(clip):
     model = open_clip.create_model('ViT-B-32', pretrained=None)
     yield 'CLIP ViT-B/32', CLIPText(model, open_clip.get_tokenizer('ViT-B-32'))
 
+def _bits(where, precision): return torch.autocast(where.type, torch.bfloat16, enabled=precision == 'bf16')
+
 def _step(model, x, y, precision='fp32'):
     "A training step without the optimiser, as a function."
     def step():
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == 'bf16'): loss = model(x, y).loss
+        with _bits(x.device, precision): loss = model(x, y).loss
         model.zero_grad()
         loss.backward()
     return step
 
-def _tower(prompts, y):
+def _tower(prompts, y, precision):
     "The bare tower, forward and backward, for the classes of a batch."
     classes = y.unique()
-    return lambda: prompts(classes).sum().backward()
+    def step():
+        with _bits(y.device, precision): rows = prompts(classes)
+        rows.float().sum().backward()
+    return step
 
 def _net(o, classes=10, precision='fp32', size=32):
     "The network that is trained, as training lays it out."
@@ -76,7 +81,7 @@ def training_step(o, precision='fp32'):
         model = LICO(net, PromptLearner(enc, names, context=context), LossOptions()).to(o.where)
         x, y = _batch(o, len(names), precision)
         times = alternate(dict(ce=_step(CrossEntropy(net), x, y, precision), lico=_step(model, x, y, precision),
-                               tower=_tower(model.prompts, y)), o.rounds, o.where)
+                               tower=_tower(model.prompts, y, precision)), o.rounds, o.where)
         what = f"LICO step: {name}{', context per class' if context == 'class' else ''}{said}"
         yield row(4, what, 'CE step', times.lico/times.ce, reach, '' if math.isnan(reach) else '≤')
         yield row(4, what, 'CE step + bare tower', times.lico/(times.ce + times.tower), 1.05, '≤')
