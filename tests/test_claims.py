@@ -131,7 +131,9 @@ def test_a_block_of_few_seeds_stands_beside():
     assert 'D, E, F, G, A16, R, L are not run' in said
     beside = dict(made, E=programme('E', repaired=-12).query('seed < 1'))
     said = said_of(beside)
-    assert re.search(r'`repaired` [^`]*; not pooled: E −1\d\.\d+ in 1 seed\)', said), 'other images are told at once'
+    assert re.search(r'`repaired` [^`]*; unpooled: E −1\d\.\d+ in 1 seed\)', said), 'other images are told at once'
+    for answer in ('Right minus shuffled: `repaired`', 'taken literally, work'):
+        assert re.search(answer + r'[^`]*; unpooled: E \S+ in 1 seed\)', said), answer
 
 
 def test_what_one_block_decides():

@@ -163,7 +163,7 @@ def _each(rows, contrast, beside=False):
     few = lambda r: '' if r.n >= FEWEST else f" in {r.n} seed{'s'*(r.n > 1)}"
     blocks = lambda df: ', '.join(f'{r.block} {_mean(r)}{few(r)}' for r in df.itertuples())
     differ = f'; these differ, p = {whole.p_same:.1g}' if whole.p_same < .05 else ''
-    return f" ({blocks(own)}{differ}{'; not pooled: ' + blocks(others) if len(others) else ''})"
+    return f" ({blocks(own)}{differ}{'; unpooled: ' + blocks(others) if len(others) else ''})"
 
 def _printed(own, printed):
     "What the paper prints for the blocks in which something was measured."
@@ -259,9 +259,9 @@ def findings(
             f"supervised contrast {in_points(of['CE+SupCon − CE'])}.",
             f"**Has language a part in it?** {_answer(*part)}. With shuffled names, on wrong classes, `repaired` "
             f"gains {told(of['repaired-shuffled − CE'])}, with invented words "
-            f"{where(of['repaired-random − CE'])}. Right minus shuffled: {_presets(each(parts), part)}."
+            f"{where(of['repaired-random − CE'])}. Right minus shuffled: {_presets(each(parts, True), part)}."
             f"{_louder(rows, whole)}{_again(rows)}",
-            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {told(literal)}"
+            f"**Does the paper's text, taken literally, work?** {_said(literal)}: {told(literal, True)}"
             f"{_printed(_alone(rows, literal.contrast), printed)}; minus transport alone "
             f"{in_points(of['paper − CE+OT'])}. Its matching ended "
             f"{f'active in {literal.active:.0%} of' if literal.active else 'inactive in all'} runs.",
