@@ -37,12 +37,12 @@ def _encoders(clip):
     model = open_clip.create_model('ViT-B-32', pretrained=None)
     yield 'CLIP ViT-B/32', CLIPText(model, open_clip.get_tokenizer('ViT-B-32'))
 
-def _bits(where, precision): return torch.autocast(where.type, torch.bfloat16, enabled=precision == 'bf16')
+def _autocast(where, precision): return torch.autocast(where.type, torch.bfloat16, enabled=precision == 'bf16')
 
 def _step(model, x, y, precision='fp32'):
     "A training step without the optimiser, as a function."
     def step():
-        with _bits(x.device, precision): loss = model(x, y).loss
+        with _autocast(x.device, precision): loss = model(x, y).loss
         model.zero_grad()
         loss.backward()
     return step
@@ -51,7 +51,7 @@ def _tower(prompts, y, precision):
     "The bare tower, forward and backward, for the classes of a batch."
     classes = y.unique()
     def step():
-        with _bits(y.device, precision): rows = prompts(classes)
+        with _autocast(y.device, precision): rows = prompts(classes)
         rows.float().sum().backward()
     return step
 
