@@ -57,14 +57,14 @@ def _tower(prompts, y, precision):
 
 def _net(o, classes=10, precision='fp32', size=32):
     "The network that is trained, as training lays it out."
-    net = create_backbone(o.trained, classes, size)
-    return net.to(o.where, memory_format=memory_format(o.where, precision))
+    return create_backbone(o.trained, classes, size).to(o.where, memory_format=memory_format(o.where, precision))
 
 def _batch(o, classes, precision='fp32'):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(64, 3, 32, 32, generator=generator), torch.randint(classes, (64,), generator=generator)
     return x.to(o.where).contiguous(memory_format=memory_format(o.where, precision)), y.to(o.where)
 
+# %% ../../nbs/evidence/54_benchmark.ipynb #c46bf383
 def training_step(o, precision='fp32'):
     "Rows 4: a LICO step beside one of cross-entropy, and beside cross-entropy and the bare tower."
     said = '' if precision == 'fp32' else f', {precision}'
