@@ -70,14 +70,13 @@ def in_points(
     "A difference with its interval, in a sentence."
     return signed(r.difference, r.half_width).replace('-', '−')
 
-def _gains(df, metric, arms, reference='CE'):
-    "The paired difference of each arm's Grad-CAM maps from the reference's, {arm: row}."
+def _gains(df, metric, arms, reference=lambda arm: 'CE'):
+    "The paired difference of each arm's Grad-CAM maps from its reference's, {arm: row}, of those that were run."
     own = df[df.saliency == 'grad-cam']
-    return {a: paired(own[own.arm.isin([a, reference])], [metric], reference).iloc[0] for a in arms}
+    return {a: paired(own[own.arm.isin([a, reference(a)])], [metric], reference(a)).iloc[0]
+            for a in arms if a in set(own.arm)}
 
 def _seeds(df): return df[df.saliency == 'grad-cam'].seed.nunique()
-
-_READ = 'paper', 'repaired', 'repaired-shuffled'  # whose maps the sentence tells
 
 def _in_both(first, second):
     "Each arm's gain in the first block and, where it was run, in the second."
@@ -86,26 +85,26 @@ def _in_both(first, second):
 def maps_sentence(
     small: pd.DataFrame,  # rows of block B
     again: pd.DataFrame,  # rows of block F
-    large: pd.DataFrame,  # rows of block G
+    large: pd.DataFrame,  # rows of block E
+    brief: pd.DataFrame,  # rows of block G
 ) -> str:
     """Whether LICO's Grad-CAM maps are better: insertion − deletion, less each network's own random map, and on
-    photographs the pointing game, beside what the mean map of other photographs reaches. Maps have no verdicts."""
-    seen = large[large.saliency == 'grad-cam'].groupby('arm')[['alike', 'pointing_others']].mean()
-    told = lambda metric, digits=0, unit='%': [f'{seen[metric][a]:.{digits}f}{unit}' for a in ('semantic', 'CE')]
-    (alike, alike_ce), (mean, mean_ce) = told('alike', 2, ''), told('pointing_others')
-    first, second = (_gains(above_random(df), 'overall', [a for a in _READ if a in set(df.arm)])
-                     for df in (small, again))
-    signs = {np.sign(r.difference) for o in (first, second) for a, r in o.items() if 'shuffled' not in a}
+    photographs the pointing game, beside how like the mean map of other photographs they are. Maps have no verdicts."""
+    alike = large[large.saliency == 'grad-cam'].groupby('arm').alike.mean()
+    def minus(metric, arms, *blocks, reference=lambda arm: 'CE'):
+        return [_gains(df, metric, arms, reference) for df in blocks]
+    cifar = minus('overall', ('paper', 'repaired'), above_random(small), above_random(again))
+    signs = {np.sign(r.difference) for o in cifar for r in o.values()}
     head = {(-1,): 'Worse on CIFAR-10, if anything', (1,): 'Better on CIFAR-10, if anything'}
-    points = _gains(large, 'pointing_game', ['semantic'])['semantic']
-    names = _gains(large, 'pointing_game', ['semantic'], 'semantic-shuffled')['semantic']
-    return (f"{head.get(tuple(signs), 'Cannot tell')}. Grad-CAM's insertion − deletion, less that of "
-            f"random pixels (which deletion rewards), minus cross-entropy's, in B ({_seeds(small)} seeds) and F "
-            f"({_seeds(again)}): {_in_both(first, second)}. On photographs (G, {_seeds(large)}) "
-            f"{_in_both(_gains(above_random(large), 'overall', ['semantic']), {})}; pointing game "
-            f"{in_points(points)}, minus shuffled names' {in_points(names)}. Each of these maps correlates by "
-            f"{alike} (cross-entropy's {alike_ce}) with the mean map of *other* photographs, which hits in {mean} "
-            f"({mean_ce}).")
+    photographs = minus('overall', ('paper', 'repaired', 'semantic'), above_random(large), above_random(brief))
+    points = minus('pointing_game', ['semantic'], large, brief)
+    names = minus('pointing_game', ['semantic'], large, brief, reference=lambda arm: f'{arm}-shuffled')
+    return (f"{head.get(tuple(signs), 'Cannot tell')}. Grad-CAM's insertion − deletion, less a random map's, minus "
+            f"cross-entropy's, in B ({_seeds(small)} seeds) and F ({_seeds(again)}): {_in_both(*cifar)}. On "
+            f"photographs, in E ({_seeds(large)}) and G ({_seeds(brief)}): {_in_both(*photographs)}; pointing game "
+            f"{_in_both(*points)}, minus shuffled names' {_in_both(*names).removeprefix('`semantic` ')}. Maps of "
+            f"`semantic` correlate by {alike['semantic']:.2f} (cross-entropy's {alike['CE']:.2f}) with the mean map of "
+            "*other* photographs (E).")
 
 # %% ../../nbs/evidence/57_findings.ipynb #1de9eb20
 def room_sentence(
@@ -113,7 +112,7 @@ def room_sentence(
 ) -> str:
     """What each arm loses to cross-entropy at insertion − deletion, beside how much less room its curves have between
     the blurred image and the whole one."""
-    arms = ['CE+LS', *_READ]
+    arms = ['CE+LS', 'paper', 'repaired', 'repaired-shuffled']
     room = small.assign(overall=small.probability - small.blurred)
     lost, less = _gains(above_random(small), 'overall', arms), _gains(room, 'overall', arms)
     each = ', '.join(f'`{a}` {in_points(lost[a])} of maps, {in_points(less[a])} of room' for a in arms)
@@ -219,10 +218,11 @@ def _extent(rows):
     before = lambda b: {BLOCKS[k].dataset for k in ran[:next(i for i, k in enumerate(ran) if BLOCKS[k] is b)]}
     where = lambda b: '' if not b.pooled and b.dataset in before(b) else f'{b.dataset}, '
     what = lambda b: where(b) + (f'{b.labels or "all"} labels' if b.pooled else b.says.split(': ')[-1].split(',')[0])
-    many = lambda n, b: f'{n} seeds' if n == b.seeds else f'{n} of {b.seeds} seeds'
-    each = (f'{k}: {what(BLOCKS[k])}, {many(rows[rows.block == k].n.max(), BLOCKS[k])}' for k in ran)
+    many = lambda n, b: f'{n}' if n == b.seeds else f'{n} of {b.seeds}'
+    each = '; '.join(f'{k}: {what(BLOCKS[k])} ({many(rows[rows.block == k].n.max(), BLOCKS[k])})' for k in ran)
     left = [k for k in BLOCKS if k not in set(rows.block)]
-    return '; '.join(each) + (f"; {', '.join(left)} {'is' if len(left) == 1 else 'are'} not run" if left else '')
+    none = f"; {', '.join(left)} {'is' if len(left) == 1 else 'are'} not run" if left else ''
+    return each.replace(')', ' seeds)', 1) + none
 
 # %% ../../nbs/evidence/57_findings.ipynb #19fe4a87
 def _but(rows, gains):

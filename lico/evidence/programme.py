@@ -146,7 +146,7 @@ SECONDARY = (Contrast('transport alone beats cross-entropy', 'CE+OT', 'CE'),
              Contrast('label smoothing beats cross-entropy', 'CE+LS', 'CE'),
              Contrast('LICO repaired beats supervised contrast', 'repaired', 'CE+SupCon'),
              Contrast('right names beat invented words (repaired)', 'repaired', 'repaired-random'),
-             # what was added when results were known: three by A, the last by A to G and L
+             # what was added when results were known: three by A, the last by all but E and R
              *(Contrast(f'LICO {a} beats transport alone, post hoc', k, 'CE+OT')
                for k, a in dict(paper='as printed', repaired='repaired', semantic='semantic').items()),
              Contrast('invented words beat cross-entropy (repaired), post hoc', 'repaired-random', 'CE'))
