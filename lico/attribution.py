@@ -27,7 +27,8 @@ def rise_masks(
 ):
     """Random masks [n, H, W]: a binary grid one cell larger than the picture, enlarged bilinearly and shifted by
     less than a cell (Petsiuk et al. 2018)."""
-    u, cell = torch.rand(n, cells*cells + 2, generator=generator).to(device), [-(-pixels//cells) for pixels in size]
+    u = torch.rand(n, cells*cells + 2, generator=generator, dtype=torch.float32).to(device)
+    cell = [-(-pixels//cells) for pixels in size]
     large = F.interpolate((u[:, None, :-2] < p).float().unflatten(2, (cells, cells)), [(cells + 1)*o for o in cell],
                           mode='bilinear')[:, 0]
     rows, columns = ((u[:, -2 + i]*cell[i]).long()[:, None] + torch.arange(size[i], device=device) for i in (0, 1))
@@ -118,7 +119,8 @@ def smoothgrad(
     for image, c in tqdm(list(zip(x, target)), 'SmoothGrad', unit='image', delay=2, leave=False):
         generator, total = torch.Generator().manual_seed(seed), torch.zeros_like(image)
         for i in range(0, samples, per):
-            drawn = [torch.randn(image.shape, generator=generator) for _ in range(min(per, samples - i))]
+            drawn = [torch.randn(image.shape, generator=generator, dtype=torch.float32)
+                     for _ in range(min(per, samples - i))]
             copies = image + noise*(image.max() - image.min())*torch.stack(drawn).to(image)
             total += input_gradient(net, copies, c.expand(len(copies))).sum(0)
         maps.append((total/samples).abs().sum(0))
@@ -154,7 +156,7 @@ def _guided_step(z, end, slope, goal, fraction):
 
 def guided_path_attribution(
     net, x, target,  # a backbone within `undisturbed`, images [B, 3, H, W], class indices [B]
-    steps=200,  # gradients along the whole path
+    steps=200,  # gradients along the whole path, rounded up to a multiple of anchors + 1
     fraction=0.25,  # of the features, how many move at a time
     anchors=20,  # points of the straight line that the path must pass, besides its ends
 ):
@@ -214,7 +216,8 @@ def noise(
     enlarged as those of a CAM are."""
     seeds = [derive_seed(seed, image.tobytes()) for image in x.cpu().numpy()]
     size = (cells, cells) if cells else x.shape[2:]
-    maps = torch.stack([torch.rand(size, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(x)
+    maps = [torch.rand(size, generator=torch.Generator().manual_seed(s), dtype=torch.float32) for s in seeds]
+    maps = torch.stack(maps).to(x)
     return F.interpolate(maps[:, None], x.shape[2:], mode='bilinear')[:, 0] if cells else maps
 
 def edges(

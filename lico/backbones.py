@@ -68,14 +68,12 @@ def create_backbone(
     return net.train()
 
 # %% ../nbs/method/16_backbones.ipynb #ab5c1b0d
-def _version(t): return None if t.is_inference() else t._version  # counts changes in place
-
 def keep_rest(
     maps: torch.Tensor,  # of a layer
     rest,  # the logits of the same pass, and what the classifier was given
 ) -> torch.Tensor:
     "The maps with the rest of the pass, which holds until they are changed in place."
-    maps.rest = rest, _version(maps)
+    if not maps.is_inference(): maps.rest = rest, maps._version  # counts changes in place, which inference does not
     return maps
 
 def kept_rest(
@@ -83,7 +81,7 @@ def kept_rest(
 ):
     "What `keep_rest` put there; `None` if there is nothing, or if the maps were changed since."
     rest, version = getattr(maps, 'rest', (None, None))
-    return rest if version == _version(maps) else None
+    return rest if rest is not None and version == maps._version else None
 
 class Adapted(nn.Module):
     "Any classifier in two halves, cut behind one of its modules."

@@ -20,7 +20,8 @@ def augment(
     flip: bool = False,  # mirror half of the images?
 ) -> torch.Tensor:
     "Random windows of the images padded by reflection, mirrored at random; [B, 3, S, S] like `x`."
-    (B, C, S, _), device = x.shape, x.device
+    (B, C, S, W), device = x.shape, x.device
+    if W != S: raise ValueError(f"images {list(x.shape)}: expected square ones, [B, C, S, S]")
     pad = S//8 if pad is None else pad
     if not 0 <= pad < S: raise ValueError(f"pad = {pad} for images of {S} pixels: expected a number from 0 to {S - 1}")
     start = torch.randint(2*pad + 1, (2, B, 1), generator=generator).to(device)
@@ -39,9 +40,10 @@ def training_batch(
     device=None,  # where the batch shall be; `None`: on the CPU
 ) -> tuple:
     "Augmented, normalised images float32 [B, 3, S, S] and their labels int64 [B]."
+    if not hasattr(data.train, 'x'): raise ValueError("these images are files on disk: iterate over training_batches")
     batch = data.train[index]
     x = data.normalise(augment(batch.x.to(device or 'cpu'), generator, flip=data.flip))
-    if noise: x = x + noise*torch.randn(x.shape, generator=generator).to(x.device)
+    if noise: x = x + noise*torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x.device)
     return x, batch.y.to(x.device)
 
 # %% ../nbs/method/10_batches.ipynb #07640637
@@ -74,8 +76,8 @@ def _file_batches(data, schedule, noise, device, share):
             for index, seed in schedule)
     for x, index, seeds in _batches(data, data.train, jobs, device):
         if noise:
-            x = x + noise*torch.stack([torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(s))
-                                       for s in seeds]).to(x.device)
+            draw = lambda s: torch.randn(x.shape[1:], generator=torch.Generator().manual_seed(s), dtype=torch.float32)
+            x = x + noise*torch.stack([draw(s) for s in seeds]).to(x.device)
         yield x, data.train.y[index].to(x.device)
 
 def _image_batches(data, schedule, noise, device, share):

@@ -21,7 +21,7 @@ def imagenet_classifier():
     """EfficientNet-Lite0 trained on ImageNet-1k, in eval mode; the preprocessing that turns a PIL image into its
     input [3, 224, 224]; and the names of its 1,000 classes."""
     from timm.data import ImageNetInfo, create_transform
-    net = create_backbone('tf_efficientnet_lite0', 1000, 224, pretrained=True)
+    with torch.random.fork_rng([]): net = create_backbone('tf_efficientnet_lite0', 1000, 224, pretrained=True)
     preprocess = create_transform(224, interpolation='bicubic', mean=(127/255,)*3, std=(128/255,)*3, crop_pct=0.875)
     return net.eval(), preprocess, list(map(ImageNetInfo().index_to_description, range(1000)))
 
@@ -119,7 +119,8 @@ def cam(
     kind,  # "grad-cam", "grad-cam++" or "score-cam"
     batch_size=None,  # images per forward pass of Score-CAM
 ):
-    "Maps [B, H, W] of a layer, the last feature maps if none is named."
+    """Maps [B, H, W] of a layer, the last feature maps if none is named (Selvaraju et al. 2017; Chattopadhay et al.
+    2018; Wang et al. 2020)."""
     choose('CAM', kind, ('grad-cam', 'grad-cam++', 'score-cam'))
     gradient, maps, _ = _weights_and_maps(net, x.detach().clone().requires_grad_(), target)
     gradient, maps = gradient.detach(), maps.detach()

@@ -11,6 +11,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from .config import choose
+from .losses import without_autocast
 
 # %% ../nbs/method/11_encoders.ipynb #eec864cf
 def _layout(names, n, front, begin, end):
@@ -84,9 +85,8 @@ def _name_mean(h, first, sizes):
 # %% ../nbs/method/11_encoders.ipynb #de51cce1
 def _attention(q, k, v, mask):
     "Attention of q [K, heads, L, w] to those of k and v [K, heads, L', w] that `mask` lets it see; [K, L, heads*w]."
-    wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        seen = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask).to(q.dtype)
+    wide = (o.to(torch.promote_types(o.dtype, torch.float32)) for o in (q, k, v))
+    seen = without_autocast(F.scaled_dot_product_attention)(*wide, attn_mask=mask).to(q.dtype)
     return seen.transpose(1, 2).flatten(2)
 
 class _Packing:
@@ -115,14 +115,14 @@ def _heads(x, n): return x.unflatten(-1, (n, -1)).transpose(1, 2)  # [K, L, w] -
 
 # %% ../nbs/method/11_encoders.ipynb #9656eb90
 class BERTText(TextEncoder):
-    """A Hugging Face BERT, or ALIGN's text tower, as a frozen text encoder; its class row is the mean over the
-    name's own tokens."""
+    """A copy of a Hugging Face BERT, or of ALIGN's text tower, as a frozen text encoder; its class row is the mean over
+    the name's own tokens."""
     def __init__(
         self,
         model,  # a `transformers.BertModel` or `AlignTextModel`
         tokenizer,  # its tokenizer
     ):
-        special = [tokenizer.cls_token_id, tokenizer.sep_token_id]
+        special, model = [tokenizer.cls_token_id, tokenizer.sep_token_id], copy.deepcopy(model)
         super().__init__(model.get_input_embeddings(), special, model.config.hidden_size,
                          model.config.max_position_embeddings)
         self.model, self.tokenizer = model, tokenizer

@@ -10,7 +10,8 @@ import math, numbers, warnings
 from dataclasses import dataclass
 import numpy as np, torch
 from torch import nn
-from .networks import undisturbed, unwrapped
+from .losses import without_autocast
+from .networks import as_tensor, undisturbed, unwrapped
 from .copies import in_float32
 from .probes import Probe, looker
 from .cams import constant_maps
@@ -26,7 +27,7 @@ def finite_maps(
     saliency,  # maps [B, H, W], of any type of number
 ) -> torch.Tensor:
     "Finite float maps [B, H, W], or a refusal."
-    try: saliency = torch.as_tensor(saliency).detach()
+    try: saliency = as_tensor(saliency).detach()
     except (TypeError, ValueError, RuntimeError): raise ValueError(
         f"saliency is {type(saliency).__name__}: expected maps [B, H, W], a tensor or an array") from None
     if saliency.ndim != 3 or not saliency.numel():
@@ -35,7 +36,8 @@ def finite_maps(
     if bad.any():
         raise ValueError(f"saliency map {_which(bad)} is not finite: a metric of it would say nothing, "
                          "so leave it out and count it")
-    return saliency if saliency.dtype in (torch.float32, torch.float64) else saliency.float()
+    whole = not saliency.is_floating_point() and saliency.device.type != 'mps'  # which has no float64
+    return saliency.to(torch.promote_types(saliency.dtype, torch.float64 if whole else torch.float32))
 
 # %% ../nbs/method/27_metrics.ipynb #ee57668f
 def _inputs(x, saliency, target, step):
@@ -101,12 +103,13 @@ def blur(
     "Images through a Gaussian filter, reflected at the border: where insertion begins."
     from torchvision.transforms.v2.functional import gaussian_blur
     scaled = 5*min(x.shape[-2:])/224
-    return gaussian_blur(x, kernel or 2*max(1, round(scaled)) + 1, sigma or scaled)
+    kernel = 2*max(1, round(scaled)) + 1 if kernel is None else kernel
+    return without_autocast(gaussian_blur)(x, kernel, scaled if sigma is None else sigma)
 
 # %% ../nbs/method/27_metrics.ipynb #19299fa3
 def _baseline(baseline, x):
     "A number or a tensor as images like `x`."
-    try: baseline = torch.as_tensor(baseline, dtype=x.dtype, device=x.device)
+    try: baseline = as_tensor(baseline, dtype=x.dtype, device=x.device)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"baseline is {type(baseline).__name__}: expected a number or a tensor") from None
     if not baseline.isfinite().all(): raise ValueError("baseline holds values that are not finite: expected numbers")
@@ -127,7 +130,7 @@ def insertion(
     x           the network's input [B, C, H, W], normalised floats
     saliency    maps [B, H, W]; only their order matters
     target      class index, or one for each image, int64 [B]
-    step        pixels per step. None: 28 steps, ceil(HW/28)
+    step        pixels per step. None: ceil(HW/28), 28 steps or, of small images, fewer
     baseline    where to begin: a number or a tensor that broadcasts to x. None: `blur(x)`
     score       "softmax", "logit", or a function from its output to [n, K]. None: softmax, of one column sigmoid
     batch_size  frames in one forward pass. None: as many as are fast
@@ -220,8 +223,8 @@ def pointing_game(saliency: torch.Tensor, regions, tolerance: float = 15) -> tor
     image's regions.
 
     saliency   maps [B, H, W]
-    regions    for each image boxes [K, 4] (x0, y0, x1, y1 in pixels, or torchvision's in a format of theirs) or boolean
-               masks [K, H, W]
+    regions    for each image boxes [K, 4] (x0, y0, x1, y1 in pixels, the last two just outside; or torchvision's in a
+               format of theirs) or boolean masks [K, H, W]
     tolerance  pixels between a maximum and the region that still count as a hit; 15 is for images of 224 pixels, so
                give 15*W/224 at other widths
 
@@ -236,7 +239,8 @@ def pointing_game(saliency: torch.Tensor, regions, tolerance: float = 15) -> tor
                          "it")
     masks = [masks.any(0) for masks in _regions(regions, saliency)]
     near = [distance_transform_edt(~mask) <= tolerance for mask in masks]
-    return torch.tensor([float(n[s == s.max()].mean()) for n, s in zip(near, saliency.cpu().numpy())])
+    hits = [float(n[s == s.max()].mean()) for n, s in zip(near, saliency.cpu().numpy())]
+    return torch.tensor(hits, dtype=torch.float32)
 
 # %% ../nbs/method/27_metrics.ipynb #318558c1
 def _energy(saliency):

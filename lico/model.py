@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from .backbones import feature_rows, keep_rest, kept_rest
-from .losses import LossOptions, kl_rows, log_adjacency, mean_cosine, ot_alignment, row_entropy
+from .losses import (LossOptions, kl_rows, log_adjacency, mean_cosine, ot_alignment, row_entropy,
+                         without_autocast)
 from .temperatures import calibrated_taus
 from .networks import refuse_no_images, rows_of_output, statistics_kept, undisturbed, zeros_stirred
 from .shipping import load_network, save_network
@@ -54,11 +55,11 @@ def exact(
     function,  # of tensors, at least one, all on one device
 ):
     "The same function with autocast off around it, and its floating-point arguments made `wide`."
+    made_wide = lambda a: wide(a) if torch.is_tensor(a) and a.is_floating_point() else a
     @functools.wraps(function, updated=())
     def wrapper(*args, **options):
-        tensors = [a for a in args if torch.is_tensor(a)]
-        args = [wide(a) if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
-        with torch.autocast(tensors[0].device.type, enabled=False): return function(*args, **options)
+        options = {k: made_wide(v) for k, v in options.items()}
+        return without_autocast(function)(*map(made_wide, args), **options)
     return wrapper
 
 # %% ../nbs/method/19_model.ipynb #bda7b963
@@ -274,9 +275,9 @@ class LICO(_TwoSides):
         same = dict(o.reading, sign=-1 if o.mm_sign == 'minus' else 1)
         log_f, log_g = log_adjacency(image, tau_f, **same), log_adjacency(text, tau_g, **same)
         most = torch.tensor(float(max(len(rows) - (o.mm_diagonal == 'out'), 1))).log()  # of one entry: 0, the share nan
-        stats = dict(tau=tau_g.detach(), entropy_image=row_entropy(log_f.detach())/most,
+        stats = dict(tau=tau_g.detach().clone(), entropy_image=row_entropy(log_f.detach())/most,
                      entropy_text=row_entropy(log_g.detach())/most)
-        if o.tau == 'calibrated': stats['tau_image'] = tau_f
+        if o.tau == 'calibrated': stats['tau_image'] = tau_f.clone()
         return kl_rows(log_g, log_f), stats
 
     def calibrate(self, pooled, rows, raw, mapped, y):

@@ -214,7 +214,7 @@ def as_input(image, window, S, mean, std):
     "What a network takes, float32 [3, S, S], of a PIL image as `Image.open` gives it."
     import numpy as np, torch
     pixels = torch.tensor(np.array(window(as_rgb(image), S))).permute(2, 0, 1)
-    mean, std = (torch.tensor(o).view(3, 1, 1) for o in (mean, std))
+    mean, std = (torch.tensor(o, dtype=torch.float32).view(3, 1, 1) for o in (mean, std))
     return (pixels.float()/255 - mean)/std
 
 def window_source(

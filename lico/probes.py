@@ -151,7 +151,7 @@ class Probe:
         if not row.isfinite().all():
             raise ValueError("the network's answer to image 0 is not finite: check the network's weights and that its "
                              "input is normalised as in training")
-        if not seen.equal(self.shown): self.net = given_copies(net)
+        if seen._version or not seen.equal(self.shown): self.net = given_copies(net)  # it writes into its images
         self.classes = max(2, row.shape[1]) if score != 'logit' and not callable(score) else row.shape[1]
         if score is None and sums_to_one(row): self.score = lambda out: out
         # what ends in a sigmoid is probabilities already

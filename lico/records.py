@@ -10,6 +10,7 @@ import contextlib, json, sys, time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from .backbones import create_backbone
@@ -167,7 +168,8 @@ def load_backbone(
 ) -> nn.Module:
     "The plain classifier that a run left, in evaluation mode; needs nothing but the run's folder."
     weights, (name, options) = _weights_of(record), _built(record)
-    net = create_backbone(name, record['classes'], record['spec']['image_size'], **options)
+    with torch.random.fork_rng([]):
+        net = create_backbone(name, record['classes'], record['spec']['image_size'], **options)
     net.load_state_dict({k.removeprefix('backbone.'): v for k, v in weights.items() if k.startswith('backbone.')})
     return net.eval()
 

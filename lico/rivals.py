@@ -72,6 +72,8 @@ class Consistent(CrossEntropy):
     def term(self, x, y) -> tuple:
         """`consistency(x, target, maps, batch)` of the images, their classes and their Grad-CAM maps [B, h, w], and the
         logits of the whole batch."""
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled(): raise ValueError(
+            f"the loss of {type(self).__name__} compares maps, which are gradients: ask for it without no_grad around")
         with sdpa_kernel(SDPBackend.MATH):
             batch = Batch(x, self.training)
             with batch:

@@ -14,7 +14,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from torch import nn
 
-from .networks import module_name, refuse_no_images, undisturbed, unwrapped
+from .networks import as_tensor, module_name, refuse_no_images, undisturbed, unwrapped
 from .copies import in_float32, usual_batch
 from .probes import FEATURES, Probe, settle
 from .cams import cam, group_cam, to_unit
@@ -69,7 +69,7 @@ def class_indices(
     device,  # where they lie
 ) -> torch.Tensor:
     "int64 [n], or a refusal."
-    try: target = torch.as_tensor(target, device=device)
+    try: target = as_tensor(target, device=device)
     except (TypeError, ValueError, RuntimeError):
         raise ValueError(f"target {target!r}: expected one class index, or one for each of {n} images") from None
     if (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool
@@ -145,9 +145,10 @@ def explain(
                 lico.probes.default_layer(net, x) names it.
     reshape     for layers whose layout cannot be told: a function from what the layer gives to [B, channels, h, w].
     score       a function from the network's output to one number a class for each image, [B, K], such as
-                torch.sigmoid for many labels; or "softmax", or "logit". None: logits where gradients are taken,
-                their softmax where pictures are hidden; what is probabilities already (it sums to one, or ends in a
-                sigmoid) is left as it is. One column means two classes. An output with .logits is unwrapped.
+                torch.sigmoid for many labels; or "softmax", or "logit". None: logits where gradients are taken
+                and for score-cam, their softmax where else pictures are hidden; what is probabilities already (it sums
+                to one, or ends in a sigmoid) is left as it is. One column means two classes. An output with .logits is
+                unwrapped.
     batch_size  images per pass; bounds the memory. None: as many as are fast.
     seed        of rise, smoothgrad and random.
     options     the method's own, as above.
@@ -198,7 +199,7 @@ def overlay(image, saliency, alpha: float = 0.5, cmap: str = 'jet') -> np.ndarra
     ValueError for a batch, and for values outside these ranges.
     """
     from matplotlib import colormaps
-    picture, m = _picture(image), torch.as_tensor(saliency).detach().cpu().float()
+    picture, m = _picture(image), as_tensor(saliency).detach().cpu().float()
     if m.ndim != 2 or not m.numel() or not (m.isfinite().all() and m.min() >= 0 and m.max() <= 1):
         raise ValueError(f"a map of shape {list(m.shape)}: expected one map [h, w] in [0, 1], as explain gives")
     if not 0 <= alpha <= 1: raise ValueError(f"alpha is {alpha}: expected a share from 0 to 1")

@@ -6,9 +6,10 @@
 __all__ = ['Scene', 'Scenes', 'digit_scenes', 'scene_dataset', 'unseen_scenes', 'coco_scenes', 'coco_to_imagenet']
 
 # %% ../nbs/method/29_scenes.ipynb #b76db73a
-import csv, functools, importlib.resources, json, tempfile
+import csv, functools, importlib.resources, json, operator, tempfile
 from collections import defaultdict
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 import numpy as np, torch
 from .config import choose, derive_seed, root
@@ -40,7 +41,7 @@ class Scenes:
     names: tuple  # of the images
     read: callable  # position -> Scene
     def __len__(self): return len(self.names)
-    def __getitem__(self, i): return self.read(range(len(self))[i])
+    def __getitem__(self, i): return self.read(range(len(self))[operator.index(i)])
     def __repr__(self): return f'{len(self):,} scenes, {len(self.class_names)} classes'
 
 # %% ../nbs/method/29_scenes.ipynb #fe5d9d8e
@@ -109,8 +110,8 @@ def _labels(rng, k, kind, n_classes):
 
 def _range(name, value, low):
     "(smallest, largest) from a whole number or a pair of them."
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) == 2 and all(isinstance(v, int) for v in pair) and low <= pair[0] <= pair[1]: return pair
+    pair = (value, value) if isinstance(value, Integral) else tuple(value)
+    if len(pair) == 2 and all(isinstance(v, Integral) for v in pair) and low <= pair[0] <= pair[1]: return pair
     raise ValueError(f"{name} = {value!r}: expected a whole number of at least {low}, or a pair (smallest, largest)")
 
 # %% ../nbs/method/29_scenes.ipynb #1a54a2bb

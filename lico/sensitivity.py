@@ -122,7 +122,7 @@ def sanity_check(
 def random_affine(
     n: int,  # number of transforms
     seed: int = 0,
-    area: tuple = (0.08, 1),  # smallest and largest share of the image's area in the window
+    area: tuple = (0.08, 1),  # smallest and largest share of the image's area, before the window's sides are cut
     degrees: float = 0,  # largest rotation
     flip: bool = True,  # mirror half of them
     size: tuple = (1, 1),  # (H, W) of the images, by which a rotation turns and does not shear
@@ -132,9 +132,9 @@ def random_affine(
     if not 0 < area[0] <= area[1] <= 1:
         raise ValueError(f"area = {area}: expected two shares of the image's area, 0 < smallest <= largest <= 1")
     generator = torch.Generator().manual_seed(derive_seed(seed, 'affine'))
-    draw = lambda low, high: low + (high - low)*torch.rand(n, generator=generator)
+    draw = lambda low, high: low + (high - low)*torch.rand(n, generator=generator, dtype=torch.float32)
     share, ratio, angle = draw(*area), draw(math.log(3/4), math.log(4/3)).exp(), draw(-1, 1)*math.radians(degrees)
-    mirror = draw(-1, 1).sign() if flip else torch.ones(n)
+    mirror = draw(-1, 1).sign() if flip else torch.ones(n, dtype=torch.float32)
     w, h = (share*ratio).sqrt().clamp(max=1), (share/ratio).sqrt().clamp(max=1)
     cos, sin = angle.cos(), angle.sin()
     H, W = size

@@ -37,7 +37,7 @@ def predict(
     progress: bool = False,  # show a bar
 ) -> torch.Tensor:
     "The predicted label of every image, int64 [n], on the CPU. `FloatingPointError` for answers that are not finite."
-    where = next(net.parameters()).device
+    where = next((t.device for t in (*net.parameters(), *net.buffers())), torch.device('cpu'))
     with undisturbed(net, where):
         if weights: (net := deep_copy(net)).load_state_dict(weights, strict=False)
         first = next(iter(test_batches(data, images[:1], 1, where)))
@@ -55,6 +55,8 @@ def accuracy(
     predicted, labels,  # int64 [n], on one device
 ) -> float:
     "The share of right predictions in percent."
+    if predicted.shape != labels.shape:
+        raise ValueError(f"{list(predicted.shape)} predictions and {list(labels.shape)} labels: expected one each")
     return 100*(predicted == labels).double().mean().item()
 
 # %% ../nbs/method/22_training.ipynb #0f0023a8
@@ -232,7 +234,8 @@ def fit(
     model, data, epochs: int = None, steps: int = None, preset: str = 'paper', seed: int = 0, evaluations: int = 1,
     folder=None, checkpoint_seconds: float = 30., progress: bool = True, on_epoch=None, **options,
 ) -> list:
-    """Train `model.backbone` in place (Algorithm 1), on `lico.config.device()`, where it stays; one row per epoch.
+    """Train `model.backbone` in place (Algorithm 1), on `lico.config.device()`, where it stays, in training mode and
+    with the preset's momentum of batch norm; one row per epoch.
     With an average, the backbone ends with the averaged weights. More epochs in the same folder extend a run; unless
     the schedule is `constant`, the learning rate then jumps to that of the longer run, which is warned of and in the
     log as `extended_at`.

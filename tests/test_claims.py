@@ -1,8 +1,9 @@
 "Claims and coverage from stored results, and that what is kept in figures/paper is not stale."
-import math, re
+import itertools, math, re
 from dataclasses import replace
 
 import numpy as np, pandas as pd, pytest
+from scipy import stats
 
 from lico.evidence.pages import parameters
 from lico.config import root
@@ -14,6 +15,7 @@ from lico.evidence.findings import done_again, findings, maps_sentence, room_sen
 from lico.evidence.programme import (ARMS, BLOCKS, LOUDER, PRIMARY, SECONDARY, above_random, arm_name, asked_of_block,
                                      block_runs, contrast_rows, map_table, maps_of_block)
 from lico.evidence.stats import holm
+from lico.runs import options_of
 from test_stats import rows
 
 BASE = np.array([60., 61., 62., 63., 64.])
@@ -148,8 +150,8 @@ def test_what_one_block_decides():
     assert contrast_rows(few, LOUDER).verdict.isna().all()
     every = pd.concat([contrast_rows(made), contrast_rows(made, SECONDARY, family=False), contrast_rows(made, LOUDER)])
     said = findings(every, 'Nobody looked.')
-    assert re.search(r'With louder names \(L\) \+\S+ ± \S+ \(supported\), in transport alone \S+ ± \S+ of its gain '
-                     r'of \S+ ± \S+ \((equivalent within 1 point|inconclusive)\)\.', said)
+    assert re.search(r'With louder names \(L\) \+\S+ ± \S+ \(supported\), in transport alone \S+ ± \S+ of its '
+                     r'\S+ ± \S+ \((equivalent within 1 point|inconclusive)\)\.', said)
 
 
 @pytest.mark.parametrize('gain, invented, says', [
@@ -273,7 +275,7 @@ def test_the_sentence_on_maps():
                           for s in ('grad-cam', 'random')])
     def on_photographs(block, **own):
         df = maps(block, 'pointing_game', **own).assign(overall=maps(block, 'overall', **own).overall)
-        return df.assign(alike=df.arm.map(lambda a: .5 + .4*(a == 'semantic')))
+        return df.assign(alike=df.arm.map(lambda a: .5 + .4*(a == 'semantic')), energy=df.pointing_game/2)
     brief = on_photographs('G', **{'CE': 0, 'CE+OT': 1, 'semantic': 3, 'semantic-shuffled': 2})
     own = {'paper': 1, 'repaired': 2, 'repaired-shuffled': 7, 'semantic': 4, 'semantic-shuffled': 5}
     large = on_photographs('E', **dict.fromkeys(BLOCKS['E'].arms, 0) | own)
@@ -285,7 +287,7 @@ def test_the_sentence_on_maps():
     again = maps('F', 'overall', **dict.fromkeys(BLOCKS['F'].arms, 0) | own)
     said = maps_sentence(pd.concat([bare, small[small.seed >= 3]]), again, large, brief)
     assert said.startswith('Cannot tell. ')
-    assert ('in B (7 seeds) and F (10): `paper` +3.00 and −1.00, `repaired` +4.00 and +1.00. On '
+    assert ('in B (7 seeds), F (10): `paper` +3.00 and −1.00, `repaired` +4.00 and +1.00. On '
             'photographs') in said
     assert '`CE+LS` +0.00 of maps, −6.00 of room, `paper` +3.00 of maps, +0.00 of room' in room_sentence(small)
     some = maps_sentence(small, again[again.arm != 'paper'], large, brief)
@@ -294,9 +296,10 @@ def test_the_sentence_on_maps():
     paper = again[again.arm == 'paper'].assign(overall=lambda d: -100. - d.overall*(d.saliency == 'grad-cam'))
     turned = maps_sentence(turned[0], pd.concat([turned[1], paper]), large, brief)
     assert turned.startswith('Worse on CIFAR-10, if anything')
-    assert ("photographs, in E (5) and G (5): `paper` +1.00, `repaired` +2.00, `semantic` +4.00 and +3.00; pointing "
-            "game `semantic` +8.00 and +6.00, minus shuffled names' −2.00 and +2.00.") in said
-    assert said.endswith("by 0.90 (cross-entropy's 0.50) with the mean map of *other* photographs (E).")
+    assert ("photographs, in E (5), G (5): `paper` +1.00, `repaired` +2.00, `semantic` +4.00 and +3.00; pointing "
+            "game of `semantic` +8.00 and +6.00, minus shuffled names' −2.00 and +2.00; energy in boxes +4.00 and "
+            "+3.00, minus shuffled names' −1.00 and +1.00. Maps of") in said
+    assert said.endswith("by 0.90 (cross-entropy's 0.50) with the mean map of *other* photographs.")
 
 
 def test_networks_without_maps_stand_beside_those_with_some():
@@ -382,3 +385,66 @@ def test_a_block_without_images_for_maps_is_refused(lico_root):
     p = parameters('language', dict(profile='laptop', out='', block='A', saliency='grad-cam', test_images=''))
     with pytest.raises(ValueError, match='block A declares no maps, .* say how many with -p test_images'):
         maps_of_block(p)
+
+
+def test_what_is_pooled_weighs_blocks_alike():
+    "Six pairs and five: every sign that they can have, the smaller margin, and Holm over the five that were declared."
+    a, c = (programme(k, repaired=1).query('arm != "semantic-shuffled"') for k in 'AC')
+    df = contrast_rows(dict(A=a[a.seed < 6], C=c[c.seed < 5].assign(accuracy_last=lambda d: d.accuracy_last + 7)))
+    whole, apart = df[df.block == 'all'].set_index('contrast'), df[df.block != 'all'].groupby('contrast')
+    for says, r in whole.iterrows():
+        x, y = (np.array(o) for o in apart.get_group(says).differences)
+        by = [abs((x*s[:6]).mean() + (y*s[6:]).mean()) for s in itertools.product((1, -1), repeat=11)]
+        assert r.p_flip == pytest.approx(np.mean([o > by[0] - 1e-9 for o in by])) and r.margin == .5
+        assert r.p_same == pytest.approx(stats.ttest_ind(x, y, equal_var=False).pvalue)
+        assert r.base == pytest.approx(apart.get_group(says).base.mean())
+    first = df[df.pooled].drop_duplicates('contrast')
+    assert len(whole) == 3 and whole.n.tolist() == [11]*3 and len(first) == 4
+    assert first.p_holm.tolist() == pytest.approx(holm([*first.p, math.nan])[:4].tolist())
+
+
+def test_seeds_of_blocks():
+    seeds = {k: {r.seed for r in block_runs(k, b.dataset)} for k, b in BLOCKS.items()}
+    assert all(seeds[k] == set(range(b.first, b.first + b.seeds)) for k, b in BLOCKS.items())
+    assert not seeds['R'] & seeds['B'], 'fresh'
+
+
+def test_what_doing_again_is_beside():
+    full = programme('A')
+    half = full.assign(id=full.id + 'h', accuracy_last=2*full.accuracy_last)
+    o, own = done_again(full, half).set_index('arm').loc['CE'], full[full.arm == 'CE'].accuracy_last
+    assert o.base == pytest.approx(own.mean()) and o.sd_seeds == pytest.approx(2*own.std())
+
+
+def test_a_small_loss_elsewhere_is_no_exception():
+    made = {k: programme(k, repaired=3) for k in 'AB'} | {'E': programme('E', repaired=-1)}
+    assert 'but `repaired` not in' not in said_of(made)
+
+
+def test_the_papers_data_is_of_the_papers_schedule(lico_root):
+    for profile, where in dict(paper="the paper's data", laptop='natural images').items():
+        store('table3', rows('CE', BASE, text=None, method='CE'), rows('LICO', BASE + 3 + NOISE), profile=profile)
+        r = claim_rows().set_index('claim').loc['LICO gains accuracy, with few labels']
+        assert r['where'] == where
+    for labels in ('40', '4000'):
+        both = rows('CE', BASE, text=None, method='CE'), rows('LICO', BASE + 3 + NOISE)
+        store(f'table3-{labels}', *both, labels=labels)
+    assert claim_rows().set_index('claim').loc['LICO gains accuracy, with few labels'].margin == .5
+
+
+def test_stored_rows_of_a_block_are_of_its_declared_runs():
+    assert set(claims.blocks()) >= set('ABCE')
+    for k, df in claims.blocks().items():
+        said = lambda r: ', '.join(f'{n}={v}' for n, v in r.options if n != 'class_text')
+        declared = {(arm_name(r), r.method, r.seed, said(r), options_of(r)['precision'])
+                    for r in block_runs(k, BLOCKS[k].dataset)}
+        df = df.assign(options=df.options.fillna(''), precision=df.get('precision', pd.Series('fp32', df.index)))
+        found = set(df[['arm', 'method', 'seed', 'options', 'precision']].itertuples(index=False, name=None))
+        assert found <= declared, (k, sorted(found - declared)[:3])
+
+
+def test_what_contrasts_are_kept_is_not_stale():
+    kept = pd.read_csv(root()/'figures'/'paper'/'contrasts.csv').drop(columns='differences')
+    families = {PRIMARY: True, SECONDARY: False, LOUDER: True}
+    now = pd.concat([contrast_rows(claims.blocks(), *o) for o in families.items()], ignore_index=True)
+    pd.testing.assert_frame_equal(kept, now[list(kept)], check_dtype=False, rtol=1e-6)

@@ -1,5 +1,6 @@
 "Figure 9 against independent references: the last layer's input, pandas, splits and orders whose answer is known."
 import numpy as np, pandas as pd, pytest, torch
+from dataclasses import replace
 from types import SimpleNamespace
 
 from scipy import stats
@@ -14,6 +15,7 @@ from lico.evidence.stats import METRICS, conditions, paired
 from lico.evidence.store import read_points, read_results, write_results
 from lico.experiments import Run
 from lico.records import run
+from lico.text import PromptLearner, load_text_encoder
 
 TOP = root()
 rng = np.random.default_rng(0)
@@ -141,3 +143,13 @@ def test_the_picture_is_held_against_the_features():
 def test_committed_points_are_of_committed_networks():
     for folder in ('figure9', 'figure9-cifar10'):
         assert set(read_points(TOP/'figures'/folder).id) <= set(read_results(TOP/'figures'/folder).id), folder
+
+
+def test_all_networks_are_measured_on_the_same_images(lico_root):
+    tiny = Run(labels=40, backbone='wrn_10_1', steps=1)
+    runs = [run(replace(tiny, method=m, seed=s), progress=False) for m, s in (('CE', 0), ('CE+OT', 1))]
+    points = [measure_features(r, 100)[1].name.tolist() for r in runs]
+    assert points[0] == points[1]
+    names = tuple(map(str, range(10)))
+    vectors = PromptLearner(load_text_encoder('minilm'), names, n_context=0)(torch.arange(10))[:, -1].detach()
+    assert measure_features(runs[1], 100)[0]['ordinal_text'] == order_correlation(vectors, range(10), range(10))

@@ -7,12 +7,15 @@ import pandas as pd, pytest, torch
 from lico import config, experiments, records as records_module, runs
 from lico.architectures import _at_commit
 from lico.backbones import create_backbone
+from lico.data import load
 from lico.evidence.recipe import starting_network
 from lico.experiments import (RIVALS, TRAINING_METHODS, Run, estimate, frame, load_data, run_id, runs_folder, spec,
                               start, sweep)
+from lico.model import CrossEntropy
 from lico.records import load_backbone, read_record, run, run_of, ship
 from lico.shipping import load_network, preprocessing_of, save_network
 from lico.text import load_text_encoder
+from lico.training import fit
 
 TINY = Run(labels=40, backbone='wrn_10_1', steps=1)
 
@@ -417,3 +420,28 @@ def test_folders_that_are_no_models_of_timm(tmp_path, content, sentence):
 def test_own_networks_take_no_arguments_of_timm_s():
     with pytest.raises(ValueError, match='wrn_16_1 has no drop_rate'): create_backbone('wrn_16_1', drop_rate=.5)
     assert len(create_backbone('test_vit', 10, 32, depth=1).blocks) == 1
+
+
+def test_a_record_tells_the_last_test_from_the_best():
+    log = [dict(step=s, test_accuracy=a, ce=1., seconds=2.) for s, a in ((1, 30.), (2, 50.), (3, 40.))]
+    o = records_module._outcome([*log[:2], dict(step=9, ce=1., seconds=2.), log[2]])
+    assert (o['accuracy_last'], o['accuracy_best'], o['best_step'], o['tests']) == (40, 50, 2, 3) and o['seconds'] == 8
+
+
+@pytest.mark.parametrize('control', ['names', 'shuffled', 'random'])
+def test_a_seed_has_texts_of_its_own(control):
+    "Derangement, invented words, first context and mapping: of the run's seed, not of the first one's."
+    r, encoder = replace(TINY, method='LICO', options=dict(class_text=control)), load_text_encoder('minilm')
+    a, b = (start(replace(r, seed=s), load_data(TINY), encoder) for s in (0, 1))
+    said = [m.prompts.enc.word_embeddings(torch.cat(m.prompts.ids)) for m in (a, b)]
+    assert torch.equal(*said) == (control == 'names') and not torch.equal(a.prompts.context, b.prompts.context)
+    assert not torch.equal(a.mapping[0].weight, b.mapping[0].weight)
+
+
+def test_what_a_step_draws_is_of_the_seed():
+    "Shuffled contexts and dropout come from torch's generator, which each step seeds anew."
+    class Heard(CrossEntropy):
+        def forward(self, x, y): seen.append(torch.initial_seed()); return super().forward(x, y)
+    seen, data = [], load('digits', labels=40)
+    for s in (0, 1, 0): fit(Heard(create_backbone('wrn_10_1', 10, 16)), data, steps=2, seed=s, progress=False)
+    assert len(set(seen)) == 4 and seen[:2] == seen[4:]

@@ -1,5 +1,5 @@
 "Ordinary calls that once went wrong without a word: now they are right, or refused in one sentence."
-import contextlib, dataclasses, json, math, os, subprocess, sys
+import contextlib, copy, dataclasses, json, math, os, subprocess, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +9,11 @@ from torch import nn
 
 from lico import data as data_module
 from lico.backbones import adapt, create_backbone
+from lico.batches import augment, training_batch
+from lico.cams import imagenet_classifier
 from lico.config import derive_seed, root
-from lico.data import box_masks, load
+from lico.data import Files, box_masks, load
+from lico.encoders import BERTText
 from lico.evidence.arms import compare
 from lico.evidence.cases import Cases, Network, coco_in
 from lico.evidence.embeddings import order_sentences
@@ -24,15 +27,17 @@ from lico.evidence.stats import sign_flip
 from lico.evidence.store import image_rows, processes, read_results, write_results
 from lico.experiments import TRAINING_METHODS, Run, start
 from lico.losses import LossOptions, adjacency, cost_matrix, manifold_matching, ot_alignment, sinkhorn
-from lico.metrics import deletion, energy_pointing_game, insertion, pointing_game
+from lico.metrics import blur, deletion, energy_pointing_game, insertion, pointing_game
 from lico.model import LICO, CrossEntropy, refuse_other_forward
-from lico.pixels import read_image
-from lico.rivals import CGC, SupCon
+from lico.pixels import as_input, read_image, whole_square
+from lico.rivals import CGC, GCC, SupCon, cgc_loss
+from lico.scenes import digit_scenes
+from lico.sensitivity import random_affine
 from lico.shipping import load_network, loading_lines, preprocessing_of, save_network
 from lico.saliency import METHODS, explain, overlay
 from lico.temperatures import calibrated_taus
 from lico.text import PromptLearner, load_text_encoder
-from lico.training import fit, predict
+from lico.training import accuracy, fit, predict
 
 
 @pytest.fixture(scope='module')
@@ -633,7 +638,7 @@ def test_a_page_of_one_block_takes_no_other(tmp_path):
         (tmp_path/file).write_bytes((root()/'figures'/'looking'/file).read_bytes())
     p = parameters('looking', dict(profile='smoke', out=str(tmp_path), block='A', datasets='digits',
                                    stored='add', arms=''))
-    with pytest.raises(ValueError, match='shows other networks .block G there, A here, dataset .* there, digits here'):
+    with pytest.raises(ValueError, match='shows other networks .block E there, A here, dataset .* there, digits here'):
         collect_looking(p)
 
 
@@ -866,3 +871,123 @@ def test_a_batch_is_looked_at_before_the_network_is(digits, encoder):
     with pytest.warns(UserWarning, match='a batch of one image: matching has no other'): model(x[:1], y[:1])
     with pytest.warns(UserWarning, match=r'images from 0 to 2\d\d look like raw levels'):
         explain(model.backbone.eval(), digits.train.x[:2].float(), method='grad-cam')
+
+
+class Clip(nn.Module):
+    "Cuts its own input to [0, 1], in place."
+    def forward(self, x): return x.clamp_(0, 1)
+
+
+@pytest.mark.parametrize('method', ['edges', 'smoothgrad', 'grad-cam', 'score-cam', 'rise'])
+def test_a_network_that_writes_into_some_of_its_images_gets_copies(method):
+    "The first image is within the bounds, so it is not changed by being shown."
+    torch.manual_seed(0)
+    rest = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    net, x = nn.Sequential(Clip(), *rest).eval(), torch.stack([torch.rand(3, 16, 16), torch.rand(3, 16, 16)*3 - 1])
+    given, own = x.clone(), dict(n_masks=50) if method == 'rise' else {}
+    classes = nn.Sequential(*rest)(x.clamp(0, 1)).argmax(1)
+    maps = explain(net, x, None, method, **own)
+    assert torch.equal(x, given) and torch.equal(maps, explain(net, x, classes, method, **own))
+
+
+def test_a_seed_draws_the_same_under_any_default_type(digits):
+    net, x = create_backbone('wrn_10_1', 10, 16).eval(), digits.test[[0, 1]].x[..., :16, :16].float()/255
+    def drawn():
+        maps = [explain(net, x, 0, m, **o) for m, o in (('rise', dict(n_masks=20)), ('random', {}), ('smoothgrad', {}))]
+        noisy = training_batch(digits, torch.arange(2), torch.Generator().manual_seed(0), noise=.1)[0]
+        points = pointing_game(maps[1], [torch.tensor([[0, 0, 4, 4]])]*2)
+        shipped = as_input(Image.new('RGB', (8, 8)), whole_square, 8, [.5]*3, [.2]*3)
+        return [*maps, noisy, random_affine(3), points, shipped]
+    usual = drawn()
+    torch.set_default_dtype(torch.float64)
+    try: other = drawn()
+    finally: torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype == torch.float32 and a.equal(b) for a, b in zip(usual, other))
+
+
+def test_maps_changed_in_inference_mode_give_other_logits():
+    net, x = adapt(create_backbone('wrn_10_1', 10, 16), 'bn', 10, 16).eval(), torch.rand(2, 3, 16, 16)
+    with torch.inference_mode():
+        maps = net.forward_features(x)
+        whole = net.forward_head(maps)
+        maps[:, :4] = 0
+        assert not torch.allclose(net.forward_head(maps), whole)
+
+
+@pytest.mark.parametrize('given', [dict(tau_form='raw', tau_init=2.), dict(tau='calibrated')])
+def test_a_diagnostic_stays_what_it_was(digits, encoder, given):
+    model = LICO(net_for(digits), PromptLearner(encoder, digits.class_names), LossOptions(**given))
+    x, y = training_batch(digits, torch.arange(8), torch.Generator().manual_seed(0))
+    kept = {k: v for k, v in model(x, y).stats.items() if k.startswith('tau')}
+    before = {k: v.item() for k, v in kept.items()}
+    with torch.no_grad():
+        for t in (*model.tau.parameters(), *model.tau.buffers()): t += 1
+    assert before and {k: v.item() for k, v in kept.items()} == before
+
+
+def test_an_encoder_leaves_the_model_it_was_made_of_alone(encoder):
+    model = copy.deepcopy(encoder.model).train().requires_grad_(True)
+    own = BERTText(model, encoder.tokenizer)
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert not own.training and not any(p.requires_grad for p in own.parameters())
+
+
+def test_a_slice_of_scenes_is_no_scene():
+    with pytest.raises(TypeError, match='slice'): digit_scenes(3)[0:2]
+    assert torch.equal(digit_scenes(3, objects=np.int64(2))[np.int64(1)].masks, digit_scenes(3, objects=2)[1].masks)
+
+
+def test_anyones_autocast_leaves_plans_and_blur_alone():
+    torch.manual_seed(0)
+    rows, x = torch.randn(2, 6, 16), torch.rand(1, 3, 32, 32)
+    def found():
+        C = cost_matrix(F=rows, G=rows)
+        return C, sinkhorn(C), ot_alignment(rows, rows), blur(x)
+    usual = found()
+    with torch.autocast('cpu', torch.bfloat16): other = found()
+    assert all(torch.equal(a, b) for a, b in zip(usual, other))
+
+
+def test_whole_numbers_keep_their_order_as_a_map():
+    net, x = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(1, 1, 4, 4)
+    order = torch.arange(16).view(1, 4, 4)
+    curves = [deletion(net, x, order + o, 0, step=1).curve for o in (0, 2**24, 2**40)]
+    assert torch.equal(curves[0], curves[1]) and torch.equal(curves[0], curves[2])
+
+
+def test_mirrored_arrays_are_arrays():
+    net, x, m = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), torch.rand(1, 1, 4, 4), np.arange(16.).reshape(1, 4, 4)
+    turned, plain = m[:, :, ::-1], m[:, :, ::-1].copy()
+    for a in (dict(saliency=turned), dict(saliency=turned, baseline=turned),
+              dict(saliency=turned, target=np.array([1])[::-1])):
+        b = {k: v.copy() for k, v in a.items()}
+        assert torch.equal(deletion(net, x, **dict(target=0) | a).curve, deletion(net, x, **dict(target=0) | b).curve)
+    assert np.array_equal(overlay(x[0], turned[0]/16), overlay(x[0], plain[0]/16))
+
+
+@pytest.mark.parametrize('call, says', [
+    (lambda d: augment(torch.zeros(2, 3, 8, 12, dtype=torch.uint8), torch.Generator()), 'expected square ones'),
+    (lambda d: adjacency(torch.eye(3), 1., normalise='no'), "normalise 'no'"),
+    (lambda d: accuracy(torch.tensor([1, 2, 3]), torch.tensor([1])), 'expected one each'),
+    (lambda d: training_batch(SimpleNamespace(train=d), torch.arange(2), torch.Generator()), 'training_batches')])
+def test_what_was_taken_for_something_else(call, says):
+    with pytest.raises(ValueError, match=says): call(Files(Path('.'), np.array([b'a']), torch.zeros(1)))
+
+
+@pytest.mark.parametrize('method', [CGC, GCC])
+def test_maps_need_gradients(digits, method):
+    x, y = training_batch(digits, torch.arange(4), torch.Generator().manual_seed(0))
+    for off in (torch.no_grad, torch.inference_mode):
+        with off(), pytest.raises(ValueError, match=f'the loss of {method.__name__} compares maps'):
+            method(create_backbone('wrn_10_1', 10, 32)).eval()(x, y)
+
+
+def test_losses_take_keywords():
+    u, v = torch.rand(2, 4, 3, 3).unbind()
+    assert torch.equal(cgc_loss(seen=u, wanted=v, temperature=.5), cgc_loss(u, v, .5))
+
+
+def test_loading_draws_nothing():
+    state = torch.get_rng_state()
+    imagenet_classifier()
+    assert torch.equal(state, torch.get_rng_state())

@@ -2,12 +2,14 @@
 import dataclasses, math
 
 import numpy as np, pytest, torch
+from scipy import stats
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from lico.backbones import create_backbone
+from lico.data import load
 from lico.evidence import map_scores
 from lico.evidence.cases import Network, on_scenes, scene_cases, test_images as cases_of_test_images
-from lico.evidence.map_scores import blurred, saliency_options, score, scores
+from lico.evidence.map_scores import blurred, noise_like, saliency_options, score, scores
 from lico.experiments import Run
 from lico.records import run
 from lico.metrics import blur, deletion, insertion, pointing_game
@@ -165,3 +167,26 @@ def test_means_are_of_the_images_below_them(record):
     (lambda cases: saliency_options('gradcam.x=3'), "unknown saliency method 'gradcam'")])
 def test_refusals(record, call, sentence):
     with pytest.raises(ValueError, match=sentence): call(cases_of_test_images(record, 2))
+
+
+def test_curves_from_and_to_other_places(record):
+    "An image's mean colour, and normal noise of its own whatever is measured beside it."
+    cases = cases_of_test_images(record, 3)
+    net, x, y = cases.network.net, cases.x, cases.target
+    places = dict(mean=x.flatten(2).mean(2)[..., None, None], noise=noise_like(x, cases.names))
+    wanted = {f'{play.__name__}_{k}': (play, b) for play in (insertion, deletion) for k, b in places.items()}
+    df, maps = scores(cases, metrics=[*wanted, 'ses'], progress=False), explain(net, x, y)
+    for k, (play, b) in wanted.items():
+        np.testing.assert_allclose(df[k], 100*play(net, x, maps, y, baseline=b).auc, rtol=2e-4, err_msg=k)
+    z = noise_like(torch.zeros(2, 3, 64, 64), 'ab')
+    assert stats.kstest(z.flatten(), 'norm').pvalue > 1e-3 and torch.equal(noise_like(z[1:], 'b'), z[1:])
+    twice = dataclasses.replace(cases, x=x[[0, 0]], target=y[[0, 0]], names=('a', 'b'))
+    df = scores(twice, metrics=['insertion_noise', 'ses'], progress=False)
+    assert df.insertion_noise.nunique() == df.ses.nunique() == 2
+
+
+def test_images_of_a_class_are_not_its_first(record):
+    cases = cases_of_test_images(record, 20)
+    y = load('digits').test.y
+    first = {int(i) for c in range(10) for i in (y == c).nonzero()[:2, 0]}
+    assert {int(o) for o in cases.names} != first and y[[int(o) for o in cases.names]].bincount().tolist() == [2]*10

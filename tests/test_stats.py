@@ -1,10 +1,11 @@
 "Pairs, intervals and verdicts, against scipy and by properties."
 import math
 
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, torch
 from hypothesis import given, settings, strategies as st
 from scipy import stats
 
+from lico.evidence.selection import class_rows, names_against_derangements
 from lico.evidence.stats import GRADES, METRICS, conditions, interval, holm, paired, pairs, sign_flip, \
     smallest_difference, verdict
 
@@ -150,3 +151,18 @@ def test_pairs_of_several_machines_stand_together_and_a_seed_counts_once():
     ('40', 10, 1.), (250, 10, 1.), ('251', 10, .5), ('all', 10, .5), ('1-shot', 200, 1.), ('5-shot', 200, .5)])
 def test_few_labels_need_a_larger_difference(labels, classes, least):
     assert smallest_difference('accuracy_last', labels, classes) == least
+
+
+def test_sign_flips_are_never_impossible():
+    "Drawn signs count those that were seen: no p value of zero."
+    assert sign_flip(np.arange(1., 31)) == pytest.approx(1/100_001)
+
+
+def test_names_p_counts_the_right_names_themselves():
+    vectors = torch.randn(10, 32, generator=torch.Generator().manual_seed(0))
+    confused = class_rows(vectors, .3)
+    found = names_against_derangements(confused, vectors)
+    assert found.p.min() == pytest.approx(1/201)
+    q = class_rows(vectors, .05)
+    kl = stats.entropy(confused.numpy(), q.numpy(), axis=1)
+    assert found.right[0] == pytest.approx(kl.mean(), rel=1e-4)

@@ -3,12 +3,13 @@ import re
 
 import nbformat, numpy as np, pandas as pd, pytest, torch
 from PIL import Image
+from scipy import stats
 
 from lico.backbones import create_backbone
 from lico.config import options_from, preset, root
 from lico.data import load
-from lico.evidence.recipe import (accuracy_table, decide, fit_last_layer, grid_side, hold_out,
-                                  set_temperatures, starting_network)
+from lico.evidence.recipe import (accuracy_table, cases_by_answer, decide, fit_last_layer, grid_side, hold_out,
+                                  over_seeds, set_temperatures, starting_network)
 from lico.losses import LossOptions
 from lico.model import LICO
 from lico.shipping import load_network
@@ -179,3 +180,44 @@ def test_a_random_map_is_as_coarse_as_the_cam(name, size):
         bends = (row[2:] - 2*row[1:-1] + row[:-2]).abs() > 1e-4*max(1e-9, float(row.max() - row.min()))
         at = (bends.nonzero()[:, 0] + 1 + .5) % step
         assert ((at - step/2).abs() <= 1).all() and bends.sum() >= side - 2, name
+
+
+def test_the_table_and_the_decision_know_a_gain_from_a_loss():
+    "A gain that one of three seeds has alone is sure for other images, and not for other seeds."
+    ce, lico = np.arange(400)[None] < 200, np.arange(400)[None] < 300
+    t = accuracy_table(dict(CE=ce, LICO=lico)).set_index('network').loc['LICO']
+    low, high = stats.binomtest(300, 400).proportion_ci(method='wilson')
+    assert t['less CE, over images'].startswith(f'{100*100/402:+.1f} ± ')  # Bonett and Price
+    assert t.interval == f'{100*low:.1f} to {100*high:.1f}'
+    one = np.concatenate([np.arange(400)[None] < 399, ce, ce])
+    three = dict(CE=np.repeat(ce, 3, 0), LICO=one)
+    e, own = over_seeds(one, three['CE']), stats.ttest_1samp([199/4, 0, 0], 0).confidence_interval()
+    assert e.mean - e.half_width == pytest.approx(own.low) and e.mean + e.half_width == pytest.approx(own.high)
+    assert decide(three).ship == 'CE' and decide(three).reason.startswith('cannot tell')
+    assert decide(dict(CE=three['CE'], LICO=np.repeat(lico, 3, 0))).ship == 'LICO'
+
+
+def test_a_linear_probe_of_two_classes(tmp_path):
+    "Of which scikit-learn tells one: its sign decides which."
+    net, data = starting_network('wrn_10_1', load(folder_of(tmp_path, (12, 12)), image_size=32, flip=False))
+    fit_last_layer(net, data)
+    assert (predict(net, data, data.train) == data.train.y).double().mean() > .9
+
+
+def test_cases_that_all_networks_get_right():
+    data, nets = load('digits', labels=100), {s: create_backbone('wrn_10_1', 10, 16) for s in 'ab'}
+    for net in nets.values(): fit_last_layer(net.eval(), data)
+    a, b = (predict(net, data, data.test) == data.test.y for net in nets.values())
+    found = cases_by_answer(nets, data, images=500)
+    for kind, wanted in {'all right': a & b, 'not all right': ~(a & b)}.items():
+        assert {int(o) for o in found[kind]['a'].names} == set(wanted.nonzero()[:, 0].tolist())
+    assert (a ^ b).any()
+
+
+def test_what_the_recipe_starts_from():
+    "Statistics of few images are not learned, windows show half; what is held out is not what comes first."
+    data = load('digits', labels=100, image_size=128)
+    net, seen = starting_network('tf_efficientnet_lite0', data)
+    assert seen.crop == .5 and not any(m.training for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    first = torch.cat([(data.train.y == c).nonzero()[:2, 0] for c in range(10)]).sort()[0]
+    assert not torch.equal(hold_out(data).test.x, data.train.x[first])

@@ -64,6 +64,6 @@ def coverage_sentence(
     total, by = (n[['printed', 'measured', 'stand_in']].sum(),
                  rows.drop_duplicates(['table', 'claim'])['where'].value_counts())
     return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, "
-            f"{by.get(GRADES[1], 0)} on other images or settings, {by.get('not testable here', 0)} are not testable "
-            f"here ([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} were measured "
+            f"{by.get(GRADES[1], 0)} on other images or settings, {by.get('not testable here', 0)} not here "
+            f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} were measured "
             f"and {total.stand_in} on a stand-in.")

@@ -89,7 +89,7 @@ def maps_sentence(
     brief: pd.DataFrame,  # rows of block G
 ) -> str:
     """Whether LICO's Grad-CAM maps are better: insertion − deletion, less each network's own random map, and on
-    photographs the pointing game, beside how like the mean map of other photographs they are. Maps have no verdicts."""
+    photographs pointing game and energy, and how like the mean map of other photographs they are. No verdicts."""
     alike = large[large.saliency == 'grad-cam'].groupby('arm').alike.mean()
     def minus(metric, arms, *blocks, reference=lambda arm: 'CE'):
         return [_gains(df, metric, arms, reference) for df in blocks]
@@ -97,14 +97,16 @@ def maps_sentence(
     signs = {np.sign(r.difference) for o in cifar for r in o.values()}
     head = {(-1,): 'Worse on CIFAR-10, if anything', (1,): 'Better on CIFAR-10, if anything'}
     photographs = minus('overall', ('paper', 'repaired', 'semantic'), above_random(large), above_random(brief))
-    points = minus('pointing_game', ['semantic'], large, brief)
-    names = minus('pointing_game', ['semantic'], large, brief, reference=lambda arm: f'{arm}-shuffled')
+    def places(metric):
+        gains, names = (_in_both(*minus(metric, ['semantic'], large, brief, reference=of))
+                        for of in (lambda arm: 'CE', lambda arm: f'{arm}-shuffled'))
+        return f"{gains}, minus shuffled names' {names}".replace('`semantic` ', '')
     return (f"{head.get(tuple(signs), 'Cannot tell')}. Grad-CAM's insertion − deletion, less a random map's, minus "
-            f"cross-entropy's, in B ({_seeds(small)} seeds) and F ({_seeds(again)}): {_in_both(*cifar)}. On "
-            f"photographs, in E ({_seeds(large)}) and G ({_seeds(brief)}): {_in_both(*photographs)}; pointing game "
-            f"{_in_both(*points)}, minus shuffled names' {_in_both(*names).removeprefix('`semantic` ')}. Maps of "
-            f"`semantic` correlate by {alike['semantic']:.2f} (cross-entropy's {alike['CE']:.2f}) with the mean map of "
-            "*other* photographs (E).")
+            f"cross-entropy's, in B ({_seeds(small)} seeds), F ({_seeds(again)}): {_in_both(*cifar)}. On "
+            f"photographs, in E ({_seeds(large)}), G ({_seeds(brief)}): {_in_both(*photographs)}; pointing game "
+            f"of `semantic` {places('pointing_game')}; energy in boxes {places('energy')}. Maps of `semantic` "
+            f"correlate by {alike['semantic']:.2f} (cross-entropy's {alike['CE']:.2f}) with the mean map of *other* "
+            "photographs.")
 
 # %% ../../nbs/evidence/57_findings.ipynb #1de9eb20
 def room_sentence(
@@ -198,8 +200,8 @@ def _louder(rows, whole):
     verdict = lambda r: f'{r.verdict} within {r.margin:g} point' if r.verdict == 'equivalent' else r.verdict
     both = [verdict(r) for r in ran]
     ends = ['', f': both {both[0]}'] if both[0] == both[1] else [f' ({o})' for o in both]
-    return (f" With louder names (L) {in_points(loud)}{ends[0]}, in transport alone {in_points(transport)} of its gain "
-            f"of {in_points(gain)}{ends[1]}.")
+    return (f" With louder names (L) {in_points(loud)}{ends[0]}, in transport alone {in_points(transport)} of its "
+            f"{in_points(gain)}{ends[1]}.")
 
 def _again(rows):
     """What fresh seeds make of the one block that names seemed to help in, by the rule declared before them; nothing
@@ -216,7 +218,7 @@ def _extent(rows):
     "What was run of the programme, in words."
     ran = _ran(rows)
     before = lambda b: {BLOCKS[k].dataset for k in ran[:next(i for i, k in enumerate(ran) if BLOCKS[k] is b)]}
-    where = lambda b: '' if not b.pooled and b.dataset in before(b) else f'{b.dataset}, '
+    where = lambda b: '' if b.dataset in before(b) else f'{b.dataset}, '
     what = lambda b: where(b) + (f'{b.labels or "all"} labels' if b.pooled else b.says.split(': ')[-1].split(',')[0])
     many = lambda n, b: f'{n}' if n == b.seeds else f'{n} of {b.seeds}'
     each = '; '.join(f'{k}: {what(BLOCKS[k])} ({many(rows[rows.block == k].n.max(), BLOCKS[k])})' for k in ran)
@@ -263,7 +265,7 @@ def findings(
             f"{_louder(rows, whole)}{_again(rows)}",
             f"**Does the paper's text, taken literally, work?** {_said(literal)}: {told(literal, True)}"
             f"{_printed(_alone(rows, literal.contrast), printed)}; minus transport alone "
-            f"{in_points(of['paper − CE+OT'])}. Its matching ended "
+            f"{in_points(of['paper − CE+OT'])}. Matching ended "
             f"{f'active in {literal.active:.0%} of' if literal.active else 'inactive in all'} runs.",
             f"**Are its maps better?** {maps}",
             f"**How far does this go?** {_extent(rows)}."]
