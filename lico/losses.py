@@ -18,7 +18,7 @@ def without_autocast(
     "The same function with autocast off around it, which would round products to half the bits."
     @functools.wraps(function, updated=())
     def wrapper(*args, **options):
-        where = next(a.device.type for a in (*args, *options.values()) if torch.is_tensor(a))
+        where = [a.device.type for a in (*args, *options.values()) if torch.is_tensor(a)][0]
         with torch.autocast(where, enabled=False): return function(*args, **options)
     return wrapper
 

@@ -260,5 +260,5 @@ def readme_table(
                            'verdict': f'{r.verdict}, {signed(r.difference, r.half_width)}'}
                           for before, said, r in zip(['', *said], said, own.itertuples())])
     where = '; '.join(dict.fromkeys(f'On {r.data}, text by {r.text_encoder}' for r in own.itertuples()))
-    return (f"{where}; corrected for their number; *supported*: in direction, not size:\n\n"
+    return (f"{where}; verdicts corrected for their number; *supported*: in direction, not size:\n\n"
             f"{table.to_markdown(index=False, disable_numparse=True)}")

@@ -65,5 +65,5 @@ def coverage_sentence(
                  rows.drop_duplicates(['table', 'claim'])['where'].value_counts())
     return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, "
             f"{by.get(GRADES[1], 0)} on other images or settings, {by.get('not testable here', 0)} not here "
-            f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} were measured "
-            f"and {total.stand_in} on a stand-in.")
+            f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} were measured, "
+            f"{total.stand_in} on a stand-in.")

@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 
 from .programme import BLOCKS, LOUDER, PRIMARY, SECONDARY, above_random, contrast_rows
 from .report import signed
-from .stats import FEWEST, holm, interval, of_runs, paired
+from .stats import FEWEST, METRICS, holm, interval, of_runs, paired
 
 # %% ../../nbs/evidence/57_findings.ipynb #328a0a04
 def done_again(
@@ -97,14 +97,17 @@ def maps_sentence(
     signs = {np.sign(r.difference) for o in cifar for r in o.values()}
     head = {(-1,): 'Worse on CIFAR-10, if anything', (1,): 'Better on CIFAR-10, if anything'}
     photographs = minus('overall', ('paper', 'repaired', 'semantic'), above_random(large), above_random(brief))
-    def places(metric):
-        gains, names = (_in_both(*minus(metric, ['semantic'], large, brief, reference=of))
-                        for of in (lambda arm: 'CE', lambda arm: f'{arm}-shuffled'))
-        return f"{gains}, minus shuffled names' {names}".replace('`semantic` ', '')
-    return (f"{head.get(tuple(signs), 'Cannot tell')}. Grad-CAM's insertion − deletion, less a random map's, minus "
+    def places(metric): return [minus(metric, ['semantic'], large, brief, reference=of)
+                                for of in (lambda arm: 'CE', lambda arm: f'{arm}-shuffled')]
+    told = lambda found: ', right minus shuffled '.join(_in_both(*o) for o in found).replace('`semantic` ', '')
+    boxes, names = energy = places('energy')
+    more = all(o['semantic'].difference > o['semantic'].half_width for o in boxes)
+    same = all(abs(o['semantic'].difference) + o['semantic'].half_width < METRICS['energy'].smallest for o in names)
+    also = '; on photographs more in boxes'*more + ', with any names'*(more and same)
+    return (f"{head.get(tuple(signs), 'Cannot tell')}{also}. Grad-CAM's insertion − deletion, less a random map's, minus "
             f"cross-entropy's, in B ({_seeds(small)} seeds), F ({_seeds(again)}): {_in_both(*cifar)}. On "
             f"photographs, in E ({_seeds(large)}), G ({_seeds(brief)}): {_in_both(*photographs)}; pointing game "
-            f"of `semantic` {places('pointing_game')}; energy in boxes {places('energy')}. Maps of `semantic` "
+            f"of `semantic` {told(places('pointing_game'))}; energy in boxes {told(energy)}. These maps "
             f"correlate by {alike['semantic']:.2f} (cross-entropy's {alike['CE']:.2f}) with the mean map of *other* "
             "photographs.")
 
@@ -178,8 +181,8 @@ def _part(rows, names, invented, flips, elsewhere):
     flips, corrected as the verdict is."""
     own = _alone(rows, names.contrast)
     by = ' and '.join(own.block[own.difference > own.half_width])
-    against = [f'by {by} alone' if by else 'its blocks differ'] if names.p_same < .05 else []
-    if flips >= .05: against.append(f'sign flips would leave it inconclusive (p = {flips:.2g})')
+    against = [f'owed to {by} alone' if by else 'its blocks differ'] if names.p_same < .05 else []
+    if flips >= .05: against.append(f'inconclusive by sign flips (p = {flips:.2g})')
     for r in elsewhere.itertuples():
         if r.contrast == names.contrast and r.replaced and r.verdict != names.verdict:
             pairs = 'one pair' if r.replaced == 1 else f'{r.replaced} pairs'
@@ -200,8 +203,8 @@ def _louder(rows, whole):
     verdict = lambda r: f'{r.verdict} within {r.margin:g} point' if r.verdict == 'equivalent' else r.verdict
     both = [verdict(r) for r in ran]
     ends = ['', f': both {both[0]}'] if both[0] == both[1] else [f' ({o})' for o in both]
-    return (f" With louder names (L) {in_points(loud)}{ends[0]}, in transport alone {in_points(transport)} of its "
-            f"{in_points(gain)}{ends[1]}.")
+    return (f" With louder names {in_points(loud)}{ends[0]}, in transport alone {in_points(transport)} of its "
+            f"{in_points(gain)} (L){ends[1]}.")
 
 def _again(rows):
     """What fresh seeds make of the one block that names seemed to help in, by the rule declared before them; nothing
@@ -229,11 +232,11 @@ def _extent(rows):
 # %% ../../nbs/evidence/57_findings.ipynb #19fe4a87
 def _but(rows, gains):
     "Where else, among what is not pooled, a gain turned into a loss of more than the pooled gain, and whose."
-    where = {k: [o.block for o in rows[rows.contrast == r.contrast].itertuples()
+    where = {k: [o for o in rows[rows.contrast == r.contrast].itertuples()
                  if o.block in BLOCKS and not BLOCKS[o.block].pooled and o.difference < -abs(r.difference)]
              for k, r in gains.items()}
-    told = lambda k: f"{k} ({BLOCKS[k].says.split(',')[0]})"
-    return ''.join(f", but `{k}` not in {', '.join(map(told, o))}" for k, o in where.items() if o)
+    told = lambda o: f"{-o.difference:.2f} in {o.block} ({BLOCKS[o.block].says.split(',')[0]})"
+    return ''.join(f", but `{k}` loses {', '.join(map(told, o))}" for k, o in where.items() if o)
 
 def findings(
     rows: pd.DataFrame,  # from `contrast_rows`, of the primary contrasts, the further ones and the louder ones
