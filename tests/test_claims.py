@@ -301,8 +301,8 @@ def test_the_sentence_on_maps():
     turned = maps_sentence(turned[0], pd.concat([turned[1], paper]), large, brief)
     assert turned.startswith('Worse on CIFAR-10, if anything')
     assert ("photographs, in E (5), G (5): `paper` +1.00, `repaired` +2.00, `semantic` +4.00 and +3.00; pointing "
-            "game of `semantic` +8.00 and +6.00, right minus shuffled −2.00 and +2.00; energy in boxes +4.00 and +3.00, "
-            'right minus shuffled −1.00 and +1.00. These maps') in said
+            "game of `semantic` +8.00 and +6.00, right minus shuffled −2.00 and +2.00; energy in boxes +4.00 and "
+            '+3.00, right minus shuffled −1.00 and +1.00. These maps') in said
     assert said.endswith("by 0.90 (cross-entropy's 0.50) with the mean map of *other* photographs.")
 
 

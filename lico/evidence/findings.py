@@ -104,8 +104,8 @@ def maps_sentence(
     more = all(o['semantic'].difference > o['semantic'].half_width for o in boxes)
     same = all(abs(o['semantic'].difference) + o['semantic'].half_width < METRICS['energy'].smallest for o in names)
     also = '; on photographs more in boxes'*more + ', with any names'*(more and same)
-    return (f"{head.get(tuple(signs), 'Cannot tell')}{also}. Grad-CAM's insertion − deletion, less a random map's, minus "
-            f"cross-entropy's, in B ({_seeds(small)} seeds), F ({_seeds(again)}): {_in_both(*cifar)}. On "
+    return (f"{head.get(tuple(signs), 'Cannot tell')}{also}. Grad-CAM's insertion − deletion, less a random map's, "
+            f"minus cross-entropy's, in B ({_seeds(small)} seeds), F ({_seeds(again)}): {_in_both(*cifar)}. On "
             f"photographs, in E ({_seeds(large)}), G ({_seeds(brief)}): {_in_both(*photographs)}; pointing game "
             f"of `semantic` {told(places('pointing_game'))}; energy in boxes {told(energy)}. These maps "
             f"correlate by {alike['semantic']:.2f} (cross-entropy's {alike['CE']:.2f}) with the mean map of *other* "
