@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np, torch
 from torch import nn
 from .losses import without_autocast
-from .networks import as_tensor, undisturbed, unwrapped
+from .networks import undisturbed, unwrapped
 from .copies import in_float32
 from .probes import Probe, looker
 from .cams import constant_maps
-from .saliency import class_indices, refuse_bad_asking, refuse_images
+from .saliency import as_tensor, class_indices, refuse_bad_asking, refuse_images
 from .config import whole_number
 
 # %% ../nbs/method/27_metrics.ipynb #e256075c
