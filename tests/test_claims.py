@@ -11,7 +11,8 @@ from lico.evidence import claims, extent
 from lico.evidence.arms import TABLES
 from lico.evidence.claims import CLAIMS, claim_rows, claims_table, printed_gains
 from lico.evidence.extent import coverage
-from lico.evidence.findings import done_again, findings, maps_sentence, room_sentence, with_those
+from lico.evidence.findings import (block_table, done_again, findings, map_differences, map_rows, maps_sentence,
+                                    with_those)
 from lico.evidence.programme import (ARMS, BLOCKS, LOUDER, PRIMARY, SECONDARY, above_random, arm_name, asked_of_block,
                                      block_runs, contrast_rows, map_table, maps_of_block)
 from lico.evidence.stats import holm
@@ -127,15 +128,29 @@ def test_a_block_of_few_seeds_stands_beside():
     assert df[df.block != 'C'].reset_index(drop=True).equals(without) and not df[df.block == 'C'].pooled.any()
     every = pd.concat([df, contrast_rows(made, SECONDARY, family=False)])
     said = findings(every, 'Nobody looked.')
-    assert re.search(r'Transport alone gains \S+ ± \S+ \(A \S+, B \S+\), supervised', said)
-    assert re.search(r'`repaired` \S+ ± \S+ \(A \S+, B \S+\)', said), 'below five seeds C is not told by itself'
+    assert re.search(r'Transport alone gains \S+ ± \S+, supervised', said)
     assert 'C: cifar100-part, 400 labels (3 of 10)' in said
     assert 'D, E, F, G, A16, R, L are not run' in said
-    beside = dict(made, E=programme('E', repaired=-12).query('seed < 1'))
-    said = said_of(beside)
-    assert re.search(r'`repaired` [^`]*; unpooled: E −1\d\.\d+ in 1 seed\)', said), 'other images are told at once'
-    for answer in ('Right minus shuffled: `repaired`', 'taken literally, work'):
-        assert re.search(answer + r'[^`]*; unpooled: E \S+ in 1 seed\)', said), answer
+    assert block_table(df).splitlines()[0].split('|')[3].strip() == 'A, B', 'below five seeds C is not told by itself'
+
+
+def cells(table): return {r[0]: r[1:] for r in ([c.strip() for c in line.split('|')[1:-1]]
+                                                for line in table.splitlines()[2:])}
+
+
+def test_the_blocks_of_the_readme():
+    "A line a contrast: what is pooled, each block of it, where these differ, and photographs from their first seed on."
+    made = {k: programme(k, repaired=g) for k, g in dict(A=0, B=5, C=1).items()}
+    made['C'] = made['C'][made['C'].arm != 'paper']
+    df = contrast_rows(dict(made, E=programme('E', repaired=-12).query('seed < 1'), G=programme('G'), F=programme('F')))
+    table, one = cells(block_table(df)), lambda of, k: f'{df[(df.of == of) & (df.block == k)].difference.iloc[0]:+.2f}'
+    minus = lambda text: text.replace('-', '−')
+    pooled, blocks, photographs = table['repaired − CE']
+    assert blocks == minus(', '.join(one('repaired − CE', k) for k in 'ABC')) + '†'
+    assert photographs == f"E {minus(one('repaired − CE', 'E'))} (n = 1)", 'F has the images of A'
+    assert pooled.startswith(minus(one('repaired − CE', 'all')) + ' ± ')
+    assert table['paper − CE'][1] == minus(', '.join(one('paper − CE', k) for k in 'AB')) + ', —'
+    assert re.fullmatch(r'E \S+ \(n = 1\), G \S+', table['semantic − CE'][2]) and len(table) == len(PRIMARY)
 
 
 def test_what_one_block_decides():
@@ -150,8 +165,8 @@ def test_what_one_block_decides():
     assert contrast_rows(few, LOUDER).verdict.isna().all()
     every = pd.concat([contrast_rows(made), contrast_rows(made, SECONDARY, family=False), contrast_rows(made, LOUDER)])
     said = findings(every, 'Nobody looked.')
-    assert re.search(r'With louder names \+\S+ ± \S+ \(supported\), in transport alone \S+ ± \S+ of its '
-                     r'\S+ ± \S+ \(L\) \((equivalent within 1 point|inconclusive)\)\.', said)
+    assert re.search(r'Louder names \+\S+ ± \S+ \(supported\), those of transport \S+ ± \S+ \(L\) '
+                     r'\((equivalent within 1 point|inconclusive)\)\.', said)
 
 
 @pytest.mark.parametrize('gain, invented, says', [
@@ -186,13 +201,11 @@ def test_what_speaks_against_a_verdict_is_said():
         assert rows.verdict[rows.contrast == PRIMARY[0].says].iloc[0] == 'supported'
         return findings(rows, 'Nobody looked.', {'A': 1.5})
     differ = said(0, 5)
-    assert re.search(r'part in it\?\*\* Not shown\. .* \(A \S+, B \S+; these differ, p = \S+\): by the '
-                     'declared rule yes, but owed to B alone', differ)
+    assert re.search(r'part in it\?\*\* Not shown\. .*: by the declared rule yes, but owed to B alone', differ)
     no_better = said(2, 2, invented=1)
     assert re.search(r': by the declared rule yes, but right minus invented words is \S+ ± \S+ \(A, B\);', no_better)
-    assert 'these differ' not in no_better
-    assert re.search(r'it\?\*\* In part\. .* minus shuffled: `repaired` \S+ ± \S+ \(.*\): yes; `semantic` ', said(2, 2))
-    assert re.search(r'literally, work\?\*\* .* \(A \S+, B \S+\); printed: A \+1\.5, so \S+% of it; minus', differ)
+    assert re.search(r'it\?\*\* In part\. .* minus shuffled: `repaired` \S+ ± \S+: yes; `semantic` ', said(2, 2))
+    assert re.search(r'literally, work\?\*\* .* \S+ ± \S+, \S+% of what is printed; minus', differ)
 
 
 def test_pairs_as_they_came_out_elsewhere():
@@ -271,39 +284,44 @@ def test_the_sentence_on_maps():
     "Two points that the random map has too are none of the map."
     def maps(block, metric, **own):
         df = programme(block).assign(id=lambda d: d.arm + d.seed.astype(str), images=50)
+        df = df[df.arm.isin(list(own))]
         return pd.concat([df.assign(saliency=s, **{metric: 30 + df.arm.map(own)*(1 + (s == 'grad-cam')) + df.seed})
                           for s in ('grad-cam', 'random')])
     def on_photographs(block, **own):
         df = maps(block, 'pointing_game', **own).assign(overall=maps(block, 'overall', **own).overall)
         return df.assign(alike=df.arm.map(lambda a: .5 + .4*(a == 'semantic')), energy=df.pointing_game/2)
-    brief = on_photographs('G', **{'CE': 0, 'CE+OT': 1, 'semantic': 3, 'semantic-shuffled': 2})
+    made = dict(G=on_photographs('G', **{'CE': 0, 'CE+OT': 1, 'semantic': 3, 'semantic-shuffled': 2}))
     own = {'paper': 1, 'repaired': 2, 'repaired-shuffled': 7, 'semantic': 4, 'semantic-shuffled': 5}
-    large = on_photographs('E', **dict.fromkeys(BLOCKS['E'].arms, 0) | own)
-    own = {'paper': 3, 'repaired': 4, 'semantic': 5}
-    small = maps('B', 'overall', **dict.fromkeys(BLOCKS['B'].arms, 0) | own)
-    small = small.assign(blurred=20., probability=60. - 6*(small.arm == 'CE+LS'))
+    made['E'] = on_photographs('E', CE=0, **own)
+    own = {'CE': 0, 'CE+LS': 0, 'paper': 3, 'repaired': 4, 'semantic': 5}
+    small = maps('B', 'overall', **own)
     bare = small[small.seed < 3].drop(columns=['saliency', 'overall']).drop_duplicates('id')  # no maps
-    own = {'paper': -1, 'repaired': 1}
-    again = maps('F', 'overall', **dict.fromkeys(BLOCKS['F'].arms, 0) | own)
-    said = maps_sentence(pd.concat([bare, small[small.seed >= 3]]), again, large, brief)
-    assert said.startswith('Cannot tell. ')
+    made['B'] = pd.concat([bare, small[small.seed >= 3]])
+    made['F'] = maps('F', 'overall', CE=0, paper=-1, repaired=1)
+    full = lambda df: df.assign(blurred=20., probability=60. - 6*(df.arm == 'CE+LS'))
+    made = {k: full(df) for k, df in made.items()}
+    def said(**other): return maps_sentence(map_rows({k: full(df) for k, df in (made | other).items()}))
+    assert said().startswith('Cannot tell. ')
     for gain, says in ((0, 'more in boxes. '), (4, 'more in boxes, with any names. ')):
         energy = lambda df: (4 + .1*df.seed)*(df.arm == 'semantic') + gain*(df.arm == 'semantic-shuffled')
-        o = maps_sentence(small, again, large.assign(energy=energy), brief.assign(energy=energy))
+        o = said(E=made['E'].assign(energy=energy), G=made['G'].assign(energy=energy))
         assert o.startswith(f'Cannot tell; on photographs {says}')
-    assert ('in B (7 seeds), F (10): `paper` +3.00 and −1.00, `repaired` +4.00 and +1.00. On '
-            'photographs') in said
-    assert '`CE+LS` +0.00 of maps, −6.00 of room, `paper` +3.00 of maps, +0.00 of room' in room_sentence(small)
-    some = maps_sentence(small, again[again.arm != 'paper'], large, brief)
-    assert some.startswith('Better on CIFAR-10, if anything')
-    turned = [df.assign(overall=-df.overall) for df in (small, again[again.arm != 'paper'])]
-    paper = again[again.arm == 'paper'].assign(overall=lambda d: -100. - d.overall*(d.saliency == 'grad-cam'))
-    turned = maps_sentence(turned[0], pd.concat([turned[1], paper]), large, brief)
-    assert turned.startswith('Worse on CIFAR-10, if anything')
-    assert ("photographs, in E (5), G (5): `paper` +1.00, `repaired` +2.00, `semantic` +4.00 and +3.00; pointing "
-            "game of `semantic` +8.00 and +6.00, right minus shuffled −2.00 and +2.00; energy in boxes +4.00 and "
-            '+3.00, right minus shuffled −1.00 and +1.00. These maps') in said
-    assert said.endswith("by 0.90 (cross-entropy's 0.50) with the mean map of *other* photographs.")
+    assert ('in B (7 seeds) and E (5): `paper` +3.00 and +1.00; `repaired` +4.00 and +2.00; `semantic` +5.00 and '
+            '+4.00. In E') in said()
+    assert ('gains +4.00 of energy in boxes (right minus shuffled −1.00) and +8.00 in the pointing game; its maps '
+            "correlate by 0.90 (cross-entropy's 0.50) with *other*") in said()
+    table = map_differences(map_rows(made))
+    assert re.search(r'B +\| CE\+LS − CE +\| 7 +\| \+0.00 +\| -6.00', table), 'a random map has the rest; less room'
+    assert re.search(r'F +\| paper − CE +\| 10 +\| -1.00', table) and not re.search(r'F +\| CE\+', table)
+    lost = lambda df, points: (points + .1*df.seed)*(df.arm == 'paper')*(df.saliency == 'grad-cam')
+    less = made['E'].assign(overall=lambda df: df.overall - lost(df, 5),
+                            probability=lambda df: df.probability - lost(df, 9))
+    rows = map_rows(made | {'E': less})
+    assert '(E: 9 points less room); `repaired` +4.00 and +2.00;' in maps_sentence(rows)
+    up = made['F'].assign(overall=lambda df: df.overall + 4*(df.arm == 'paper')*(df.saliency == 'grad-cam'))
+    assert said(F=up).startswith('Better on CIFAR-10, if anything')
+    turned = {k: made[k].assign(overall=-df.overall) for k, df in dict(B=made['B'], F=up).items()}
+    assert said(**turned).startswith('Worse on CIFAR-10, if anything')
 
 
 def test_networks_without_maps_stand_beside_those_with_some():

@@ -31,7 +31,7 @@ METRICS = dict(
     accuracy_last=Metric('accuracy', smallest=.5), accuracy_best=Metric('best test accuracy'),
     top5=Metric('top-5 accuracy'),
     above_ce=Metric('accuracy above cross-entropy'), probability=Metric('confidence', beside=True),
-    blurred=Metric('confidence when blurred', beside=True),
+    blurred=Metric('confidence when blurred', beside=True), room=Metric('room of the curves', beside=True),
     insertion=Metric('insertion', **_map), deletion=Metric('deletion', lower_is_better=True, **_map),
     overall=Metric('overall', **_map),
     insertion_mean=Metric('insertion from the mean', **_map), insertion_noise=Metric('insertion from noise', **_map),
