@@ -480,7 +480,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'lico.evidence.findings._printed': ('evidence/findings.html#_printed', 'lico/evidence/findings.py'),
                                         'lico.evidence.findings._ran': ('evidence/findings.html#_ran', 'lico/evidence/findings.py'),
                                         'lico.evidence.findings._said': ('evidence/findings.html#_said', 'lico/evidence/findings.py'),
-                                        'lico.evidence.findings._where': ('evidence/findings.html#_where', 'lico/evidence/findings.py'),
+                                        'lico.evidence.findings._scored': ('evidence/findings.html#_scored', 'lico/evidence/findings.py'),
                                         'lico.evidence.findings.block_table': ( 'evidence/findings.html#block_table',
                                                                                 'lico/evidence/findings.py'),
                                         'lico.evidence.findings.done_again': ( 'evidence/findings.html#done_again',

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from .config import whole_number
 from .networks import (channel_axis, first_tensor, listen, listen_before, module_name, put_first, remove,
                            rows_of_output, undisturbed, unwrapped, zeros_stirred)
 from .architectures import make_network
@@ -53,6 +54,8 @@ def create_backbone(
     """
     for k in [k for k, v in dict(in_chans=3, features_only=False).items() if options.get(k, v) != v]:
         raise ValueError(f"option {k}: a backbone is a classifier of images of 3 channels; leave it out")
+    whole_number('num_classes', num_classes, 1)
+    whole_number('image_size', image_size, 1)
     if 'img_size' in options: raise ValueError("option img_size: give it as image_size")
     try:
         net = make_network(name, num_classes, image_size, pretrained, options).eval()

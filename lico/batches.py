@@ -8,7 +8,7 @@ __all__ = ['augment', 'training_batch', 'training_batches', 'test_batches', 'pre
 # %% ../nbs/method/10_batches.ipynb #a298fd6d
 import os
 import numpy as np, torch
-from .config import derive_seed, memory_format
+from .config import derive_seed, memory_format, whole_number
 from .pixels import central_window, random_window, read_ahead, read_image, whole_square, window_source
 from .data import Data, Files, channels_first
 
@@ -106,6 +106,7 @@ def test_batches(data: Data, images, batch_size: int, device=None):
     batch_size  B; the last batch may be smaller
     device      where the batches shall be. None: on the CPU
     """
+    whole_number('batch_size', batch_size, 1)
     if isinstance(images, Files):
         jobs = ((b.tolist(), [None]*len(b)) for b in torch.arange(len(images)).split(batch_size))
         batches = (x for x, *_ in _batches(data, images, jobs, device))

@@ -9,7 +9,7 @@ __all__ = ['without_autocast', 'distances', 'log_rows', 'log_adjacency', 'adjace
 # %% ../nbs/method/01_losses.ipynb #ac6ea2a1
 import functools, math, torch
 from dataclasses import asdict, dataclass
-from .config import check_options, choose
+from .config import check_options, choose, whole_number
 
 # %% ../nbs/method/01_losses.ipynb #508cf0b1
 def without_autocast(
@@ -80,6 +80,8 @@ def log_adjacency(
     choose('sign', sign, (-1, 1))
     choose('diagonal', diagonal, ('in', 'out'))
     if x.ndim < 2: raise ValueError(f"samples of shape {list(x.shape)}: expected [B, ...], one entry per sample")
+    if torch.is_tensor(tau) and tau.numel() != 1:
+        raise ValueError(f"tau of shape {list(tau.shape)}: expected one positive number or a scalar tensor")
     if not tau > 0:
         raise ValueError(f"tau is {float(tau):g}: expected a positive number; tau_form = exp keeps a learned one "
                          "positive")
@@ -201,7 +203,7 @@ def _plan(C, eps, n_iter, tol):
     "`sinkhorn`'s plan, and the logarithm f [B, 1, M] of its columns' scaling."
     if C.ndim != 3: raise ValueError(f"cost of shape {list(C.shape)}: expected [B, N, M]")
     if not eps > 0: raise ValueError(f"eps is {float(eps):g}: expected a positive number")
-    if n_iter < 0: raise ValueError(f"n_iter is {n_iter}: expected so many updates at most, 0 or more")
+    whole_number('n_iter', n_iter, 0)
     K, u, v, f = _scalings(C.to(torch.promote_types(C.dtype, torch.float32)), eps, n_iter, tol)
     plan = K*u*v.mT if K.requires_grad else K.mul_(u).mul_(v.mT)
     return plan.mT, f.mT + v.log()

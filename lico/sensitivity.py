@@ -109,7 +109,8 @@ def sanity_check(
     """One entry for each layer, with `.layer`, `.maps`, and `.spearman` and `.ssim` [B] against the maps of the
     network as it is."""
     choose('scheme', scheme, ('cascading', 'independent'))
-    layers, entries, where = layers or parameter_layers(net), [], next((p.device for p in net.parameters()), 'cpu')
+    layers, entries = parameter_layers(net) if layers is None else layers, []
+    where = next((p.device for p in net.parameters()), 'cpu')
     with undisturbed(net, where): before = explain(net)
     for k, layer in enumerate(layers):
         with undisturbed(net, where), randomised(net, layers[:k + 1] if scheme == 'cascading' else [layer], seed):

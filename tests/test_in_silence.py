@@ -9,7 +9,7 @@ from torch import nn
 
 from lico import data as data_module
 from lico.backbones import adapt, create_backbone
-from lico.batches import augment, training_batch
+from lico.batches import augment, test_batches as batches_of, training_batch
 from lico.cams import imagenet_classifier
 from lico.config import derive_seed, root
 from lico.data import Files, box_masks, load
@@ -32,7 +32,7 @@ from lico.model import LICO, CrossEntropy, refuse_other_forward
 from lico.pixels import as_input, read_image, whole_square
 from lico.rivals import CGC, GCC, SupCon, cgc_loss
 from lico.scenes import digit_scenes
-from lico.sensitivity import random_affine
+from lico.sensitivity import random_affine, sanity_check
 from lico.shipping import load_network, loading_lines, preprocessing_of, save_network
 from lico.saliency import METHODS, explain, overlay
 from lico.temperatures import calibrated_taus
@@ -283,7 +283,21 @@ def test_what_is_no_number_is_no_distance():
         with pytest.raises(ValueError, match='prompt features hold values that are not finite'):
             calibrated_taus(g, broken, y)
     with pytest.raises(ValueError, match=r'samples of shape \[4\]: expected \[B, ...\]'): adjacency(x[:, 0], 1.)
-    with pytest.raises(ValueError, match='n_iter is -1: expected'): sinkhorn(torch.rand(1, 2, 3), n_iter=-1)
+    with pytest.raises(ValueError, match='n_iter = -1: expected a whole'): sinkhorn(torch.rand(1, 2, 3), n_iter=-1)
+    with pytest.raises(ValueError, match='n_iter = 5.0: expected a whole'): sinkhorn(torch.rand(1, 2, 3), n_iter=5.)
+    with pytest.raises(ValueError, match=r'tau of shape \[4\]: expected one'): adjacency(x, torch.ones(4))
+    assert adjacency(x, torch.ones(1)).equal(adjacency(x, 1.))
+
+
+def test_whole_numbers_of_what_is_built_and_asked():
+    "No network without classes, none for half a pixel, no batches of nothing, no check of no layer."
+    for classes in (0, 2., True):
+        with pytest.raises(ValueError, match=f'num_classes = {classes}: expected a whole number of at least 1'):
+            create_backbone('wrn_16_1', num_classes=classes)
+    with pytest.raises(ValueError, match='image_size = 16.0: expected'): create_backbone('wrn_16_1', image_size=16.)
+    data = load('digits')
+    with pytest.raises(ValueError, match='batch_size = 0: expected'): next(batches_of(data, data.test, 0))
+    assert sanity_check(lambda net: torch.rand(2, 16, 16), nn.Linear(2, 2), layers=[]) == []
 
 
 class Last(torch.nn.Module):

@@ -150,7 +150,7 @@ def _measured(claim, stored):
         if block and not (block.pooled or METRICS[claim.metric].of_maps): continue  # beside the means of accuracy
         for (preset, *setting), o in _settings(claim, df).items():
             known = found.setdefault((preset if o['row'].method not in ('CGC', 'GCC') else '—', o['grade']), {})
-            if tuple(setting) not in known or len(o['d']) > len(known[tuple(setting)]['d']):
+            if tuple(setting) not in known or len(o['d']) > len(known[tuple(setting)]['d']):  # of as many the first
                 known[tuple(setting)] = o | dict(folder=where)
     return found
 
@@ -227,7 +227,7 @@ def claims_table(
                       **{'it would take': r.needs}) for r in own.itertuples()]
     else:
         shown = [dict(table=r.table, claim=r.claim, preset=r.preset, data=r.data, text=r.text_encoder,
-                      printed=r.printed_each, measured=r.measured_each,
+                      **{'from': r.folders}, printed=r.printed_each, measured=r.measured_each,
                       **{'+ as claimed': signed(r.difference, r.half_width)}, pairs=r.pairs,
                       active='—' if math.isnan(r.active) else f'{r.active:.0%}', failed=f'{r.failed:.0%}',
                       **(dict(verdict=r.verdict) if where == GRADES[0] else {})) for r in own.itertuples()]

@@ -66,4 +66,4 @@ def coverage_sentence(
     return (f"Of {len(CLAIMS)} claims {by.get(GRADES[0], 0)} could be tested on the paper's data, "
             f"{by.get(GRADES[1], 0)} on other images or settings, {by.get('not testable here', 0)} not here "
             f"([why](paper.ipynb)). Of {total.printed} printed numbers {total.measured} were measured, "
-            f"{total.stand_in} on a stand-in.")
+            f"{total.stand_in} with stand-ins.")

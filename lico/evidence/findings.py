@@ -65,7 +65,8 @@ def with_those(
     return pd.concat(rows)
 
 # %% ../../nbs/evidence/57_findings.ipynb #1238f796
-_MAPS = dict(overall='insertion − deletion, less random', room='room', pointing_game='pointing game',
+_MAPS = dict(overall='insertion − deletion, less random', room='room', left='what room leaves of it',
+             pointing_game='pointing game', pointing_others="pointing game of others' maps",
              energy='energy in boxes', alike="likeness to others' maps")  # metric -> its title
 
 def in_points(
@@ -74,19 +75,27 @@ def in_points(
     "A difference with its interval, in a sentence."
     return signed(r.difference, r.half_width).replace('-', '−')
 
+def _scored(df):
+    "The rows of Grad-CAM maps, with a score less the same network's random map's, and what room it had."
+    own, above = (o[o.saliency == 'grad-cam'] for o in (df, above_random(df)))
+    own = own.assign(overall=above.overall.to_numpy(), room=own.probability - own.blurred)
+    base = own[own.arm == 'CE']
+    return own.assign(left=own.overall - own.room*base.overall.mean()/base.room.mean())
+
 def map_rows(
     blocks: dict,  # block -> its rows of results
 ) -> pd.DataFrame:
-    """What Grad-CAM maps gain, a row a block, metric and pair of arms: each arm less cross-entropy, right names less
-    shuffled ones. `overall` is less each network's own random map's; `room` the confidence in an image less that in
-    the blurred one."""
+    """What Grad-CAM maps gain, a row a block, metric and pair of arms, in every block that has some: each arm less
+    cross-entropy, right names less wrong or invented ones. `overall` is less each network's own random map's, `room`
+    the true class's probability in the image less that in the blurred one, `left` what is left of `overall` less a
+    part in proportion to room, as cross-entropy's."""
+    named = [c for c in PRIMARY + SECONDARY + LOUDER if c.reference.endswith(('-shuffled', '-random'))]
     found = []
     for k, df in blocks.items():
-        own, above = (o[o.saliency == 'grad-cam'] for o in (df, above_random(df)))
-        own = own.assign(overall=above.overall.to_numpy(), room=own.probability - own.blurred)
+        if 'grad-cam' not in set(df.get('saliency', ())): continue
+        own = _scored(df)
         metrics = [m for m in _MAPS if m in own and own[m].notna().any()]
-        for reference in dict.fromkeys(c.reference for c in PRIMARY[::-1]):
-            arms = [c.arm for c in PRIMARY if c.reference == reference] if reference != 'CE' else BLOCKS[k].arms
+        for reference, arms in [('CE', BLOCKS[k].arms), *((c.reference, [c.arm]) for c in named)]:
             o = paired(own[own.arm.isin([reference, *arms])], metrics, reference)
             if len(o): found.append(o.assign(block=k, of=o.arm + f' − {reference}'))
     return pd.concat(found)[['block', 'of', 'metric', 'n', 'baseline', 'value', 'difference', 'half_width']]
@@ -103,11 +112,12 @@ def map_differences(
 
 # %% ../../nbs/evidence/57_findings.ipynb #ac628ee0
 def _in_both(of, arm):
-    "What an arm's maps gain in B and E, and where its curves have so much less room that they may lose by that."
-    two = {k: [of[k, f'{arm} − CE', m] for m in ('overall', 'room')] for k in 'BE'}
-    less = [f'{k}: {-room.difference:.0f} points less room' for k, (maps, room) in two.items()
-            if maps.difference < -maps.half_width and room.difference < min(maps.difference, -room.half_width)]
-    return f"`{arm}` {' and '.join(in_points(o) for o, _ in two.values())}{f' ({less[0]})' if less else ''}"
+    "What an arm's maps gain in B and E, and where a loss may be one of room alone."
+    two = {k: [of[k, f'{arm} − CE', m] for m in ('overall', 'left')] for k in 'BE'}
+    lost = [k for k, (maps, left) in two.items() if maps.difference < -maps.half_width
+            and left.difference + left.half_width > 0]
+    why = f" ({', '.join(lost)}: perhaps lower confidence)" if lost else ''
+    return f"`{arm}` {' and '.join(in_points(o) for o, _ in two.values())}{why}"
 
 def maps_sentence(
     rows: pd.DataFrame,  # from `map_rows`
@@ -119,16 +129,19 @@ def maps_sentence(
     signs = {np.sign(of[k, f'{a} − CE', 'overall'].difference) for k in 'BF' for a in ('paper', 'repaired')}
     head = {(-1,): 'Worse on CIFAR-10, if anything', (1,): 'Better on CIFAR-10, if anything'}
     boxes, names = ([of[k, f'semantic − {o}', 'energy'] for k in 'EG'] for o in ('CE', 'semantic-shuffled'))
+    transport = of['G', 'CE+OT − CE', 'energy']
     more = all(r.difference > r.half_width for r in boxes)
     same = all(abs(r.difference) + r.half_width < METRICS['energy'].smallest for r in names)
-    also = '; on photographs more in boxes'*more + ', with any names'*(more and same)
+    alone = transport.difference > transport.half_width
+    also = ' and '.join(['any names']*same + ['transport alone']*alone)
+    also = f"; on photographs more in boxes{f', with {also}' if also else ''}" if more else ''
     each = '; '.join(_in_both(of, a) for a in ('paper', 'repaired', 'semantic'))
-    points, alike = (of['E', 'semantic − CE', m] for m in ('pointing_game', 'alike'))
+    points, others = (of['E', 'semantic − CE', m] for m in ('pointing_game', 'pointing_others'))
     return (f"{head.get(tuple(signs), 'Cannot tell')}{also}. Grad-CAM's insertion − deletion, less a random map's, "
             f"minus cross-entropy's, in B ({seeds.B} seeds) and E ({seeds.E}): {each}. In E `semantic` gains "
             f"{in_points(boxes[0])} of energy in boxes (right minus shuffled {in_points(names[0])}) and "
-            f"{in_points(points)} in the pointing game; its maps correlate by {alike.value:.2f} (cross-entropy's "
-            f"{alike.baseline:.2f}) with *other* photographs' mean map.")
+            f"{in_points(points)} in the pointing game, where the mean map of *other* photographs gains "
+            f"{in_points(others)}.")
 
 # %% ../../nbs/evidence/57_findings.ipynb #383044fc
 _says = dict(supported='Yes', contradicted='No, the other way round', inconclusive='Cannot tell')
@@ -157,10 +170,6 @@ def _alone(rows, contrast):
 def _ran(rows):
     "The blocks that say something, but for the one that asks about bfloat16."
     return sorted(k for k in set(rows.block) - {'all'} if BLOCKS[k].precision == 'fp32')
-
-def _where(rows, contrast):
-    "The blocks that a contrast is the mean of."
-    return ', '.join(_alone(rows, contrast).block)
 
 # %% ../../nbs/evidence/57_findings.ipynb #d04b90b7
 def _mean(r): return f'{r.difference:+.2f}'.replace('-', '−')
@@ -205,7 +214,7 @@ def _part(rows, names, invented, flips, elsewhere):
             pairs = 'one pair' if r.replaced == 1 else f'{r.replaced} pairs'
             against.append(f'{pairs} made on another GPU would leave it {r.verdict} ({in_points(r)})')
     if invented.difference <= invented.half_width:
-        against.append(f'right minus invented words is {in_points(invented)} ({_where(rows, invented.contrast)})')
+        against.append(f'right minus invented words is {in_points(invented)}')
     if names.verdict != 'supported' or not against: return _said(names)
     *first, last = against
     return f"By the declared rule yes, but {', '.join(first)}{', and ' if first else ''}{last}"
@@ -219,7 +228,8 @@ def _louder(rows, whole):
     verdict = lambda r: f'{r.verdict} within {r.margin:g} point' if r.verdict == 'equivalent' else r.verdict
     both = [verdict(r) for r in ran]
     ends = ['', f': both {both[0]}'] if both[0] == both[1] else [f' ({o})' for o in both]
-    return f" Louder names {in_points(loud)}{ends[0]}, those of transport {in_points(transport)} (L){ends[1]}."
+    return (f" The same with louder names {in_points(loud)}{ends[0]}, in transport alone {in_points(transport)} (L)"
+            f"{ends[1]}.")
 
 def _again(rows):
     """What fresh seeds make of the one block that names seemed to help in, by the rule declared before them; nothing
@@ -271,19 +281,20 @@ def findings(
     invented = of['repaired − repaired-random']
     does = [*map(_said, gains.values())]
     part = [_part(rows, names, invented, flips[names.contrast], elsewhere), _said(parts['semantic'])]
-    where = lambda r: f'{in_points(r)} ({_where(rows, r.contrast)})'
+    there = [*_alone(rows, invented.contrast).block]
+    right = _alone(rows, repaired.contrast).set_index('block').difference[there].mean()
     each = lambda which: {k: in_points(r) for k, r in which.items()}
-    said = [f"**Does LICO gain accuracy where its matching trains?** {_answer(*does)}{_but(rows, gains)}: "
-            f"{_presets(each(gains), does)}. Transport alone gains {in_points(of['CE+OT − CE'])}, "
+    said = [f"**Does LICO gain accuracy where its matching trains?** {_answer(*does)}: "
+            f"{_presets(each(gains), does)}{_but(rows, gains)}. Transport alone gains {in_points(of['CE+OT − CE'])}, "
             f"supervised contrast {in_points(of['CE+SupCon − CE'])}.",
             f"**Has language a part in it?** {_answer(*part)}. With `-shuffled` names `repaired` "
             f"gains {in_points(of['repaired-shuffled − CE'])}, with invented words "
-            f"{where(of['repaired-random − CE'])}. Right minus shuffled: {_presets(each(parts), part)}."
+            f"{in_points(of['repaired-random − CE'])} ({', '.join(there)}; right ones there {right:+.2f}). Right minus shuffled: {_presets(each(parts), part)}."
             f"{_louder(rows, whole)}{_again(rows)}",
             f"**Does the paper's text, taken literally, work?** {_said(literal)}: {in_points(literal)}"
-            f"{_printed(_alone(rows, literal.contrast), printed)}; minus transport alone "
-            f"{in_points(of['paper − CE+OT'])}. Matching ended "
-            f"{f'active in {literal.active:.0%} of' if literal.active else 'inactive in all'} runs.",
+            f"{_printed(_alone(rows, literal.contrast), printed)}. Its matching ended "
+            f"{f'active in {literal.active:.0%} of' if literal.active else 'inactive in all'} runs; minus transport "
+            f"alone {in_points(of['paper − CE+OT'])}.",
             f"**Are its maps better?** {maps}",
             f"**How far does this go?** {_extent(rows)}."]
     return '\n'.join(f'* {s}' for s in said)
