@@ -307,12 +307,12 @@ def test_the_sentence_on_maps():
         return maps_sentence(pd.concat([rows[~rows.block.isin(list(other))], fresh]))
     plain = maps_sentence(rows)
     assert plain.startswith('Cannot tell. ')
-    for gain, transport, says in ((0, 0, 'more in boxes. '), (4, 0, 'more in boxes, with any names. '), (
-            0, 1, 'more in boxes, with transport alone. '), (4, 1, 'more in boxes, with any names and transport alone. ')):
+    for gain, transport, says in ((0, 0, '. '), (4, 0, ', with any names. '), (0, 1, ', with transport alone. '),
+                                  (4, 1, ', with any names and transport alone. ')):
         energy = lambda df: ((4 + .1*df.seed)*(df.arm == 'semantic') + gain*(df.arm == 'semantic-shuffled')
                              + transport*(1 + .1*df.seed)*(df.arm == 'CE+OT'))
         o = said(E=made['E'].assign(energy=energy), G=made['G'].assign(energy=energy))
-        assert o.startswith(f'Cannot tell; on photographs {says}')
+        assert o.startswith(f'Cannot tell; on photographs more in boxes{says}')
     assert ('in B (7 seeds) and E (5): `paper` +3.00 and +1.00; `repaired` +4.00 and +2.00; `semantic` +5.00 and '
             '+4.00. In E') in plain
     assert ('gains +4.00 of energy in boxes (right minus shuffled −1.00) and +8.00 in the pointing '

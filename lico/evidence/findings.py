@@ -289,8 +289,8 @@ def findings(
             f"supervised contrast {in_points(of['CE+SupCon − CE'])}.",
             f"**Has language a part in it?** {_answer(*part)}. With `-shuffled` names `repaired` "
             f"gains {in_points(of['repaired-shuffled − CE'])}, with invented words "
-            f"{in_points(of['repaired-random − CE'])} ({', '.join(there)}; right ones there {right:+.2f}). Right minus shuffled: {_presets(each(parts), part)}."
-            f"{_louder(rows, whole)}{_again(rows)}",
+            f"{in_points(of['repaired-random − CE'])} ({', '.join(there)}; right ones there {right:+.2f}). "
+            f"Right minus shuffled: {_presets(each(parts), part)}.{_louder(rows, whole)}{_again(rows)}",
             f"**Does the paper's text, taken literally, work?** {_said(literal)}: {in_points(literal)}"
             f"{_printed(_alone(rows, literal.contrast), printed)}. Its matching ended "
             f"{f'active in {literal.active:.0%} of' if literal.active else 'inactive in all'} runs; minus transport "
