@@ -11,8 +11,8 @@ from lico.evidence import claims, extent
 from lico.evidence.arms import TABLES
 from lico.evidence.claims import CLAIMS, claim_rows, claims_table, printed_gains
 from lico.evidence.extent import coverage
-from lico.evidence.findings import (block_table, done_again, findings, map_differences, map_rows, maps_sentence,
-                                    with_those)
+from lico.evidence.findings import block_table, done_again, findings, with_those
+from lico.evidence.map_gains import map_differences, map_rows, maps_sentence
 from lico.evidence.programme import (ARMS, BLOCKS, LOUDER, PRIMARY, SECONDARY, above_random, arm_name, asked_of_block,
                                      block_runs, contrast_rows, map_table, maps_of_block)
 from lico.evidence.stats import holm
