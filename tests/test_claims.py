@@ -53,6 +53,28 @@ def test_settings_are_pooled_and_corrected_for_their_number(lico_root):
             and '+2.14' in claims_table(claim_rows(), "the paper's data"))
 
 
+def test_a_mean_over_settings_says_the_least_seeds_and_the_mean_share_of_failures(lico_root):
+    for labels, n in (('40', 6), ('250', 5)):
+        base = np.resize(BASE, n) + np.arange(n)
+        dead = np.where(np.arange(n) < 3*(n == 6), 10., base + 1 + np.resize(NOISE, n))  # half of one setting
+        store(f'table3-{labels}', rows('CE', base, text=None, method='CE'), rows('LICO', dead), labels=labels)
+    r = claim_rows().set_index('claim').loc['LICO gains accuracy, with few labels']
+    assert (r.seeds, r.n, r.pairs) == (5, 11, '5 + 6') and r.failed == pytest.approx(.25)
+
+
+def test_of_two_blocks_of_one_setting_the_first_declared_stands(lico_root):
+    "E and G have the same images; with as many seeds E says what the maps do, and the table says that it does."
+    for k, points in (('G', 4), ('E', 2)):
+        df = programme(k).assign(saliency='grad-cam', saliency_options='{}', images=50, dataset='tiny-imagenet-100',
+                                 paper_dataset='ImageNet', is_stand_in=True, labels='all')
+        df['pointing_game'] = 60 + points*(df.arm == 'semantic') + df.seed/10
+        store(f'language-{k}', df, dataset='tiny-imagenet-100', paper_dataset='ImageNet', is_stand_in=True, labels='all',
+              backbone='tf_efficientnet_lite0')
+    found = claim_rows()
+    r = found.set_index(['claim', 'preset']).loc[("LICO's Grad-CAM maps point at the object more often", 'semantic')]
+    assert r.difference == pytest.approx(2) and r.folders == 'language-E' in claims_table(found, r['where'])
+
+
 def test_digits_give_no_verdict(lico_root):
     store('table3', rows('CE', BASE, text=None, method='CE'), rows('LICO', BASE + 3 + NOISE), dataset='digits',
           is_stand_in=True, backbone='wrn_16_1')

@@ -166,3 +166,9 @@ def test_names_p_counts_the_right_names_themselves():
     q = class_rows(vectors, .05)
     kl = stats.entropy(confused.numpy(), q.numpy(), axis=1)
     assert found.right[0] == pytest.approx(kl.mean(), rel=1e-4)
+
+
+def test_which_way_a_score_is_better():
+    "What takes pixels away shall fall fast, from whatever baseline; what puts them in shall rise."
+    assert all(m.lower_is_better for k, m in METRICS.items() if k.startswith('deletion'))
+    assert not any(m.lower_is_better for k, m in METRICS.items() if k.startswith(('insertion', 'pointing', 'accuracy')))
