@@ -9,6 +9,7 @@ __all__ = ['TextEncoder', 'BERTText', 'say_unknown', 'GloVeText', 'CLIPText']
 import copy, functools, hashlib, json, math, re, sys
 import torch, torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 from .config import choose
 from .losses import without_autocast
@@ -21,6 +22,23 @@ def _layout(names, n, front, begin, end):
     rows = [torch.cat([begin, *((name, zeros) if front else (zeros, name)), end]) for name in names]
     sizes = torch.tensor([len(name) for name in names])
     return pad_sequence(rows, batch_first=True), len(begin) + front*sizes[:, None] + torch.arange(n), sizes
+
+# %% ../nbs/method/11_encoders.ipynb #c7a2e1f5
+def _multiplied(net):
+    "The frozen parameters in float32 that products of matrices read, by name; autocast leaves float64 alone."
+    for name, m in net.named_modules():
+        if isinstance(m, (nn.Linear, nn.MultiheadAttention)):
+            yield from ((key, p) for key, p in m.named_parameters(name, recurse=False)
+                        if not p.requires_grad and p.dtype == torch.float32)
+
+def _rounded(net, kind):
+    "Under autocast the frozen weights as it rounds them, {name: tensor}, kept until they change; else nothing."
+    if not torch.is_autocast_enabled(kind): return {}
+    read, form = dict(_multiplied(net)), torch.get_autocast_dtype(kind)
+    now = form, [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in read.values()]
+    if getattr(net, 'as_rounded', (None,))[0] != now:
+        with torch.inference_mode(False): net.as_rounded = now, {name: p.to(form) for name, p in read.items()}
+    return net.as_rounded[1]
 
 # %% ../nbs/method/11_encoders.ipynb #84b10d38
 class TextEncoder(nn.Module):
@@ -67,7 +85,8 @@ class TextEncoder(nn.Module):
         x = self.word_embeddings(ids)
         each = context.to(x).repeat_interleave(len(names)//len(context), 0)
         where = where.to(x.device)
-        return self._encode(x.scatter(1, where[..., None].expand_as(each), each), where, sizes, len(context), front)
+        x = x.scatter(1, where[..., None].expand_as(each), each)
+        return functional_call(self, _rounded(self, x.device.type), (x, where, sizes, len(context), front))
 
 def _read_by(encoder, tokenizer):
     "What a tokenizer makes of text: its vocabulary, and how it cuts a sentence with capitals, accents and stops."
@@ -137,7 +156,7 @@ class BERTText(TextEncoder):
         c = self.model.config
         return [*_read_by(self, self.tokenizer), c.num_attention_heads, c.hidden_act, c.layer_norm_eps]
 
-    def _encode(self, x, where, sizes, P, front):
+    def forward(self, x, where, sizes, P, front):
         n, heads = where.shape[1], self.model.config.num_attention_heads
         packing = _Packing(sizes + n + 2, x.device)
         mask = None if packing.full else packing.real[:, None, None].to(x.device)
@@ -192,7 +211,7 @@ class GloVeText(TextEncoder):
 
     def _reads(self): return [list(self.numbers.items())]
 
-    def _encode(self, x, where, sizes, P, front):
+    def forward(self, x, where, sizes, P, front):
         return torch.cat([_rows(x, where), _name_mean(x, 0 if front else where.shape[1], sizes)], 1)
 
 # %% ../nbs/method/11_encoders.ipynb #b68435d3
@@ -289,7 +308,7 @@ class CLIPText(TextEncoder):
         return (h if self.project is None else self.project(h) if isinstance(self.project, nn.Linear)
                 else h @ self.project)
 
-    def _encode(self, x, where, sizes, P, front):
+    def forward(self, x, where, sizes, P, front):
         (K, n), x = where.shape, x + self.positions[:x.shape[1]]
         tree = _Tree(x, n, P, sizes, front)
         h = tree.first

@@ -1,12 +1,12 @@
 "lico.text against open_clip and transformers themselves, its gradients, and what it refuses."
-import importlib.util, json, re
+import copy, importlib.util, json, re
 import open_clip, pytest, torch
 import torch.nn.functional as F
 from open_clip.model import CLIP, CustomTextCLIP
 from torch import nn
 from torch.func import functional_call
 from safetensors.torch import load_file
-from lico import text
+from lico import encoders, text
 from lico.text import CLIPText, PromptLearner, derangement, load_text_encoder
 
 NAMES = ["dog", "dump truck", "bald eagle in the snow", "cat"]
@@ -114,6 +114,33 @@ def test_rows_and_gradients_are_open_clips(small, tokenizer, n, per_class, front
         weight = torch.randn_like(rows)
         torch.testing.assert_close(*(torch.autograd.grad((weight*o).sum(), context)[0] for o in (rows, expected)),
                                    atol=1e-9, rtol=1e-8)
+
+
+@pytest.mark.parametrize("tower, kind", [("minilm", torch.float32), ("vit_text", torch.float32),
+                                         ("minilm", torch.float64)])
+def test_weights_rounded_once_are_autocasts_own(tower, kind, request, monkeypatch):
+    "The same rows and the same gradient, bit for bit, also of weights that have changed, and none of float64."
+    enc = copy.deepcopy(request.getfixturevalue(tower)).to(kind)
+    names = [enc.name_ids(o) for o in NAMES]
+    torch.manual_seed(0)
+    context = torch.randn(3, enc.embed_dim).mul(.02).requires_grad_()
+    def found():
+        context.grad = None
+        with torch.autocast("cpu", torch.bfloat16): rows = enc.encode(context, names)
+        rows.double().square().sum().backward()
+        return rows.detach(), context.grad
+    rounded, own = [], encoders._rounded
+    for step in range(2):
+        kept = found()
+        with monkeypatch.context() as patch:
+            patch.setattr(encoders, "_rounded", lambda *_: {})
+            for a, b in zip(kept, found()): assert a.equal(b)
+        with torch.autocast("cpu", torch.bfloat16): rounded.append(own(enc, "cpu"))
+        for p in enc.parameters(): p.mul_(1.01)
+    assert bool(rounded[0]) == (kind == torch.float32) and all(o.dtype == torch.bfloat16 for o in rounded[0].values())
+    assert all(not rounded[1][k].equal(o) for k, o in rounded[0].items())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16): enc.encode(context, names)
+    found()
 
 
 @pytest.mark.parametrize("tower", ["minilm", "vit_text"])
