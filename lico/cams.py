@@ -38,6 +38,7 @@ def _weights_and_maps(net, x, target, create_graph=False):
         module = None if layer == FEATURES else net.get_submodule(layer)
         places = None if out is None else layout(net, module, out, x.shape[2:])
         if places is None: raise no_grid(net, layer, out)
+    if target is None: target = logits.argmax(1)
     score = logits.gather(1, target[:, None]).sum()
     gradient, = torch.autograd.grad(score, out, create_graph=create_graph, retain_graph=True)
     return places(gradient), places(out), logits
@@ -116,7 +117,7 @@ def _plus_plus(gradient, maps):
 
 def cam(
     net, x, target,  # a backbone or `Probe` within `undisturbed`, images [B, C, H, W], class indices [B]
-    kind,  # "grad-cam", "grad-cam++" or "score-cam"
+    kind,  # "grad-cam", "grad-cam++" (of these two `target` may be `None`: the predicted classes) or "score-cam"
     batch_size=None,  # images per forward pass of Score-CAM
 ):
     """Maps [B, H, W] of a layer, the last feature maps if none is named (Selvaraju et al. 2017; Chattopadhay et al.

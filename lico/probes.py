@@ -67,7 +67,7 @@ def no_grid(
                       "pass another layer=, or reshape=, a function that makes [B, C, h, w] of them")
 
 def _watch(net, x, answer):
-    "One pass: (name, module, what it gave, its gradient) in the order in which modules end."
+    "One pass: (name, module, what it gave, its gradient) in the order in which modules end; and the answer."
     seen, ends, handles, x = [], [], [], x.detach().clone().requires_grad_()
     def tell(out, name, module):
         t = first_tensor(out) if torch.is_tensor(out) or type(out) in (tuple, list) else None
@@ -79,12 +79,12 @@ def _watch(net, x, answer):
         if isinstance(m, nn.Linear): handles.append(listen_before(m, lambda *args: ends.append(args[0])))
     try: ends.append(answer(net(x)))
     finally: remove(handles)
-    if not seen: return []
+    if not seen: return [], ends[-1]
     for end in reversed(ends[-2:]):  # a classifier may begin with zeros: then what it is given decides
         total = (end.flatten(1)*torch.linspace(1, 2, end[0].numel(), device=end.device)).sum()
         gradients = torch.autograd.grad(total, [t for *_, t in seen], retain_graph=True, allow_unused=True)
         if any(g is not None and g.any() for g in gradients): break
-    return [(*o, g) for o, g in zip(seen, gradients)]
+    return [(*o, g) for o, g in zip(seen, gradients)], ends[-1]
 
 # %% ../nbs/method/23_probes.ipynb #9a75de89
 def find_layer(
@@ -93,8 +93,10 @@ def find_layer(
     answer,  # from the output to what gradients are taken of
     reshape=None,  # as in `explain`
 ) -> tuple:
-    "(name, its layout) of the last layer whose places the answer depends on; a `ValueError` if there is none."
-    seen, size = _watch(net, x, answer), x.shape[2:]
+    """(name, its layout, what it gave last, the answer) of the last layer whose places the answer depends on; a
+    `ValueError` if there is none."""
+    (seen, said), size = _watch(net, x, answer), x.shape[2:]
+    given = {name: t for name, _, t, _ in seen}
     grids = {tuple(-(-n//2**k) for n in t.shape[2:]) for _, m, t, _ in seen if isinstance(m, nn.Conv2d)
              for k in range(6)}
     shrunk = tokens = False
@@ -107,8 +109,8 @@ def find_layer(
         if places is None: raise no_grid(net, name, t)
         if reshape or places(t)[0, 0].numel() > 1 and places(gradient).any():
             if shrunk: raise _one_position(shrunk, size)
-            if named: return tokens if tokens and t.ndim == 4 else (name, places)
-            tokens = name, places  # the last ones, should none be normalised
+            if named: return tokens if tokens and t.ndim == 4 else (name, places, given[name], said)
+            tokens = name, places, given[name], said  # the last ones, should none be normalised
         if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1: shrunk = shrunk or name
     raise ValueError(f"{type(net).__name__} has no layer with places on which its answer depends: pass layer= and "
                      "reshape=, or use a method that needs no layer, such as rise or smoothgrad")
@@ -146,6 +148,7 @@ class Probe:
     ):
         self.net, self.score, self.layer, self.reshape, self.places = net, score, layer, reshape, None
         self.fast = None  # the copy that is asked where no gradient is wanted
+        self.heard = None  # what the layer gave for the shown image alone, and the answer
         self.shown, seen = x[:1].detach(), x[:1].detach().clone()
         self.answer, row = _first_answer(net, seen, x.shape, score)
         if not row.isfinite().all():
@@ -182,6 +185,8 @@ class Probe:
 
     def hear(self, x):
         "What the layer gives, and what gradients are taken of."
+        heard, self.heard = self.heard, None
+        if heard and x.equal(self.shown): return heard
         return hear(self.net, x, self.layer, lambda output: self._rows(output, len(x), False))
 
 # %% ../nbs/method/23_probes.ipynb #826c3dd8
@@ -200,32 +205,30 @@ def looker(
     return ask, batch_size or size
 
 # %% ../nbs/method/23_probes.ipynb #1c91f300
-def _halves(probe):
+def _same(probe, rows):
     "Does timm's protocol give what the network gives? It leaves out what comes before, such as a normalisation."
-    with torch.no_grad():
-        halves = hear(probe.net, probe.shown.clone(), FEATURES)[1]
-        rows = [probe._rows(o, 1, True) for o in (halves, probe.answer)]
-    return torch.allclose(*rows, rtol=1e-3, atol=1e-4)
+    with torch.no_grad(): own = probe._rows(probe.answer, 1, True)
+    return torch.allclose(rows, own, rtol=1e-3, atol=1e-4)
 
 def _choose(probe, x):
-    "The probe's layer and layout, found where they are not given, or a refusal."
+    "The probe's layer and layout, found where they are not given, what it gives and the answer; or a refusal."
     asked, net, x = probe.layer, probe.net, x[:1].detach().clone().requires_grad_()
     layer = asked or protocol_layer(net)
     search = lambda: find_layer(net, x, lambda out: probe._rows(out, 1, False), probe.reshape)
     if layer is None: return search()
-    if layer == FEATURES and not asked and not _halves(probe): return search()
-    out, rows = hear(net, x, layer, lambda output: probe._rows(output, 1, False))
+    out, (scores, rows) = hear(net, x, layer, lambda output: [probe._rows(output, 1, k) for k in (True, False)])
+    if layer == FEATURES and not asked and not _same(probe, scores): return search()
     module = None if layer == FEATURES else net.get_submodule(layer)
     places = probe.reshape or (layout(net, module, out, x.shape[2:]) if torch.is_tensor(out) else None)
     heard = torch.is_tensor(out) and out.requires_grad and places
-    gradient = torch.autograd.grad(rows.sum(), out, allow_unused=True)[0] if heard else None
+    gradient = torch.autograd.grad(rows.sum(), out, retain_graph=True, allow_unused=True)[0] if heard else None
     if asked and gradient is not None and gradient.any() and not places(gradient).any():
         raise ValueError(f"the class depends on no place of layer {asked!r}, only on what stands beside the places, "
                          "such as a class token: choose an earlier layer, such as the first normalisation of its block")
     usable = gradient is not None and (asked or out.ndim == 4 or places(gradient).any())
     if not usable and not asked and not probe.reshape: return search()
     if not usable: raise no_grid(net, layer, out)
-    return layer, places
+    return layer, places, out, rows
 
 # %% ../nbs/method/23_probes.ipynb #8c241bc5
 def _is_flat(module):
@@ -244,8 +247,8 @@ def settle(
         made = 'compiled by torch.jit' if isinstance(probe.net, torch.jit.ScriptModule) else 'written by torch.export'
         raise ValueError(f"{type(probe.net).__name__} is {made}, whose layers cannot be listened to: pass the network "
                          "that it was made of, or use a method that needs no layer, such as rise")
-    probe.layer, probe.places = _choose(probe, x)
-    with torch.no_grad(): maps = probe.places(probe.hear(x[:1])[0])
+    probe.layer, probe.places, *heard = _choose(probe, x)
+    with torch.no_grad(): maps = probe.places(heard[0])
     if not torch.is_tensor(maps) or maps.ndim != 4:
         raise ValueError(f"reshape gives {list(maps.shape) if torch.is_tensor(maps) else type(maps).__name__}: "
                          "expected maps [B, C, h, w]")
@@ -253,6 +256,7 @@ def settle(
         raise ValueError(f"layer {probe.layer!r} gives {len(maps)} sets of maps for one image, as inside windows: "
                          "choose the block around it, or pass reshape=, a function that puts them together")
     if maps[0, 0].numel() == 1: raise _one_position(probe.layer, x.shape[2:])
+    if len(x) == 1: probe.heard = heard
 
 def default_layer(
     net: nn.Module,  # any classifier

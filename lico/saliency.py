@@ -113,8 +113,10 @@ def _refuse(net, x, score, reshape, batch_size):
 
 def _classes(probe, x, target, batch_size):
     "The target as class indices [B]: as given, checked, or predicted."
-    if target is None:
-        with torch.no_grad(): return torch.cat([probe(o).argmax(1) for o in x.split(batch_size)])
+    if target is None:  # of the first image the probe knows the answer
+        rest = x[1:].split(batch_size) if len(x) > 1 else ()
+        with torch.no_grad(): rows = [probe._rows(probe.answer, 1, False), *map(probe, rest)]
+        return torch.cat(rows).argmax(1)
     target = class_indices(target, len(x), x.device)
     if target.max() < probe.classes: return target
     raise ValueError(f"target {int(target.max())}: expected class indices from 0 to {probe.classes - 1}")
@@ -169,9 +171,11 @@ def explain(
     with undisturbed(net, x.device):
         x = x.detach().float()
         probe = Probe(in_float32(net), x, score, layer, reshape)
-        target = _classes(probe, x, target, size)
+        parts = x.split(size)
+        foreseen = target is None and method in ('grad-cam', 'grad-cam++')  # by the pass that their gradient is of
+        targets = [None]*len(parts) if foreseen else _classes(probe, x, target, size).split(size)
         if method in CAMS: settle(probe, x)
-        batches = zip(x.split(size), target.split(size))
+        batches = zip(parts, targets)
         return to_unit(torch.cat([METHODS[method](probe, *batch, **shared, **options) for batch in batches]).float())
 
 # %% ../nbs/method/26_saliency.ipynb #dacf9c1b

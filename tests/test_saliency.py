@@ -2,7 +2,7 @@
 leaves no trace."""
 import copy, random
 
-import numpy as np, pytest, skimage.data, timm, torch
+import numpy as np, pytest, skimage.data, timm, torch, torchvision
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
@@ -573,3 +573,21 @@ def test_classes_of_any_kind_of_whole_number():
     x = pictures(2)
     found = [explain(small(), x, np.array([1, 2], dtype=o), 'random') for o in (np.uint16, np.uint8, np.int64)]
     assert found[0].equal(found[1]) and found[1].equal(found[2])
+
+
+@pytest.mark.parametrize('make', [lambda: create_backbone('wrn_16_1', num_classes=5, image_size=16),
+                                  lambda: torchvision.models.resnet18(num_classes=5)], ids=['timm', 'torchvision'])
+@pytest.mark.parametrize('method', ['grad-cam', 'grad-cam++'])
+@pytest.mark.parametrize('target', [None, 3])
+def test_no_more_passes_than_are_needed(make, method, target):
+    "A look at what the answer is, one for the layer, which is the map's own of a single image; the class costs none."
+    torch.manual_seed(0)
+    net, seen = make().eval(), []
+    first = next(m for m in net.modules() if isinstance(m, nn.Conv2d))
+    first.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    x = torch.randn(3, 3, 64, 64)
+    alone = [explain(net, o[None], target, method)[0] for o in x]
+    assert seen == [1, 1]*3
+    seen.clear()
+    torch.testing.assert_close(explain(net, x, target, method), torch.stack(alone), atol=1e-5, rtol=1e-4)
+    assert seen == [1, 1, 3]

@@ -53,13 +53,14 @@ def other_libraries(o):
     net = create_backbone(o.network, 1000, o.image_size).to(o.where).eval()
     x, y = torch.randn(1, 3, o.image_size, o.image_size).to(o.where), torch.zeros(1, dtype=torch.int64, device=o.where)
     pixels = f'one image of {o.image_size} pixels'
-    from pytorch_grad_cam import ScoreCAM
+    from pytorch_grad_cam import GradCAM, ScoreCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
     tapped = _Tap(net)
-    theirs = ScoreCAM(tapped, [tapped.tap])
-    times = alternate(dict(ours=lambda: explain(net, x, y, 'score-cam'), theirs=lambda: theirs(
-        x, [ClassifierOutputTarget(0)])), o.rounds, o.where)
-    yield row(2, 'Score-CAM', 'pytorch-grad-cam', times.theirs/times.ours, 1.5, '≥', note=pixels)
+    for name, kind, asked in (('Score-CAM', ScoreCAM, (1.5, '≥')), ('Grad-CAM', GradCAM, ())):
+        theirs = kind(tapped, [tapped.tap])
+        times = alternate(dict(ours=lambda: explain(net, x, y, name.lower()), theirs=lambda: theirs(
+            x, [ClassifierOutputTarget(0)])), o.rounds, o.where)
+        yield row(2, name, 'pytorch-grad-cam', times.theirs/times.ours, *asked, note=pixels)
     maps = torch.rand(1, o.image_size, o.image_size).to(o.where)
     try:
         from torchcam.metrics import DeletionInsertionMetric
