@@ -64,12 +64,11 @@ def test_a_mean_over_settings_says_the_least_seeds_and_the_mean_share_of_failure
 
 def test_of_two_blocks_of_one_setting_the_first_declared_stands(lico_root):
     "E and G have the same images; with as many seeds E says what the maps do, and the table says that it does."
+    images = dict(dataset='tiny-imagenet-100', paper_dataset='ImageNet', is_stand_in=True, labels='all')
     for k, points in (('G', 4), ('E', 2)):
-        df = programme(k).assign(saliency='grad-cam', saliency_options='{}', images=50, dataset='tiny-imagenet-100',
-                                 paper_dataset='ImageNet', is_stand_in=True, labels='all')
+        df = programme(k).assign(saliency='grad-cam', saliency_options='{}', images=50)
         df['pointing_game'] = 60 + points*(df.arm == 'semantic') + df.seed/10
-        store(f'language-{k}', df, dataset='tiny-imagenet-100', paper_dataset='ImageNet', is_stand_in=True, labels='all',
-              backbone='tf_efficientnet_lite0')
+        store(f'language-{k}', df, backbone='tf_efficientnet_lite0', **images)
     found = claim_rows()
     r = found.set_index(['claim', 'preset']).loc[("LICO's Grad-CAM maps point at the object more often", 'semantic')]
     assert r.difference == pytest.approx(2) and r.folders == 'language-E' in claims_table(found, r['where'])
