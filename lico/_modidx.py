@@ -481,6 +481,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'lico.evidence.findings._printed': ('evidence/findings.html#_printed', 'lico/evidence/findings.py'),
                                         'lico.evidence.findings._ran': ('evidence/findings.html#_ran', 'lico/evidence/findings.py'),
                                         'lico.evidence.findings._said': ('evidence/findings.html#_said', 'lico/evidence/findings.py'),
+                                        'lico.evidence.findings._schedule': ( 'evidence/findings.html#_schedule',
+                                                                              'lico/evidence/findings.py'),
                                         'lico.evidence.findings.block_table': ( 'evidence/findings.html#block_table',
                                                                                 'lico/evidence/findings.py'),
                                         'lico.evidence.findings.done_again': ( 'evidence/findings.html#done_again',

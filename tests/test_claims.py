@@ -313,7 +313,7 @@ def test_the_sentence_on_maps():
         df = maps(block, 'pointing_game', **own).assign(overall=maps(block, 'overall', **own).overall)
         return df.assign(alike=.5, pointing_others=60 + 2*(df.arm == 'semantic'), energy=df.pointing_game/2)
     made = dict(G=on_photographs('G', **{'CE': 0, 'CE+OT': 1, 'semantic': 3, 'semantic-shuffled': 2}))
-    own = {'paper': 1, 'repaired': 2, 'repaired-shuffled': 7, 'semantic': 4, 'semantic-shuffled': 5}
+    own = {'paper': 1, 'repaired': 2, 'repaired-shuffled': 7, 'semantic': 4, 'semantic-shuffled': 5, 'CGC': 0}
     made['E'] = on_photographs('E', CE=0, **own)
     own = {'CE': 0, 'CE+LS': 0, 'paper': 3, 'repaired': 4, 'semantic': 5}
     small = maps('B', 'overall', **own)
@@ -328,16 +328,16 @@ def test_the_sentence_on_maps():
         return maps_sentence(pd.concat([rows[~rows.block.isin(list(other))], fresh]))
     plain = maps_sentence(rows)
     assert plain.startswith('Cannot tell. ')
-    for gain, transport, says in ((0, 0, '. '), (4, 0, ', with any names. '), (0, 1, ', with transport alone. '),
-                                  (4, 1, ', with any names and transport alone. ')):
+    for gain, transport, cgc, says in ((0, 0, 0, '. '), (4, 0, 0, ', with any names. '), (
+            0, 1, 0, ', with transport alone. '), (4, 1, 2, ', with any names, transport alone, CGC. ')):
         energy = lambda df: ((4 + .1*df.seed)*(df.arm == 'semantic') + gain*(df.arm == 'semantic-shuffled')
-                             + transport*(1 + .1*df.seed)*(df.arm == 'CE+OT'))
+                             + transport*(1 + .1*df.seed)*(df.arm == 'CE+OT') + cgc*(1 + .1*df.seed)*(df.arm == 'CGC'))
         o = said(E=made['E'].assign(energy=energy), G=made['G'].assign(energy=energy))
         assert o.startswith(f'Cannot tell; on photographs more in boxes{says}')
     assert ('in B (7 seeds) and E (5): `paper` +3.00 and +1.00; `repaired` +4.00 and +2.00; `semantic` +5.00 and '
             '+4.00. In E') in plain
-    assert ('gains +4.00 of energy in boxes (right minus shuffled −1.00) and +8.00 in the pointing '
-            'game, where the mean map of *other* photographs gains +2.00.') in plain
+    assert ('gains +4.00 of energy in boxes (right minus shuffled −1.00). It points there in 60.0%, the mean map of '
+            '*other* photographs in 62.0% (right minus shuffled −2.00, in G +2.00).') in plain
     table = map_differences(rows)
     assert re.search(r'B +\| CE\+LS − CE +\| 7 +\| \+0.00 +\| -6.00', table), 'a random map has the rest; less room'
     assert re.search(r'F +\| paper − CE +\| 10 +\| -1.00', table) and not re.search(r'F +\| CE\+', table)

@@ -167,7 +167,8 @@ def _extent(rows):
     ran = _ran(rows)
     before = lambda b: {BLOCKS[k].dataset for k in ran[:next(i for i, k in enumerate(ran) if BLOCKS[k] is b)]}
     where = lambda b: '' if b.dataset in before(b) else f'{b.dataset}, '
-    what = lambda b: where(b) + (f'{b.labels or "all"} labels' if b.pooled else b.says.split(': ')[-1].split(',')[0])
+    what = lambda b: where(b) + (f'{b.labels or "all"} labels' if b.pooled else
+                                 b.says.split(': ')[-1].split(',')[0] + (where(b) and _schedule(b)))
     many = lambda n, b: f'{n}' if n == b.seeds else f'{n} of {b.seeds}'
     each = '; '.join(f'{k}: {what(BLOCKS[k])} ({many(rows[rows.block == k].n.max(), BLOCKS[k])})' for k in ran)
     left = [k for k in BLOCKS if k not in set(rows.block)]
@@ -175,12 +176,15 @@ def _extent(rows):
     return each.replace(')', ' seeds)', 1) + none
 
 # %% ../../nbs/evidence/58_findings.ipynb #19fe4a87
+def _schedule(b): return ', one epoch' if b.how.get('epochs') == 1 else ''
+
 def _but(rows, gains):
     "Where else, among what is not pooled, a gain turned into a loss of more than the pooled gain, and whose."
     where = {k: [o for o in rows[rows.contrast == r.contrast].itertuples()
                  if o.block in BLOCKS and not BLOCKS[o.block].pooled and o.difference < -abs(r.difference)]
              for k, r in gains.items()}
-    told = lambda o: f"{-o.difference:.2f} in {o.block} ({BLOCKS[o.block].says.split(',')[0]})"
+    told = lambda o: (f"{in_points(o).removeprefix('−')} in {o.block} ({BLOCKS[o.block].says.split(',')[0]}"
+                      f"{_schedule(BLOCKS[o.block])})")
     return ''.join(f", but `{k}` loses {', '.join(map(told, o))}" for k, o in where.items() if o)
 
 def findings(
@@ -202,17 +206,17 @@ def findings(
     does = [*map(_said, gains.values())]
     part = [_part(rows, names, invented, flips[names.contrast], elsewhere), _said(parts['semantic'])]
     there = [*_alone(rows, invented.contrast).block]
-    right = _alone(rows, repaired.contrast).set_index('block').difference[there].mean()
     each = lambda which: {k: in_points(r) for k, r in which.items()}
+    within = lambda r: f', within {r.margin:g} point' if r.verdict == 'supported' and r.p_within < .05 else ''
     said = [f"**Does LICO gain accuracy where its matching trains?** {_answer(*does)}: "
             f"{_presets(each(gains), does)}{_but(rows, gains)}. Transport alone gains {in_points(of['CE+OT − CE'])}, "
             f"supervised contrast {in_points(of['CE+SupCon − CE'])}.",
             f"**Has language a part in it?** {_answer(*part)}. With `-shuffled` names `repaired` "
             f"gains {in_points(of['repaired-shuffled − CE'])}, with invented words "
-            f"{in_points(of['repaired-random − CE'])} ({', '.join(there)}; right ones there {right:+.2f}). "
+            f"{in_points(of['repaired-random − CE'])} ({', '.join(there)}). "
             f"Right minus shuffled: {_presets(each(parts), part)}.{_louder(rows, whole)}{_again(rows)}",
             f"**Does the paper's text, taken literally, work?** {_said(literal)}: {in_points(literal)}"
-            f"{_printed(_alone(rows, literal.contrast), printed)}. Its matching ended "
+            f"{within(literal)}{_printed(_alone(rows, literal.contrast), printed)}. Its matching ended "
             f"{f'active in {literal.active:.0%} of' if literal.active else 'inactive in all'} runs; minus transport "
             f"alone {in_points(of['paper − CE+OT'])}.",
             f"**Are its maps better?** {maps}",

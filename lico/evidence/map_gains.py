@@ -13,9 +13,7 @@ from .report import forest, signed
 from .stats import METRICS, paired
 
 # %% ../../nbs/evidence/57_map_gains.ipynb #1238f796
-_MAPS = dict(overall='insertion − deletion, less random', room='room', left='what room leaves of it',
-             pointing_game='pointing game', pointing_others="pointing game of others' maps",
-             energy='energy in boxes', alike="likeness to others' maps")  # metric -> its title
+_MAPS = 'above_random', 'room', 'left', 'pointing_game', 'pointing_others', 'energy', 'alike'
 
 def in_points(
     r,  # a row with its `difference` and `half_width`
@@ -26,16 +24,16 @@ def in_points(
 def _scored(df):
     "The rows of Grad-CAM maps, with a score less the same network's random map's, and what room it had."
     own, above = (o[o.saliency == 'grad-cam'] for o in (df, above_random(df)))
-    own = own.assign(overall=above.overall.to_numpy(), room=own.probability - own.blurred)
+    own = own.assign(above_random=above.overall.to_numpy(), room=own.probability - own.blurred)
     base = own[own.arm == 'CE']
-    return own.assign(left=own.overall - own.room*base.overall.mean()/base.room.mean())
+    return own.assign(left=own.above_random - own.room*base.above_random.mean()/base.room.mean())
 
 def map_rows(
     blocks: dict,  # block -> its rows of results
 ) -> pd.DataFrame:
     """What Grad-CAM maps gain, a row a block, metric and pair of arms, in every block that has some: each arm less
-    cross-entropy, right names less wrong or invented ones. `overall` is less each network's own random map's, `room`
-    the true class's probability in the image less that in the blurred one, `left` what is left of `overall` less a
+    cross-entropy, right names less wrong or invented ones. `above_random`: less each network's own random map, `room`
+    the true class's probability in the image less that in the blurred one, `left` what is left of it less a
     part in proportion to room, as cross-entropy's."""
     named = [c for c in PRIMARY + SECONDARY + LOUDER if c.reference.endswith(('-shuffled', '-random'))]
     found = []
@@ -53,10 +51,12 @@ def map_rows(
 def map_differences(
     rows: pd.DataFrame,  # from `map_rows`
 ) -> str:
-    "What maps gain as Markdown, a line a pair of arms and block: points with the half-width of their 95 % interval."
-    lines = [dict(block=block, **{'arm − reference': of}, pairs=o.n.max()) |
-             {_MAPS[r.metric]: signed(r.difference, r.half_width) for r in o.itertuples()}
-             for (block, of), o in rows.groupby(['block', 'of'], sort=False)]
+    """What maps gain as Markdown, a line a pair of arms and block: points with the half-width of their 95 % interval;
+    of pointing games the means too."""
+    of = lambda r: f'{r.baseline:.1f} → {r.value:.1f}, ' if r.metric.startswith('pointing') else ''
+    lines = [dict(block=block, **{'arm − reference': of_}, pairs=o.n.max()) |
+             {METRICS[r.metric].title: of(r) + signed(r.difference, r.half_width) for r in o.itertuples()}
+             for (block, of_), o in rows.groupby(['block', 'of'], sort=False)]
     return pd.DataFrame(lines).fillna('').to_markdown(index=False, disable_numparse=True)
 
 # %% ../../nbs/evidence/57_map_gains.ipynb #4e04618e
@@ -64,18 +64,18 @@ def draw_maps(
     rows: pd.DataFrame,  # from `map_rows`
 ):
     "What the scores of maps gain over cross-entropy's in the declared blocks, B and E, and what room leaves of it."
-    arms = {f'{a} − CE': a for a in ('CE+LS', 'CGC', 'paper', 'repaired', 'semantic')}
-    shown = rows[rows.block.isin(['B', 'E']) & rows.metric.isin(['overall', 'left']) & rows.of.isin(list(arms))]
+    arms = {f'{a} − CE': a for a in ('CE+LS', 'CE+OT', 'CGC', 'paper', 'repaired', 'semantic')}
+    shown = rows[rows.block.isin(['B', 'E']) & rows.metric.isin(['above_random', 'left']) & rows.of.isin(list(arms))]
     return forest(shown.assign(arm=shown.of.map(arms), kind='block ' + shown.block, reference='CE'))
 
 # %% ../../nbs/evidence/57_map_gains.ipynb #ac628ee0
 def _in_both(of, arm):
     "What an arm's maps gain in B and E, and where a loss may be one of room alone."
-    two = {k: [of[k, f'{arm} − CE', m] for m in ('overall', 'left')] for k in 'BE'}
-    lost = [k for k, (maps, left) in two.items() if maps.difference < -maps.half_width
-            and left.difference + left.half_width > 0]
+    two = {k: [of[k, f'{arm} − CE', m] for m in ('above_random', 'room', 'left')] for k in 'BE'}
+    lost = [k for k, (*both, left) in two.items() if left.difference + left.half_width > 0
+            and all(o.difference < -o.half_width for o in both)]
     why = f" ({', '.join(lost)}: perhaps lower confidence)" if lost else ''
-    return f"`{arm}` {' and '.join(in_points(o) for o, _ in two.values())}{why}"
+    return f"`{arm}` {' and '.join(in_points(o) for o, *_ in two.values())}{why}"
 
 def maps_sentence(
     rows: pd.DataFrame,  # from `map_rows`
@@ -84,19 +84,19 @@ def maps_sentence(
     later, must agree for a word to be said. No verdicts."""
     of = {(r.block, r.of, r.metric): r for r in rows.itertuples()}
     seeds = rows.groupby('block').n.max()
-    signs = {np.sign(of[k, f'{a} − CE', 'overall'].difference) for k in 'BF' for a in ('paper', 'repaired')}
+    signs = {np.sign(of[k, f'{a} − CE', 'above_random'].difference) for k in 'BF' for a in ('paper', 'repaired')}
     head = {(-1,): 'Worse on CIFAR-10, if anything', (1,): 'Better on CIFAR-10, if anything'}
     boxes, names = ([of[k, f'semantic − {o}', 'energy'] for k in 'EG'] for o in ('CE', 'semantic-shuffled'))
-    transport = of['G', 'CE+OT − CE', 'energy']
+    others = {'transport alone': of['G', 'CE+OT − CE', 'energy'], 'CGC': of['E', 'CGC − CE', 'energy']}
     more = all(r.difference > r.half_width for r in boxes)
     same = all(abs(r.difference) + r.half_width < METRICS['energy'].smallest for r in names)
-    alone = transport.difference > transport.half_width
-    also = ' and '.join(['any names']*same + ['transport alone']*alone)
+    also = ', '.join(['any names']*same + [k for k, r in others.items() if r.difference > r.half_width])
     also = f"; on photographs more in boxes{f', with {also}' if also else ''}" if more else ''
     each = '; '.join(_in_both(of, a) for a in ('paper', 'repaired', 'semantic'))
-    points, others = (of['E', 'semantic − CE', m] for m in ('pointing_game', 'pointing_others'))
+    own, mean = (of['E', 'semantic − CE', m] for m in ('pointing_game', 'pointing_others'))
+    points = [in_points(of[k, 'semantic − semantic-shuffled', 'pointing_game']) for k in 'EG']
     return (f"{head.get(tuple(signs), 'Cannot tell')}{also}. Grad-CAM's insertion − deletion, less a random map's, "
             f"minus cross-entropy's, in B ({seeds.B} seeds) and E ({seeds.E}): {each}. In E `semantic` gains "
-            f"{in_points(boxes[0])} of energy in boxes (right minus shuffled {in_points(names[0])}) and "
-            f"{in_points(points)} in the pointing game, where the mean map of *other* photographs gains "
-            f"{in_points(others)}.")
+            f"{in_points(boxes[0])} of energy in boxes (right minus shuffled {in_points(names[0])}). It points there in "
+            f"{own.value:.1f}%, the mean map of *other* photographs in {mean.value:.1f}% (right minus shuffled "
+            f"{points[0]}, in G {points[1]}).")

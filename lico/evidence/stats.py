@@ -32,7 +32,7 @@ METRICS = dict(
     top5=Metric('top-5 accuracy'),
     above_ce=Metric('accuracy above cross-entropy'), probability=Metric('confidence', beside=True),
     blurred=Metric('confidence when blurred', beside=True), room=Metric('room', beside=True),
-    left=Metric('overall, less room\'s part', **_map),
+    above_random=Metric('insertion − deletion, less random', **_map), left=Metric('what room leaves of it', **_map),
     insertion=Metric('insertion', **_map), deletion=Metric('deletion', lower_is_better=True, **_map),
     overall=Metric('overall', **_map),
     insertion_mean=Metric('insertion from the mean', **_map), insertion_noise=Metric('insertion from noise', **_map),
