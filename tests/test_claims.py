@@ -329,7 +329,7 @@ def test_the_sentence_on_maps():
     plain = maps_sentence(rows)
     assert plain.startswith('Cannot tell. ')
     for gain, transport, cgc, says in ((0, 0, 0, '. '), (4, 0, 0, ', with any names. '), (
-            0, 1, 0, ', with transport alone. '), (4, 1, 2, ', with any names, transport alone, CGC. ')):
+            0, 1, 0, ', with transport alone. '), (4, 1, 2, ', with any names, transport alone, CGC (no text). ')):
         energy = lambda df: ((4 + .1*df.seed)*(df.arm == 'semantic') + gain*(df.arm == 'semantic-shuffled')
                              + transport*(1 + .1*df.seed)*(df.arm == 'CE+OT') + cgc*(1 + .1*df.seed)*(df.arm == 'CGC'))
         o = said(E=made['E'].assign(energy=energy), G=made['G'].assign(energy=energy))
@@ -350,7 +350,7 @@ def test_the_sentence_on_maps():
     up = made['F'].assign(overall=lambda df: df.overall + 4*(df.arm == 'paper')*(df.saliency == 'grad-cam'))
     assert said(F=up).startswith('Better on CIFAR-10, if anything')
     turned = {k: made[k].assign(overall=-df.overall) for k, df in dict(B=made['B'], F=up).items()}
-    assert said(**turned).startswith('Worse on CIFAR-10, if anything')
+    assert said(**turned).startswith('No: worse on CIFAR-10, if anything')
 
 
 def test_networks_without_maps_stand_beside_those_with_some():

@@ -207,7 +207,6 @@ def findings(
     part = [_part(rows, names, invented, flips[names.contrast], elsewhere), _said(parts['semantic'])]
     there = [*_alone(rows, invented.contrast).block]
     each = lambda which: {k: in_points(r) for k, r in which.items()}
-    within = lambda r: f', within {r.margin:g} point' if r.verdict == 'supported' and r.p_within < .05 else ''
     said = [f"**Does LICO gain accuracy where its matching trains?** {_answer(*does)}: "
             f"{_presets(each(gains), does)}{_but(rows, gains)}. Transport alone gains {in_points(of['CE+OT − CE'])}, "
             f"supervised contrast {in_points(of['CE+SupCon − CE'])}.",
@@ -216,7 +215,7 @@ def findings(
             f"{in_points(of['repaired-random − CE'])} ({', '.join(there)}). "
             f"Right minus shuffled: {_presets(each(parts), part)}.{_louder(rows, whole)}{_again(rows)}",
             f"**Does the paper's text, taken literally, work?** {_said(literal)}: {in_points(literal)}"
-            f"{within(literal)}{_printed(_alone(rows, literal.contrast), printed)}. Its matching ended "
+            f"{_printed(_alone(rows, literal.contrast), printed)}. Its matching ended "
             f"{f'active in {literal.active:.0%} of' if literal.active else 'inactive in all'} runs; minus transport "
             f"alone {in_points(of['paper − CE+OT'])}.",
             f"**Are its maps better?** {maps}",

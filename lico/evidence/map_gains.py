@@ -85,9 +85,9 @@ def maps_sentence(
     of = {(r.block, r.of, r.metric): r for r in rows.itertuples()}
     seeds = rows.groupby('block').n.max()
     signs = {np.sign(of[k, f'{a} − CE', 'above_random'].difference) for k in 'BF' for a in ('paper', 'repaired')}
-    head = {(-1,): 'Worse on CIFAR-10, if anything', (1,): 'Better on CIFAR-10, if anything'}
+    head = {(-1,): 'No: worse on CIFAR-10, if anything', (1,): 'Better on CIFAR-10, if anything'}
     boxes, names = ([of[k, f'semantic − {o}', 'energy'] for k in 'EG'] for o in ('CE', 'semantic-shuffled'))
-    others = {'transport alone': of['G', 'CE+OT − CE', 'energy'], 'CGC': of['E', 'CGC − CE', 'energy']}
+    others = {'transport alone': of['G', 'CE+OT − CE', 'energy'], 'CGC (no text)': of['E', 'CGC − CE', 'energy']}
     more = all(r.difference > r.half_width for r in boxes)
     same = all(abs(r.difference) + r.half_width < METRICS['energy'].smallest for r in names)
     also = ', '.join(['any names']*same + [k for k, r in others.items() if r.difference > r.half_width])
