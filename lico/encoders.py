@@ -82,9 +82,8 @@ class TextEncoder(nn.Module):
         if len(names) % len(context):
             raise ValueError(f"{len(context)} contexts for {len(names)} names: expected one for all or one for each")
         ids, where, sizes = _layout(names, context.shape[1], front, self.begin, self.end)
-        x = self.word_embeddings(ids)
+        x, where = self.word_embeddings(ids), where.to(self.table.weight.device)
         each = context.to(x).repeat_interleave(len(names)//len(context), 0)
-        where = where.to(x.device)
         x = x.scatter(1, where[..., None].expand_as(each), each)
         return functional_call(self, _rounded(self, x.device.type), (x, where, sizes, len(context), front))
 

@@ -121,6 +121,12 @@ def _classes(probe, x, target, batch_size):
     if target.max() < probe.classes: return target
     raise ValueError(f"target {int(target.max())}: expected class indices from 0 to {probe.classes - 1}")
 
+def _batches(probe, x, target, batch_size, method):
+    "Images and their classes; `None` for classes that the pass predicts which a method takes the gradient of."
+    parts = x.split(batch_size)
+    if target is None and method in ('grad-cam', 'grad-cam++'): return [(o, None) for o in parts]
+    return list(zip(parts, _classes(probe, x, target, batch_size).split(batch_size)))
+
 # %% ../nbs/method/26_saliency.ipynb #544d9cd8
 def explain(
     net: nn.Module, x: torch.Tensor, target=None, method: str = 'grad-cam', layer=None, reshape=None, score=None,
@@ -171,11 +177,8 @@ def explain(
     with undisturbed(net, x.device):
         x = x.detach().float()
         probe = Probe(in_float32(net), x, score, layer, reshape)
-        parts = x.split(size)
-        foreseen = target is None and method in ('grad-cam', 'grad-cam++')  # by the pass that their gradient is of
-        targets = [None]*len(parts) if foreseen else _classes(probe, x, target, size).split(size)
+        batches = _batches(probe, x, target, size, method)
         if method in CAMS: settle(probe, x)
-        batches = zip(parts, targets)
         return to_unit(torch.cat([METHODS[method](probe, *batch, **shared, **options) for batch in batches]).float())
 
 # %% ../nbs/method/26_saliency.ipynb #dacf9c1b
