@@ -139,7 +139,8 @@ def _blurred(x):
     "Images after Group-CAM's blur: kernel 51 and sigma 50 at 224 pixels, in proportion at other sizes."
     from torchvision.transforms.functional import gaussian_blur
     kernel = [2*round(25*n/224) + 1 for n in x.shape[:1:-1]]
-    return gaussian_blur(x, kernel, [max(50*n/224, 1e-3) for n in x.shape[:1:-1]])
+    sigma = [max(50*n/224, 1e-3) for n in x.shape[:1:-1]]
+    return gaussian_blur(gaussian_blur(x, [kernel[0], 1], sigma), [1, kernel[1]], sigma)  # rows, then columns
 
 def group_cam(
     net, x, target,  # a backbone or `Probe` within `undisturbed`, images [B, C, H, W], class indices [B]

@@ -33,6 +33,14 @@ def test_a_row_in_three_forms():
                                                             'Random (paper)'] and 'Learnable' in ax.get_xlabel()
 
 
+def test_sign_flips_stand_beside_eight_pairs():
+    "Nothing below; of eight differences of one sign 2 of 256 signs go as far."
+    rows = lambda n, shift: stored('Fixed' if shift else 'Learnable', [60. + i*.01 + shift*(1 + i) for i in range(n)],
+                                   labels='all', entropy_image=.5, entropy_text=.5, cosine=.4)
+    few, many = (comparison_table(compare(pd.concat([rows(n, 0), rows(n, 1)]), 13)) for n in (7, 8))
+    assert 'sign flips' not in few and '| p by sign flips ' in many and '| 0.0078 ' in many
+
+
 def test_what_goes_wrong_is_said():
     dead = sentences(compare(comparison(metric='deletion', saliency='grad-cam', images=10, constant=7,
                                         accuracy_last=10.2).assign(entropy_text=.9999), 13, 'deletion'))

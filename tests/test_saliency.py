@@ -6,6 +6,7 @@ import numpy as np, pytest, skimage.data, timm, torch, torchvision
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision.transforms.functional import gaussian_blur
 
 import lico.attribution as attribution
 from lico.backbones import create_backbone
@@ -264,6 +265,8 @@ def test_group_cam_s_limits():
     net, x, target = small(), pictures(2), torch.tensor([1, 4])
     background, maps = _blurred(x), weighted_maps(net, x, target)[0].detach()
     torch.testing.assert_close(_blurred(x*0 + 1), x*0 + 1)
+    wide = torch.rand(2, 3, 40, 72)  # in one go, with a kernel of two dimensions
+    torch.testing.assert_close(_blurred(wide), gaussian_blur(wide, [17, 9], [50*72/224, 50*40/224]))
     one, cam = (explain(net, x, target, 'group-cam', groups=1, denoise=0),
                 enlarge(grad_cam(net, x, target)[0].detach(), (16, 16)))
     gain = lambda masks: masked_scores(lambda o: net(o).softmax(1), x, target, masks, 8,

@@ -97,8 +97,8 @@ def _digits(r): return 1 if METRICS[r.metric].unit == 'points' else 3
 
 def _counts(r, name): return '—' if pd.isna(count := getattr(r, name)) else f'{count} of {r.n}'
 
-def _line(r, columns, many):
-    "A row of the table; `many`: whether there is more than one metric."
+def _line(r, columns, many, flips):
+    "A row of the table; `many`: has it more than one metric, `flips`: a row with pairs enough for sign flips?"
     unit = METRICS[r.metric].unit
     out = {'metric': METRICS[r.metric].title + (f', {unit}' if unit not in ('points', '') else '')} if many else {}
     out |= {k: _part(r, k, in_markdown).removesuffix(' labels').removesuffix(' steps') or '—'
@@ -109,6 +109,7 @@ def _line(r, columns, many):
             'with method': plus_minus(r.value, r.value_std, _digits(r)),
             'paired difference': ('training failed' if getattr(r, 'failed', r.n) > r.n/2 else f'{r.reference} failed')
             if math.isnan(r.difference) else signed(r.difference, r.half_width, _digits(r) + 1)}
+    if flips: out['p by sign flips'] = '—' if math.isnan(r.p_flip) else f'{r.p_flip:.2g}'
     if 'printed_value' in columns:
         numbers = ['—' if math.isnan(v) else f'{v:g}' for v in (r.printed_baseline, r.printed_value)]
         out['printed'] = '—' if math.isnan(r.printed_value) else ' → '.join(numbers)
@@ -120,7 +121,8 @@ def comparison_table(
     c: pd.DataFrame,  # from `compare` or `paired`
 ) -> str:
     "A comparison as Markdown, a row a metric, setting and arm."
-    rows = [_line(r, list(c), c.metric.nunique() > 1) for r in c.itertuples()]
+    many, flips = c.metric.nunique() > 1, 'p_flip' in c and c.p_flip.notna().any()
+    rows = [_line(r, list(c), many, flips) for r in c.itertuples()]
     return pd.DataFrame(rows).fillna('—').to_markdown(index=False, disable_numparse=True)
 
 # %% ../../nbs/evidence/41_report.ipynb #bdf35faf
