@@ -536,6 +536,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'lico/evidence/map_gains.py'),
                                          'lico.evidence.map_gains._scored': ( 'evidence/map_gains.html#_scored',
                                                                               'lico/evidence/map_gains.py'),
+                                         'lico.evidence.map_gains.by_another': ( 'evidence/map_gains.html#by_another',
+                                                                                 'lico/evidence/map_gains.py'),
                                          'lico.evidence.map_gains.draw_maps': ( 'evidence/map_gains.html#draw_maps',
                                                                                 'lico/evidence/map_gains.py'),
                                          'lico.evidence.map_gains.in_points': ( 'evidence/map_gains.html#in_points',

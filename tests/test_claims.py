@@ -12,7 +12,7 @@ from lico.evidence.arms import TABLES
 from lico.evidence.claims import CLAIMS, claim_rows, claims_table, printed_gains
 from lico.evidence.extent import coverage
 from lico.evidence.findings import block_table, done_again, findings, with_those
-from lico.evidence.map_gains import map_differences, map_rows, maps_sentence
+from lico.evidence.map_gains import by_another, map_differences, map_rows, maps_sentence
 from lico.evidence.programme import (ARMS, BLOCKS, LOUDER, PRIMARY, SECONDARY, above_random, arm_name, asked_of_block,
                                      block_runs, contrast_rows, map_table, maps_of_block)
 from lico.evidence.stats import holm
@@ -338,6 +338,12 @@ def test_the_sentence_on_maps():
             '+4.00. In E') in plain
     assert ('gains +4.00 of energy in boxes (right minus shuffled −1.00). It points there in 60.0%, the mean map of '
             '*other* photographs in 62.0% (right minus shuffled −2.00, in G +2.00).') in plain
+    plus = made['E'][made['E'].saliency == 'grad-cam'].assign(  # another method: two points more for `semantic`
+        saliency='grad-cam++', overall=lambda df: df.overall + 2*(df.arm == 'semantic'))
+    other = map_rows(dict(made, E=pd.concat([made['E'], plus])), 'grad-cam++')
+    assert set(other.block) == {'E'} and maps_sentence(map_rows(dict(made, E=pd.concat([made['E'], plus])))) == plain
+    assert by_another(other, rows).endswith("at most: 2.0 in insertion − deletion, less random, 0.0 in pointing game, "
+                                            "0.0 in energy inside the boxes.")
     table = map_differences(rows)
     assert re.search(r'B +\| CE\+LS − CE +\| 7 +\| \+0.00 +\| -6.00', table), 'a random map has the rest; less room'
     assert re.search(r'F +\| paper − CE +\| 10 +\| -1.00', table) and not re.search(r'F +\| CE\+', table)
