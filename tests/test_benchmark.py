@@ -1,8 +1,10 @@
 "Times taken in turn, the rows they make, and the notebook; never an absolute time."
-import re, sys
+import math, re, sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pandas as pd, pytest, torch
+from torch import nn
 
 from lico.evidence.pages import parameters
 from lico.evidence import benchmark as b, passes
@@ -10,6 +12,7 @@ from lico.evidence.timing import alternate, benchmark_table, best_of, best_passe
     peak_memory, row
 from lico.backbones import create_backbone
 from lico.losses import sinkhorn
+from lico.runs import Run, build, load_data
 from test_notebooks import run
 
 CPU = torch.device('cpu')
@@ -71,6 +74,20 @@ def test_what_cannot_be_measured_is_a_row_that_says_why(monkeypatch):
     told = [r for r in rows if r['number'] != 2]  # pytorch-grad-cam comes with the package
     assert len(told) == 4 and all(r['note'].startswith('not measured: ') and r['met'] == '' for r in told)
     assert benchmark_table(pd.DataFrame(rows)).count('not measured') == 4
+
+
+def test_products_of_runs_counted_layer_by_layer():
+    "Three passes' worth of each layer's, but for the gradient of the images, and cosines; text takes more."
+    runs = [Run(labels=40, steps=2, backbone='wrn_10_1', seed=s) for s in (0, 1)]
+    net, each = build(runs[0], data := load_data(runs[0])).backbone.eval(), []
+    for m in net.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)): m.register_forward_hook(
+            lambda m, _, out: each.append(2*out.numel()*m.weight[0].numel()))
+    net(data.normalise(data.train.x))
+    step = 3*sum(each) - each[0] + 2*40**2*math.prod(net.feature_shape)
+    assert len(data.train) == 40 and b._products(runs) == 2*2*step
+    assert b._products([*runs, replace(runs[0], preset='repaired')]) == b._products(runs), 'the same run again'
+    assert b._products([replace(runs[0], method='LICO')]) > 10*b._products(runs[:1])
 
 
 def test_a_picture_of_rows_that_are_and_are_not_reached():

@@ -31,7 +31,7 @@ from ..losses import LossOptions
 from ..networks import full_float32
 from ..model import LICO, CrossEntropy
 from ..text import CLIPText, PromptLearner, load_text_encoder
-from ..runs import load_data, options_of, start
+from ..runs import load_data, options_of, run_id, start
 from ..schedule import TrainOptions, has_bfloat16
 
 # %% ../../nbs/evidence/55_benchmark.ipynb #932ac9fc
@@ -151,7 +151,8 @@ def imports(o):
 def _products(runs):
     "Floating-point operations in the products and convolutions of all steps of some runs, by their first ones."
     total, encoder = 0, load_text_encoder('minilm')
-    for r, n in Counter(replace(r, seed=0) for r in runs).items():
+    different = {run_id(r): r for r in runs}.values()  # a run that two arms ask for is made once
+    for r, n in Counter(replace(r, seed=0) for r in different).items():
         model = start(r, data := load_data(r), encoder)
         places = torch.arange(min(options_of(r)['batch_size'], len(data.train)))
         batch = next(training_batches(data, [(places, 0)]))
