@@ -87,7 +87,7 @@ def test_products_of_runs_counted_layer_by_layer():
     step = 3*sum(each) - each[0] + 2*40**2*math.prod(net.feature_shape)
     assert len(data.train) == 40 and b._products(runs) == 2*2*step
     assert b._products([*runs, replace(runs[0], preset='repaired')]) == b._products(runs), 'the same run again'
-    assert b._products([replace(runs[0], method='LICO')]) > 10*b._products(runs[:1])
+    assert b._products([replace(runs[0], method='LICO')]) > 5*b._products(runs[:1])
 
 
 def test_a_picture_of_rows_that_are_and_are_not_reached():
