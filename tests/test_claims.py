@@ -336,8 +336,8 @@ def test_the_sentence_on_maps():
         assert o.startswith(f'Cannot tell; on photographs more in boxes{says}')
     assert ('in B (7 seeds) and E (5): `paper` +3.00 and +1.00; `repaired` +4.00 and +2.00; `semantic` +5.00 and '
             '+4.00. In E') in plain
-    assert ('gains +4.00 of energy in boxes (right minus shuffled −1.00). It points there in 60.0%, the mean map of '
-            '*other* photographs in 62.0% (right minus shuffled −2.00, in G +2.00).') in plain
+    assert ('gains +4.00 of energy in boxes (right minus shuffled −1.00). It points there in 60.0% (right minus '
+            'shuffled −2.00, in G +2.00), the mean map of *other* photographs in 62.0%.') in plain
     plus = made['E'][made['E'].saliency == 'grad-cam'].assign(  # another method: two points more for `semantic`
         saliency='grad-cam++', overall=lambda df: df.overall + 2*(df.arm == 'semantic'))
     other = map_rows(dict(made, E=pd.concat([made['E'], plus])), 'grad-cam++')

@@ -128,7 +128,7 @@ def _part(rows, names, invented, flips, elsewhere):
     own = _alone(rows, names.contrast)
     by = ' and '.join(own.block[own.difference > own.half_width])
     against = [f'owed to {by} alone' if by else 'its blocks differ'] if names.p_same < .05 else []
-    if flips >= .05: against.append(f'inconclusive by sign flips (p = {flips:.2g})')
+    if flips >= .05: against.append(f"inconclusive by sign flips (Holm's p = {flips:.2g})")
     for r in elsewhere.itertuples():
         if r.contrast == names.contrast and r.replaced and r.verdict != names.verdict:
             pairs = 'one pair' if r.replaced == 1 else f'{r.replaced} pairs'

@@ -110,5 +110,5 @@ def maps_sentence(
     return (f"{head.get(tuple(signs), 'Cannot tell')}{also}. Grad-CAM's insertion − deletion, less a random map's, "
             f"minus cross-entropy's, in B ({seeds.B} seeds) and E ({seeds.E}): {each}. In E `semantic` gains "
             f"{in_points(boxes[0])} of energy in boxes (right minus shuffled {in_points(names[0])}). It points "
-            f"there in {own.value:.1f}%, the mean map of *other* photographs in {mean.value:.1f}% (right minus "
-            f"shuffled {points[0]}, in G {points[1]}).")
+            f"there in {own.value:.1f}% (right minus shuffled {points[0]}, in G {points[1]}), the mean map of *other* "
+            f"photographs in {mean.value:.1f}%.")
